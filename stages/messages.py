@@ -1,0 +1,150 @@
+"""What travels between a head, the workers of its lane, and the routers: msgspec structs, sent as msgpack.
+
+Integer arrays are little-endian int32 bytes, ready for `torch.frombuffer` / `numpy.frombuffer`; a list of
+Python ints would cost more to decode than a small model's layer costs to run.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
+    """How to choose the next token of one sequence in this step."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    """Unsigned 64-bit."""
+    position: int
+    """Position of the token to be sampled; with `seed` it fixes the randomness."""
+    banned_token_ids: list[int]
+    """Never chosen in this step (EOS and stop ids while min_tokens is not reached)."""
+
+
+class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
+    """One forward pass for every worker of a lane. S sequences, T tokens in all."""
+
+    epoch: int
+    step: int
+    """Rises by one per plan within an epoch."""
+    seq_ids: list[int]
+    """[S]; a number that the head gives a sequence for its life in the lane."""
+    query_lens: bytes
+    """int32 [S]: tokens of each sequence in this step; sums to T."""
+    context_lens: bytes
+    """int32 [S]: tokens whose KV is in the cache before this step."""
+    token_ids: bytes
+    """int32 [T], flattened in sequence order. Position of a token = context_len + offset in its query."""
+    block_tables: bytes
+    """int32 [S, max_blocks] row-major, -1 = unused."""
+    max_blocks: int
+    samples: list[SampleSpec | None]
+    """[S]; None where the step ends inside the prompt (no token is sampled for that sequence)."""
+
+
+class StopRun(msgspec.Struct, array_like=True, tag="stop"):
+    """Ends a worker's run loop cleanly (drain, re-wiring)."""
+
+    epoch: int
+
+
+class StepResult(msgspec.Struct, array_like=True, tag="result"):
+    """From rank 0 of the last stage, one per plan, in plan order."""
+
+    epoch: int
+    step: int
+    token_ids: list[int]
+    """One per sequence of the plan that had a SampleSpec, in plan order."""
+
+
+class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
+    """Now and then (about once a second under load) from rank 0 of each stage: sums since the last one."""
+
+    epoch: int
+    stage: int
+    num_steps: int
+    model_s: float
+    """Time inside the model's layers (and sampling on the last stage)."""
+    transport_s: float
+    """Time sending and waiting for activations."""
+
+
+WorkerMessage = StepResult | WorkerStats
+HeadMessage = StepPlan | StopRun
+
+
+class TokenDelta(msgspec.Struct, array_like=True):
+    """New tokens of one request after one engine step, from a head to the router that asked."""
+
+    request_id: str
+    offset: int
+    """Index of the first of `token_ids` in the answer; a gap or an overlap is a protocol error."""
+    token_ids: list[int]
+    finish_reason: str | None = None
+    """None while running; else "stop" (EOS or a stop id), "length", "abort", "error"."""
+    stop_token_id: int | None = None
+    """The explicit stop or EOS id that ended it. It is the last of token_ids."""
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache; set on the first delta of a request."""
+    error: str = ""
+    """With finish_reason "error": what went wrong."""
+
+
+class TokenBatch(msgspec.Struct, array_like=True):
+    """All new tokens of one router's requests after one engine step: one message."""
+
+    lane: str
+    deltas: list[TokenDelta]
+
+
+class LaneDigest(msgspec.Struct, array_like=True):
+    """A head's own account of itself, published to the routers when it changes, at most a few times a second."""
+
+    lane: str
+    """The head's Serve replica id."""
+    state: str
+    """"starting" | "serving" | "healing" | "draining"."""
+    epoch: int
+    num_running: int
+    num_waiting: int
+    queued_prefill_tokens: int
+    """Prompt tokens admitted or waiting whose KV is not computed yet."""
+    running_kv_tokens: int
+    num_blocks: int
+    num_free_blocks: int
+    """Free or evictable."""
+    num_preemptions: int
+    prefix_queries: int
+    """Prompt tokens looked up in the prefix cache so far."""
+    prefix_hits: int
+    prompt_tokens: int
+    generation_tokens: int
+    num_steps: int
+    outside_model_s: float
+    """Sum over steps of time not spent inside the model: scheduling, plan, transport."""
+    block_size: int
+    sketch: bytes = b""
+    """Compact set of the block hashes held, see router/sketch; empty = none."""
+
+
+class GenerateCall(msgspec.Struct):
+    """A request as it goes from a router to a head (argument of the one unary Serve call)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: bytes
+    """msgpack of SamplingParams with a definite seed."""
+    reply_to: str
+    """ZeroMQ address of the router's PULL socket for TokenBatch messages."""
+
+
+class GenerateSummary(msgspec.Struct):
+    """What the unary call returns when the request has ended: lets the router check that nothing is missing."""
+
+    request_id: str
+    num_tokens: int
+    finish_reason: str
+    error: str = ""
