@@ -123,8 +123,13 @@ class LaneDigest(msgspec.Struct, array_like=True):
     prompt_tokens: int
     generation_tokens: int
     num_steps: int
-    outside_model_s: float
-    """Sum over steps of time not spent inside the model: scheduling, plan, transport."""
+    schedule_s: float
+    """Sum over steps: choosing the batch, building and sending the plan, taking the result in."""
+    step_s: float
+    """Sum over steps: from the plan's sending to its result's arrival."""
+    model_s: float
+    """Sum over steps and stages: inside the model. With one step in flight at a time,
+    schedule_s + step_s - model_s is what a step costs outside the model."""
     block_size: int
     sketch: bytes = b""
     """Compact set of the block hashes held, see router/sketch; empty = none."""

@@ -1,0 +1,100 @@
+"""From a YAML's `args` to a Ray Serve application: one Router deployment and one deployment per stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from stagemesh.config.engine import EngineArgs, EngineConfig
+from stagemesh.deployments.head import Head
+from stagemesh.deployments.router import Router
+from stagemesh.deployments.stage import Stage
+
+MANY = 100_000
+"""Serve's own limits on open calls are out of the way: the scheduler queues and the router bounds."""
+STAGE_AUTOSCALING = {
+    "target_ongoing_requests": 1,  # one lease per replica
+    "metrics_interval_s": 0.5,
+    "look_back_period_s": 1.0,
+    "upscale_delay_s": 0.0,
+    "downscale_delay_s": 10.0,
+}
+"""How the pools of later stages follow the number of heads."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The `import_path` of every Serve YAML. Raises ConfigError before anything starts."""
+    config = EngineConfig.resolve(EngineArgs.parse(args))
+    autoscaling = config.args.autoscaling_config
+    lanes: dict[str, Any] = (
+        {"num_replicas": config.args.data_parallel_size}
+        if autoscaling is None
+        else {"autoscaling_config": autoscaling}
+    )
+    later_stages = [_stage(config, stage) for stage in range(1, config.plan.pp_size)]
+    head = (
+        serve.deployment(Head)
+        .options(
+            name="stage-0",
+            max_ongoing_requests=MANY,
+            request_router_config=RequestRouterConfig(
+                request_router_class="stagemesh.deployments.lane_router:LaneRouter"
+            ),
+            graceful_shutdown_timeout_s=config.args.drain_timeout_s,
+            **lanes,
+            **_resources(config),
+        )
+        .bind(config, *later_stages)
+    )
+    return (
+        serve.deployment(Router)
+        .options(
+            name="router",
+            num_replicas=config.args.num_router_replicas,
+            max_ongoing_requests=MANY,
+            ray_actor_options={"num_cpus": config.args.num_cpus_per_worker},
+            graceful_shutdown_timeout_s=config.args.drain_timeout_s,
+        )
+        .bind(config, head)
+    )
+
+
+def _stage(config: EngineConfig, stage: int) -> Application:
+    autoscaling = config.args.autoscaling_config
+    pool: dict[str, Any] = (
+        {"num_replicas": config.args.data_parallel_size}
+        if autoscaling is None
+        else {
+            "autoscaling_config": {
+                **STAGE_AUTOSCALING,
+                "min_replicas": autoscaling.get("min_replicas", 1),
+                "max_replicas": autoscaling.get("max_replicas", 1),
+            }
+        }
+    )
+    return (
+        serve.deployment(Stage)
+        .options(
+            name=f"stage-{stage}",
+            max_ongoing_requests=1,
+            # An idle replica has nothing to drain; a leased one is wanted until its head lets go.
+            graceful_shutdown_timeout_s=config.args.drain_timeout_s,
+            **pool,
+            **_resources(config),
+        )
+        .bind(config, stage)
+    )
+
+
+def _resources(config: EngineConfig) -> dict[str, Any]:
+    """A placement group per replica: bundle 0 for the replica, one per rank of its TP group, on one node."""
+    own = {"CPU": config.args.num_cpus_per_worker}
+    rank = {**own, "GPU": 1} if config.device == "cuda" else own
+    return {
+        "ray_actor_options": {"num_cpus": config.args.num_cpus_per_worker},
+        "placement_group_bundles": [own] + [rank] * config.plan.tp_size,
+        "placement_group_strategy": "STRICT_PACK",
+    }

@@ -1,0 +1,202 @@
+"""The gRPC door: `stagemesh.v1.Inference` and `grpc.health.v1.Health` around an InferenceService.
+
+Ray Serve's gRPC ingress calls the method of the ingress deployment that is named like the rpc, with the
+request and, by the parameter name `grpc_context`, a context. `grpc.aio` servers call servicers alike, so
+tests need no Ray.
+
+Errors are set on the context and the call returns: an exception raised through Serve would be logged with a
+traceback for every mistyped request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf import json_format
+from grpc_health.v1.health_pb2 import (
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthListRequest,
+    HealthListResponse,
+)
+
+from stagemesh.deployments import openai_schema
+from stagemesh.deployments.errors import report_error
+from stagemesh.deployments.inference import Generation, InferenceService
+from stagemesh.deployments.proto import inference_pb2 as pb
+
+HEALTH_POLL_S = 0.5
+"""How often Watch looks for a change of readiness."""
+
+_SERVICES = ("", pb.DESCRIPTOR.services_by_name["Inference"].full_name)
+
+
+class GrpcContext(Protocol):
+    """The part of RayServegRPCContext, and of grpc.aio.ServicerContext, that is used here."""
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+
+    def set_details(self, details: str) -> None: ...
+
+
+class GrpcApi:
+    """One method per rpc. A mixin for the ingress deployment; set `inference_service` before any call."""
+
+    inference_service: InferenceService
+
+    async def Generate(self, request: pb.GenerateRequest, grpc_context: GrpcContext) -> pb.GenerateResponse:
+        try:
+            generation = await self._accept_generate(request)
+            texts = await generation.collect()
+        except Exception as error:
+            _fail(grpc_context, error)
+            return pb.GenerateResponse()
+        choices = [
+            pb.GenerateChoice(index=choice.index, text=text, finish_reason=choice.finish_reason)
+            for choice, text in zip(generation.choices, texts, strict=True)
+        ]
+        return pb.GenerateResponse(
+            id=generation.id,
+            model=generation.model,
+            created=generation.created,
+            choices=choices,
+            usage=_usage(generation),
+        )
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, grpc_context: GrpcContext
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        try:
+            generation = await self._accept_generate(request)
+            async with aclosing(generation.pieces()) as pieces:
+                async for piece in pieces:
+                    yield pb.GenerateChunk(
+                        id=generation.id,
+                        index=piece.index,
+                        text=piece.text,
+                        finish_reason=piece.finish_reason or "",
+                    )
+            yield pb.GenerateChunk(id=generation.id, usage=_usage(generation))
+        except Exception as error:
+            _fail(grpc_context, error)
+
+    async def Chat(self, request: pb.ChatRequest, grpc_context: GrpcContext) -> pb.ChatResponse:
+        try:
+            generation = await self._accept_chat(request)
+            texts = await generation.collect()
+        except Exception as error:
+            _fail(grpc_context, error)
+            return pb.ChatResponse()
+        choices = [
+            pb.ChatChoice(
+                index=choice.index,
+                message=pb.ChatMessage(role="assistant", content=text),
+                finish_reason=choice.finish_reason,
+            )
+            for choice, text in zip(generation.choices, texts, strict=True)
+        ]
+        return pb.ChatResponse(
+            id=generation.id,
+            model=generation.model,
+            created=generation.created,
+            choices=choices,
+            usage=_usage(generation),
+        )
+
+    async def ChatStream(
+        self, request: pb.ChatRequest, grpc_context: GrpcContext
+    ) -> AsyncGenerator[pb.ChatChunk, None]:
+        try:
+            generation = await self._accept_chat(request)
+            async with aclosing(generation.pieces()) as pieces:
+                async for piece in pieces:
+                    yield pb.ChatChunk(
+                        id=generation.id,
+                        index=piece.index,
+                        content=piece.text,
+                        finish_reason=piece.finish_reason or "",
+                    )
+            yield pb.ChatChunk(id=generation.id, usage=_usage(generation))
+        except Exception as error:
+            _fail(grpc_context, error)
+
+    async def Models(self, request: pb.ModelsRequest, grpc_context: GrpcContext) -> pb.ModelsResponse:
+        cards = self.inference_service.models()
+        return pb.ModelsResponse(
+            models=[pb.Model(id=card.id, max_model_len=card.max_model_len) for card in cards]
+        )
+
+    async def Check(self, request: HealthCheckRequest, grpc_context: GrpcContext) -> HealthCheckResponse:
+        """grpc.health.v1: SERVING while some lane can generate."""
+        if request.service not in _SERVICES:
+            grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
+            grpc_context.set_details(f"unknown service {request.service!r}")
+            return HealthCheckResponse()
+        return HealthCheckResponse(status=self._health(request.service))
+
+    async def Watch(
+        self, request: HealthCheckRequest, grpc_context: GrpcContext
+    ) -> AsyncGenerator[HealthCheckResponse, None]:
+        """grpc.health.v1: the status now and whenever it changes, until the client leaves."""
+        last = None
+        while True:
+            status = self._health(request.service)
+            if status != last:
+                last = status
+                yield HealthCheckResponse(status=status)
+            await asyncio.sleep(HEALTH_POLL_S)
+
+    async def List(self, request: HealthListRequest, grpc_context: GrpcContext) -> HealthListResponse:
+        """grpc.health.v1: the status of every service."""
+        statuses = {name: HealthCheckResponse(status=self._health(name)) for name in _SERVICES}
+        return HealthListResponse(statuses=statuses)
+
+    def _health(self, service: str) -> HealthCheckResponse.ServingStatus:
+        if service not in _SERVICES:
+            return HealthCheckResponse.SERVICE_UNKNOWN
+        ready = self.inference_service.ready()
+        return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
+
+    async def _accept_generate(self, request: pb.GenerateRequest) -> Generation:
+        # Through the HTTP schema, so that both doors accept and refuse the same.
+        fields = _sampling_fields(request.model, request.sampling)
+        kind = request.WhichOneof("prompt")
+        if kind is not None:
+            fields["prompt"] = request.text if kind == "text" else list(request.token_ids.ids)
+        body = openai_schema.CompletionRequest.parse(fields)
+        return await self.inference_service.complete(body)
+
+    async def _accept_chat(self, request: pb.ChatRequest) -> Generation:
+        fields = _sampling_fields(request.model, request.sampling)
+        fields["messages"] = [{"role": m.role, "content": m.content} for m in request.messages]
+        if request.HasField("chat_template_kwargs"):
+            fields["chat_template_kwargs"] = json_format.MessageToDict(request.chat_template_kwargs)
+        body = openai_schema.ChatRequest.parse(fields)
+        return await self.inference_service.chat(body)
+
+
+def _sampling_fields(model: str, sampling: pb.Sampling) -> dict[str, Any]:
+    """The fields that are set, by the names that HTTP uses, which are the same."""
+    fields: dict[str, Any] = {"model": model} if model else {}
+    for descriptor, value in sampling.ListFields():
+        fields[descriptor.name] = value if isinstance(value, (bool, int, float)) else list(value)
+    return fields
+
+
+def _usage(generation: Generation) -> pb.Usage:
+    usage = generation.usage
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.prompt_tokens_details.cached_tokens,
+    )
+
+
+def _fail(grpc_context: GrpcContext, error: Exception) -> None:
+    report = report_error(error)
+    grpc_context.set_code(report.kind.grpc_code)
+    grpc_context.set_details(report.message)

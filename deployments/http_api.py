@@ -1,0 +1,266 @@
+"""The HTTP door: OpenAI's API as a Starlette app around an InferenceService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from stagemesh.deployments.errors import BodyTooLarge, ErrorReport, openai_error, report_error
+from stagemesh.deployments.inference import Generation, InferenceService
+from stagemesh.deployments.openai_schema import (
+    AssistantMessage,
+    ChatChoice,
+    ChatRequest,
+    ChatResponse,
+    CompletionChoice,
+    CompletionRequest,
+    CompletionResponse,
+    InferenceRequest,
+    ModelList,
+)
+from stagemesh.deployments.sse import ChatChunks, ChunkWriter, CompletionChunks, event
+
+RequestT = TypeVar("RequestT", bound=InferenceRequest)
+
+
+def build_http_app(service: InferenceService) -> Starlette:
+    """All HTTP routes. Errors, those of routing too, are OpenAI error objects."""
+    api = HttpApi(service)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", api.completions, methods=["POST"]),
+            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/v1/models", api.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", api.model, methods=["GET"]),
+            Route("/health", api.health, methods=["GET"]),
+            Route("/ready", api.ready, methods=["GET"]),
+            Route("/metrics", api.metrics, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _routing_error},
+    )
+
+
+class JSON(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+class HttpApi:
+    """One method per route."""
+
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+
+    async def completions(self, request: Request) -> Response:
+        return await self._accept(
+            request, CompletionRequest, self._service.complete, CompletionChunks, _completion_response
+        )
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._accept(request, ChatRequest, self._service.chat, ChatChunks, _chat_response)
+
+    async def models(self, request: Request) -> Response:
+        return JSON(ModelList(self._service.models()))
+
+    async def model(self, request: Request) -> Response:
+        try:
+            return JSON(self._service.model(request.path_params["name"]))
+        except Exception as error:
+            return _error_response(report_error(error))
+
+    async def health(self, request: Request) -> Response:
+        """200 while this process runs."""
+        return JSON({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 while some lane can generate."""
+        if self._service.ready():
+            return JSON({"status": "ready"})
+        error = openai_error("no lane can generate yet", type="server_error", code="no_lane")
+        return JSON(error, 503, headers={"retry-after": "1"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def _accept(
+        self,
+        request: Request,
+        schema: type[RequestT],
+        accept: Callable[[RequestT], Awaitable[Generation]],
+        writer: type[ChunkWriter],
+        whole: Callable[[Generation, list[str]], msgspec.Struct],
+    ) -> Response:
+        """Read and validate the request; generating starts when the returned response is called."""
+        try:
+            body = schema.parse(await _read_body(request, self._service.max_body_bytes))
+            generation = await accept(body)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody is there to read it
+        except Exception as error:
+            return _error_response(report_error(error))
+        if not body.stream:
+            return WholeAnswer(generation, whole)
+        include_usage = body.stream_options is not None and body.stream_options.include_usage is True
+        return StreamedAnswer(generation, writer(generation, include_usage=include_usage))
+
+
+class Answer(Response):
+    """A response that generates while it is sent, and stops generating at once when the client leaves.
+
+    Starlette's StreamingResponse would notice a departure only by its next write where the server speaks
+    ASGI 2.4, which is too late for a sequence that waits in a queue.
+    """
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__()
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _while_connected(receive, self._run(scope, receive, send))
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class WholeAnswer(Answer):
+    """The answer as one JSON object, when it is complete."""
+
+    def __init__(
+        self, generation: Generation, whole: Callable[[Generation, list[str]], msgspec.Struct]
+    ) -> None:
+        super().__init__(generation)
+        self._whole = whole
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response: Response
+        try:
+            texts = await self._generation.collect()
+            response = JSON(self._whole(self._generation, texts))
+        except Exception as error:
+            response = _error_response(report_error(error))
+        await response(scope, receive, send)
+
+
+class StreamedAnswer(Answer):
+    """The answer as server-sent events, one write per piece of text, nothing held back.
+
+    The status is sent with the first piece, so a request that fails before it gets a proper error status. A
+    later failure is an event that holds the error object, and the stream ends there without [DONE].
+    """
+
+    def __init__(self, generation: Generation, chunks: ChunkWriter) -> None:
+        super().__init__(generation)
+        self._chunks = chunks
+        self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
+        del self.headers["content-length"]
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        try:
+            async with aclosing(self._generation.pieces()) as pieces:
+                async for piece in pieces:
+                    if not started:
+                        started = True
+                        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                        await _write(send, start)
+                    chunk = self._chunks.piece(piece)
+                    await _write(send, {"type": "http.response.body", "body": chunk, "more_body": True})
+            last = self._chunks.end()
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            report = report_error(error)
+            if not started:
+                await _error_response(report)(scope, receive, send)
+                return
+            last = event(report.body())
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _write(send: Send, message: Message) -> None:
+    try:
+        await send(message)
+    except OSError as error:  # ASGI's sign for a closed connection
+        raise ClientDisconnect from error
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it as soon as the client has left (or this call is cancelled)."""
+
+    async def until_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(until_disconnect())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watching.cancel()
+        working.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+    if not working.cancelled():
+        working.result()
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Raises BodyTooLarge as soon as it is known to exceed the limit, without reading on."""
+    announced = request.headers.get("content-length", "")
+    size = int(announced) if announced.isdecimal() else 0
+    parts = []
+    if size <= max_bytes:
+        size = 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > max_bytes:
+                break
+    if size > max_bytes:
+        raise BodyTooLarge("", None, f"the request body is larger than the limit of {max_bytes} bytes")
+    return b"".join(parts)
+
+
+def _completion_response(generation: Generation, texts: list[str]) -> CompletionResponse:
+    choices = [
+        CompletionChoice(choice.index, text, choice.finish_reason)
+        for choice, text in zip(generation.choices, texts, strict=True)
+    ]
+    return CompletionResponse(generation.id, generation.created, generation.model, choices, generation.usage)
+
+
+def _chat_response(generation: Generation, texts: list[str]) -> ChatResponse:
+    choices = [
+        ChatChoice(choice.index, AssistantMessage(text), choice.finish_reason)
+        for choice, text in zip(generation.choices, texts, strict=True)
+    ]
+    return ChatResponse(generation.id, generation.created, generation.model, choices, generation.usage)
+
+
+def _error_response(report: ErrorReport) -> Response:
+    response = JSON(report.body(), report.kind.http_status)
+    if report.kind.retry_after_s is not None:
+        response.headers["retry-after"] = str(report.kind.retry_after_s)
+    if report.kind.http_status == 413:
+        # The rest of the body is still on its way; there is no next request on this connection.
+        response.headers["connection"] = "close"
+    return response
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reasons = {404: f"{request.url.path} is not served here", 405: f"{request.method} is not allowed here"}
+    message = reasons.get(error.status_code, error.detail)
+    return JSON(openai_error(message), error.status_code, headers=error.headers)

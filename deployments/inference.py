@@ -1,0 +1,394 @@
+"""Between the doors (HTTP, gRPC) and the lanes: one request becomes token streams, token streams become text.
+
+Everything that decides what an answer is lives here, once: validation, tokenizing, the choices of a request,
+stop strings, usage. A door only parses its own format and writes its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import SamplingParams
+from stagemesh.deployments.errors import PromptTooLong, UnknownModel
+from stagemesh.deployments.lanes import LaneClient, LaneError
+from stagemesh.deployments.metrics import Metrics
+from stagemesh.deployments.openai_schema import (
+    ChatRequest,
+    CompletionRequest,
+    InferenceRequest,
+    ModelCard,
+    PromptTokensDetails,
+    Usage,
+)
+from stagemesh.stages.detokenizer import IncrementalDetokenizer, StopStrings
+from stagemesh.stages.messages import TokenDelta
+from stagemesh.stages.tokenizer import Tokenizer
+
+MAX_CHOICES = 256
+"""Prompts times n of one request; each is a sequence of its own in a lane."""
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+DEFAULT_COMPLETION_TOKENS = 16
+"""max_tokens of /v1/completions when not given, as OpenAI has it."""
+_LONG_TEXT_CHARS = 16_384
+_SAMPLING_FIELDS = ("min_tokens", "temperature", "top_p", "top_k", "min_p", "ignore_eos")
+
+
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """New text of one choice."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    """"stop" or "length" on the last piece of the choice, which may have no text."""
+
+
+class Choice:
+    """One answer on its way: its sequence in a lane, and the text of it so far."""
+
+    def __init__(
+        self,
+        index: int,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        detokenizer: IncrementalDetokenizer,
+    ) -> None:
+        self.index = index
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.num_tokens = 0
+        """Generated tokens, up to the one that completed a stop string."""
+        self.num_cached_tokens = 0
+        self.finish_reason: str | None = None
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(params.stop) if params.stop else None
+
+    async def pieces(self, lanes: LaneClient, metrics: Metrics) -> AsyncGenerator[Piece, None]:
+        """Generate. Closing this, or leaving it by an error, aborts the sequence in its lane."""
+        started = time.perf_counter()
+        last = 0.0
+        outcome = "abort"
+        try:
+            deltas = lanes.generate(self.prompt_token_ids, self.params, self.request_id)
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    now = time.perf_counter()
+                    if last:
+                        metrics.inter_token_latency.observe(now - last)
+                    else:
+                        metrics.time_to_first_token.observe(now - started)
+                    last = now
+                    text = self.accept(delta)
+                    if self.finish_reason is not None:
+                        break
+                    if text:
+                        yield Piece(self.index, text)
+                else:
+                    raise LaneError("lost", "the lane ended the answer before it was complete")
+            # The lane is released before a slow client takes the last piece.
+            metrics.e2e_latency.observe(last - started)
+            outcome = self.finish_reason
+            yield Piece(self.index, text, self.finish_reason)
+        except Exception:
+            outcome = "error"
+            raise
+        finally:
+            metrics.finished[outcome].inc()
+
+    def accept(self, delta: TokenDelta) -> str:
+        """Text that became certain with `delta`; sets finish_reason with the last of it. Raises LaneError."""
+        if delta.offset != self.num_tokens:
+            raise LaneError(
+                "internal",
+                f"request {self.request_id}: tokens came from {delta.offset} on, {self.num_tokens} was next",
+            )
+        if delta.finish_reason == "error":
+            raise LaneError("internal", delta.error or "the lane failed")
+        if delta.finish_reason == "abort":
+            raise LaneError("lost", delta.error or "the lane gave the request up")
+        if not self.num_tokens:
+            self.num_cached_tokens = delta.num_cached_tokens
+        text = self._text_of(delta)
+        if self._stops is not None and self._stops.hit:
+            self.finish_reason = "stop"
+        elif delta.finish_reason is not None:
+            text += self._rest()
+            self.finish_reason = delta.finish_reason
+        return text
+
+    def _text_of(self, delta: TokenDelta) -> str:
+        token_ids = delta.token_ids
+        # The token that ended the answer is counted, and its text is not part of it.
+        shown = token_ids if delta.stop_token_id is None else token_ids[:-1]
+        if self._stops is None:
+            self.num_tokens += len(token_ids)
+            return self._detokenizer.feed(shown)
+        text = ""
+        for token_id in shown:
+            self.num_tokens += 1
+            piece = self._detokenizer.feed((token_id,))
+            text += self._stops.feed(piece) if self.num_tokens > self.params.min_tokens else piece
+            if self._stops.hit:
+                return text
+        self.num_tokens += len(token_ids) - len(shown)
+        return text
+
+    def _rest(self) -> str:
+        rest = self._detokenizer.finish()
+        return rest if self._stops is None else self._stops.feed(rest) + self._stops.finish()
+
+
+class Generation:
+    """An accepted request: valid, tokenized, not started. Iterate `pieces()` once, or await `collect()`."""
+
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        num_prompt_tokens: int,
+        choices: list[Choice],
+        choices_per_prompt: int,
+        lanes: LaneClient,
+        metrics: Metrics,
+    ) -> None:
+        self.id = id
+        self.model = model
+        self.created = int(time.time())
+        self.choices = choices
+        self._num_prompt_tokens = num_prompt_tokens
+        self._choices_per_prompt = choices_per_prompt
+        self._lanes = lanes
+        self._metrics = metrics
+
+    def pieces(self) -> AsyncGenerator[Piece, None]:
+        """New text as it comes, choices interleaved. Use under `aclosing`: closing aborts what still runs."""
+        streams = [choice.pieces(self._lanes, self._metrics) for choice in self.choices]
+        return streams[0] if len(streams) == 1 else _merge(streams)
+
+    async def collect(self) -> list[str]:
+        """The whole text of every choice. Cancelling this aborts what still runs."""
+        texts: list[list[str]] = [[] for _ in self.choices]
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                texts[piece.index].append(piece.text)
+        return ["".join(parts) for parts in texts]
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; final once the pieces are exhausted."""
+        completion_tokens = sum(choice.num_tokens for choice in self.choices)
+        # The other choices of a prompt find it in the cache because the first has just put it there.
+        cached_tokens = sum(choice.num_cached_tokens for choice in self.choices[:: self._choices_per_prompt])
+        return Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=self._num_prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens),
+        )
+
+
+class InferenceService:
+    """Takes requests of either door. One per router process, used from its event loop."""
+
+    def __init__(
+        self,
+        *,
+        lanes: LaneClient,
+        tokenizer: Tokenizer,
+        model_names: Sequence[str],
+        max_model_len: int,
+        vocab_size: int,
+        sampling_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        model_names: what requests may call the model; answers carry the one they asked for, else the first.
+        max_model_len: most tokens of a prompt and its answer together.
+        vocab_size: of the model, the bound of token ids that a client may send.
+        sampling_defaults: e.g. {"temperature": 0.6} from the model's generation_config.json, used where a
+        request says nothing.
+        """
+        self.metrics = Metrics(model_names[0], lanes.digests)
+        self.max_model_len = max_model_len
+        self._lanes = lanes
+        self._tokenizer = tokenizer
+        self._models = {name: ModelCard(name, int(time.time()), max_model_len) for name in model_names}
+        self._vocab_size = vocab_size
+        self._sampling_defaults = dict(sampling_defaults or {})
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Room for any prompt that fits: 16 bytes per token, escaped text or token ids; at least 1 MiB."""
+        return max(1 << 20, 16 * self.max_model_len)
+
+    def ready(self) -> bool:
+        """Whether some lane can generate now."""
+        return self._lanes.ready()
+
+    def models(self) -> list[ModelCard]:
+        return list(self._models.values())
+
+    def model(self, name: str | None) -> ModelCard:
+        """The model of that name, the first one for None. Raises UnknownModel."""
+        if name is None:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            raise UnknownModel("model", name, f"is not served here; served: {', '.join(self._models)}")
+        return self._models[name]
+
+    async def complete(self, request: CompletionRequest) -> Generation:
+        """Accept a completion request. Raises ConfigError naming the field that is wrong."""
+        model = self.model(request.model)
+        given = request.prompts()
+        self._check_num_choices(len(given), request.n)
+        prompts = []
+        for i, prompt in enumerate(given):
+            field = "prompt" if len(given) == 1 else f"prompt[{i}]"
+            if not prompt:
+                raise ConfigError(field, prompt, "must not be empty")
+            if isinstance(prompt, str):
+                token_ids = await self._encode(prompt, request.add_special_tokens is not False)
+            else:
+                token_ids = prompt
+            prompts.append(self._checked_prompt(field, token_ids))
+        max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+        return self._generation("cmpl-", model, request, prompts, max_tokens)
+
+    async def chat(self, request: ChatRequest) -> Generation:
+        """Accept a chat request. Raises ConfigError naming the field that is wrong."""
+        model = self.model(request.model)
+        self._check_num_choices(1, request.n)
+        if not request.messages:
+            raise ConfigError("messages", [], "must hold at least one message")
+        text = self._tokenizer.render_chat(
+            [message.for_template() for message in request.messages],
+            add_generation_prompt=request.add_generation_prompt is not False,
+            **(request.chat_template_kwargs or {}),
+        )
+        prompt = self._checked_prompt("messages", await self._encode(text, False))
+        max_tokens = self.max_model_len if request.max_tokens is None else request.max_tokens
+        if request.max_completion_tokens is not None:
+            max_tokens = request.max_completion_tokens
+            if max_tokens < 1:
+                raise ConfigError("max_completion_tokens", max_tokens, "must be at least 1")
+        return self._generation("chatcmpl-", model, request, [prompt], max_tokens)
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) < _LONG_TEXT_CHARS:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        # A megabyte takes about a second; on this thread every running stream would stand still for it.
+        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    def _check_num_choices(self, num_prompts: int, n: int | None) -> None:
+        n = 1 if n is None else n
+        if not 1 <= n <= MAX_CHOICES:
+            raise ConfigError("n", n, f"must be within [1, {MAX_CHOICES}]")
+        if num_prompts * n > MAX_CHOICES:
+            raise ConfigError("prompt", num_prompts, f"prompts times n={n} must not exceed {MAX_CHOICES}")
+
+    def _checked_prompt(self, field: str, token_ids: list[int]) -> list[int]:
+        if not token_ids:
+            raise ConfigError(field, token_ids, "has no tokens")
+        self._check_token_ids(field, token_ids)
+        if len(token_ids) >= self.max_model_len:
+            raise PromptTooLong(
+                field,
+                f"{len(token_ids)} tokens",
+                f"max_model_len is {self.max_model_len} tokens, of which the answer needs at least one",
+            )
+        return token_ids
+
+    def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        for outermost in (min(token_ids), max(token_ids)):
+            if not 0 <= outermost < self._vocab_size:
+                raise ConfigError(field, outermost, f"token ids must be within [0, {self._vocab_size})")
+
+    def _generation(
+        self,
+        prefix: str,
+        model: ModelCard,
+        request: InferenceRequest,
+        prompts: list[list[int]],
+        max_tokens: int,
+    ) -> Generation:
+        id = prefix + uuid.uuid4().hex
+        n = request.n or 1
+        skip_special_tokens = request.skip_special_tokens is not False
+        choices: list[Choice] = []
+        for prompt in prompts:
+            # More than fits is no error: the answer ends with "length" where the model ends.
+            params = self._sampling_params(request, min(max_tokens, self.max_model_len - len(prompt)))
+            for i in range(n):
+                index = len(choices)
+                choices.append(
+                    Choice(
+                        index,
+                        f"{id}-{index}",
+                        prompt,
+                        msgspec.structs.replace(params, seed=_seed(params.seed, i)),
+                        self._tokenizer.detokenizer(skip_special_tokens=skip_special_tokens),
+                    )
+                )
+        return Generation(id, model.id, sum(map(len, prompts)), choices, n, self._lanes, self.metrics)
+
+    def _sampling_params(self, request: InferenceRequest, max_tokens: int) -> SamplingParams:
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
+        stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        if len(stop) > MAX_STOPS:
+            raise ConfigError("stop", len(stop), f"must not hold more than {MAX_STOPS} strings")
+        for text in stop:
+            if len(text) > MAX_STOP_CHARS:
+                raise ConfigError("stop", text, f"must not be longer than {MAX_STOP_CHARS} characters")
+        if request.stop_token_ids:
+            self._check_token_ids("stop_token_ids", request.stop_token_ids)
+        return SamplingParams(
+            **(self._sampling_defaults | given),
+            max_tokens=max_tokens,
+            seed=request.seed,
+            stop=tuple(stop),
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+        )
+
+
+def _seed(seed: int | None, i: int) -> int:
+    """Seed of the i-th choice, unsigned 64-bit: the given one counted up, else a fresh one for each."""
+    return random.getrandbits(63) if seed is None else (seed + i) % 2**64
+
+
+async def _merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """Pieces of all streams as they come. The first error ends all; closing this closes them."""
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+
+    async def drain(stream: AsyncIterator[Piece]) -> None:
+        try:
+            async for piece in stream:
+                queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
+    try:
+        num_running = len(tasks)
+        while num_running:
+            item = await queue.get()
+            if item is None:
+                num_running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

