@@ -1,0 +1,466 @@
+"""Decides which tokens of which sequences the lane computes next, and keeps their state. No torch, no Ray.
+
+The head's loop is: `schedule` → `to_plan` → send → (result arrives) → `update`. Up to `num_micro_batches`
+steps are in flight; results come back in order. Each `schedule` fills one token budget: first one token for
+each decoding sequence whose last token is known, then further chunks of prompts already begun, then new
+prompts, each first come, first served.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from itertools import chain
+from operator import attrgetter
+from typing import NamedTuple
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import SamplingParams
+from stagemesh.stages.blocks import BlockManager, require
+from stagemesh.stages.messages import SampleSpec, StepPlan
+from stagemesh.stages.sequence import Sequence, SequenceStatus
+
+MIN_SHARE_TOKENS = 256
+"""A micro-batch is not made smaller than this for balance: below it a forward pass costs about the same
+whatever its size, and cutting a short prompt in pieces would only delay its first token."""
+
+_UNUSED = array("i", [-1]).tobytes()
+
+_COUNTS = (
+    "num_running",
+    "num_waiting",
+    "queued_prefill_tokens",
+    "running_kv_tokens",
+    "num_blocks",
+    "num_free_blocks",
+    "num_preemptions",
+    "prefix_queries",
+    "prefix_hits",
+    "prompt_tokens",
+    "generation_tokens",
+)
+
+_by_arrival = attrgetter("arrival")
+
+
+class ScheduledSequence(NamedTuple):
+    """What one step computes of one sequence: tokens [start, start + num_tokens)."""
+
+    sequence: Sequence
+    block_table: array[int]
+    """The table as of scheduling; it stays valid when the sequence has lost it since."""
+    start: int
+    num_tokens: int
+    is_sampled: bool
+    """The step reaches the last known token, so that it samples the next."""
+
+
+class ScheduledStep:
+    """One step as scheduled. `to_plan` may be called at any later time and gives the same plan."""
+
+    __slots__ = ("entries", "num_tokens")
+
+    def __init__(self) -> None:
+        self.entries: list[ScheduledSequence] = []
+        self.num_tokens = 0
+
+    def to_plan(self, epoch: int, step: int) -> StepPlan:
+        max_blocks = max(len(entry.block_table) for entry in self.entries)
+        seq_ids: list[int] = []
+        query_lens, context_lens, token_ids = array("i"), array("i"), array("i")
+        tables: list[bytes] = []
+        samples: list[SampleSpec | None] = []
+        for sequence, table, start, num_tokens, is_sampled in self.entries:
+            end = start + num_tokens
+            seq_ids.append(sequence.seq_id)
+            query_lens.append(num_tokens)
+            context_lens.append(start)
+            token_ids.extend(sequence.token_ids[start:end])
+            tables.append(table.tobytes())
+            tables.append(_UNUSED * (max_blocks - len(table)))
+            samples.append(sequence.sample_spec(end) if is_sampled else None)
+        return StepPlan(
+            epoch=epoch,
+            step=step,
+            seq_ids=seq_ids,
+            query_lens=query_lens.tobytes(),
+            context_lens=context_lens.tobytes(),
+            token_ids=token_ids.tobytes(),
+            block_tables=b"".join(tables),
+            max_blocks=max_blocks,
+            samples=samples,
+        )
+
+
+class SequenceUpdate(NamedTuple):
+    """What one step brought for one sequence."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None
+    """"stop" or "length" when these were its last tokens."""
+    stop_token_id: int | None
+    """The stop or EOS id that ended it, also the last of `token_ids`."""
+    num_cached_tokens: int
+    """Prompt tokens that came from the prefix cache; the same in every update of a request."""
+
+
+class Scheduler:
+    """Continuous batching over one block pool. Used from one thread; never blocks."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        num_micro_batches: int = 1,
+        eos_token_ids: Iterable[int] = (),
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.num_micro_batches = num_micro_batches
+        self.eos_token_ids = tuple(eos_token_ids)
+        # Both are in order of arrival at all times; a preempted sequence keeps its place in that order.
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._in_flight: deque[ScheduledStep] = deque()
+        self._next_seq_id = 0
+        # Blocks that the step being built fills, by hash: published when it is closed.
+        self._filled: dict[bytes, int] = {}
+
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        """Prompt tokens looked up in the prefix cache, once per request."""
+        self.prefix_hits = 0
+        """Prompt tokens found there."""
+        self.prompt_tokens = 0
+        """Prompt tokens of the requests admitted so far."""
+        self.generation_tokens = 0
+
+    # ---- requests ------------------------------------------------------------------------------------------
+
+    def add(self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> Sequence:
+        """Queues a request. Raises ConfigError if it could never run here, or if its id is in use."""
+        num_prompt = len(prompt_token_ids)
+        if request_id in self._sequences:
+            raise ConfigError("request_id", request_id, "a request with this id is still running")
+        if num_prompt == 0:
+            raise ConfigError("prompt", [], "must hold at least one token")
+        if num_prompt >= self.max_model_len:
+            raise ConfigError(
+                "prompt",
+                "…",
+                f"its {num_prompt} tokens leave no room for an answer in max_model_len={self.max_model_len}",
+            )
+        sequence = Sequence(
+            self._next_seq_id,
+            request_id,
+            prompt_token_ids,
+            params,
+            eos_token_ids=self.eos_token_ids,
+            max_model_len=self.max_model_len,
+        )
+        # The last token is only given out, its KV is never computed. Who fits alone can always be finished:
+        # in the worst case everybody who came later is preempted for the oldest.
+        capacity = self.blocks.num_blocks * self.block_size
+        if sequence.max_num_tokens - 1 > capacity:
+            raise ConfigError(
+                "prompt",
+                "…",
+                f"its {num_prompt} tokens and max_tokens={params.max_tokens} may need "
+                f"{sequence.max_num_tokens - 1} tokens of KV cache (max_model_len={self.max_model_len}), "
+                f"there are {capacity}",
+            )
+        self._next_seq_id += 1
+        self._sequences[request_id] = sequence
+        self._waiting.append(sequence)
+        return sequence
+
+    def abort(self, request_id: str) -> None:
+        """Forgets a request and frees its blocks at once, in flight or not. Ignores an unknown id."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            sequence.finish_reason = "abort"
+            self._finish(sequence)
+
+    def recompute_all(self) -> None:
+        """The lane's KV is lost: running sequences wait again with the tokens they have, and steps in
+        flight are forgotten (their results, should they still come, must not be given to `update`)."""
+        self._in_flight.clear()
+        for sequence in self._running:
+            sequence.num_in_flight = 0
+            self._take_back(sequence)
+        self._waiting = deque(sorted([*self._running, *self._waiting], key=_by_arrival))
+        self._running.clear()
+        self.blocks.forget_contents()
+
+    # ---- one step ------------------------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledStep | None:
+        """The next step, or None when nothing can be done before a result comes back or a request arrives."""
+        if len(self._in_flight) >= self.num_micro_batches:
+            return None
+        step = ScheduledStep()
+        self._schedule_decodes(step)
+        self._schedule_prompts(step)
+        for block_hash, block in self._filled.items():
+            self.blocks.publish(block, block_hash)
+        self._filled.clear()
+        if not step.entries:
+            return None
+        self._in_flight.append(step)
+        return step
+
+    def update(self, step: ScheduledStep, token_ids: SequenceOf[int]) -> list[SequenceUpdate]:
+        """Takes the result of the oldest step in flight: one token per sampled sequence, in plan order.
+
+        Sequences aborted meanwhile are left out of the answer.
+        """
+        assert self._in_flight and self._in_flight[0] is step, "results come in plan order"
+        self._in_flight.popleft()
+        for entry in step.entries:
+            entry.sequence.num_in_flight -= 1
+        updates = []
+        sampled = [entry.sequence for entry in step.entries if entry.is_sampled]
+        for sequence, token_id in zip(sampled, token_ids, strict=True):
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            sequence.append(token_id)
+            self.generation_tokens += 1
+            if sequence.finish_reason is not None:
+                self._finish(sequence)
+            updates.append(
+                SequenceUpdate(
+                    sequence.request_id,
+                    [token_id],
+                    sequence.finish_reason,
+                    sequence.stop_token_id,
+                    sequence.num_cached_tokens,
+                )
+            )
+        return updates
+
+    def _schedule_decodes(self, step: ScheduledStep) -> None:
+        decoding = [sequence for sequence in self._running if sequence.num_uncomputed_tokens <= 1]
+        # Evenly many per micro-batch, oldest first; the others make the next one at once if one is free.
+        max_decodes = min(-(-len(decoding) // self.num_micro_batches), self.max_num_batched_tokens)
+        for sequence in decoding:
+            if len(step.entries) == max_decodes:
+                break
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted for an older one in this very loop
+            if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
+                self._schedule_tokens(step, sequence, 1)
+
+    def _schedule_prompts(self, step: ScheduledStep) -> None:
+        share = self._token_share(step)
+        for sequence in self._running:
+            if step.num_tokens >= share:
+                return
+            if sequence.num_uncomputed_tokens > 1:
+                num_tokens = min(sequence.num_uncomputed_tokens, share - step.num_tokens)
+                self._schedule_tokens(step, sequence, num_tokens)
+        while self._waiting and step.num_tokens < share and self._admit(self._waiting[0]):
+            sequence = self._waiting.popleft()
+            num_tokens = min(sequence.num_uncomputed_tokens, share - step.num_tokens)
+            self._schedule_tokens(step, sequence, num_tokens)
+
+    def _token_share(self, step: ScheduledStep) -> int:
+        """Tokens that `step` may hold, so that a backlog of prompts is spread over the micro-batches.
+
+        A long prompt cut in `num_micro_batches` chunks keeps all stages busy at once, and no heavy
+        micro-batch makes light ones behind it wait.
+        """
+        if self.num_micro_batches == 1:
+            return self.max_num_batched_tokens
+        enough = self.max_num_batched_tokens * self.num_micro_batches
+        num_tokens = step.num_tokens + sum(other.num_tokens for other in self._in_flight)
+        for sequence in chain(self._running, self._waiting):
+            if num_tokens >= enough:
+                break
+            num_tokens += sequence.num_uncomputed_tokens
+        share = -(-num_tokens // self.num_micro_batches)
+        return min(max(share, MIN_SHARE_TOKENS), self.max_num_batched_tokens)
+
+    def _schedule_tokens(self, step: ScheduledStep, sequence: Sequence, num_tokens: int) -> None:
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
+        is_sampled = end == sequence.num_tokens
+        step.entries.append(ScheduledSequence(sequence, sequence.block_table, start, num_tokens, is_sampled))
+        step.num_tokens += num_tokens
+        sequence.num_computed_tokens = end
+        sequence.num_in_flight += 1
+        first, last = start // self.block_size, end // self.block_size
+        if first < last and self.blocks.enable_prefix_caching:
+            hashes = sequence.hash_blocks(last, self.block_size)
+            for index in range(first, last):
+                self._filled.setdefault(hashes[index], sequence.block_table[index])
+
+    # ---- room for sequences --------------------------------------------------------------------------------
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Moves the first waiting sequence to the running ones, with blocks for all of its known tokens.
+
+        All of them at once, so that a prompt once begun never stops half-way for want of blocks.
+        """
+        # One spare block per running sequence, or a newcomer is preempted again at the next block boundary.
+        num_spare = len(self._running)
+        if num_spare >= self.max_num_seqs or not self.blocks.can_allocate(1 + num_spare):
+            return False
+        shared: list[int] = []
+        if self.blocks.enable_prefix_caching:
+            # At least the last token is computed: sampling needs its hidden state, and that is not cached.
+            hashes = sequence.hash_blocks((sequence.num_tokens - 1) // self.block_size, self.block_size)
+            shared = self.blocks.find_prefix(hashes)
+            if len(shared) < len(hashes) and hashes[len(shared)] in self._filled:
+                # This very step fills the block that it misses: a step later it need not be computed again.
+                return False
+        num_new = -(-sequence.num_tokens // self.block_size) - len(shared)
+        if not self.blocks.can_allocate(num_new + num_spare, shared):
+            return False
+        sequence.block_table = array("i", self.blocks.allocate(num_new, shared))
+        sequence.num_computed_tokens = len(shared) * self.block_size
+        sequence.status = SequenceStatus.RUNNING
+        insort(self._running, sequence, key=_by_arrival)
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.prompt_tokens += sequence.num_prompt_tokens
+            if self.blocks.enable_prefix_caching:
+                self.prefix_queries += sequence.num_prompt_tokens
+                self.prefix_hits += sequence.num_cached_tokens
+        return True
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for the token that `sequence` computes next, if need be by preempting who came later.
+
+        False: nobody can be preempted right now, the sequence has to wait for a step in flight.
+        """
+        if sequence.num_computed_tokens < len(sequence.block_table) * self.block_size:
+            return True
+        while not self.blocks.can_allocate(1):
+            victim = self._latest_idle()
+            if victim is None or victim.arrival <= sequence.arrival:
+                # Only ever the later one yields: the oldest sequence always gets on, so all of them end.
+                return False
+            self._preempt(victim)
+        sequence.block_table.extend(self.blocks.allocate(1))
+        return True
+
+    def _latest_idle(self) -> Sequence | None:
+        """The running sequence that came last among those in no plan, whose work would be thrown away."""
+        for sequence in reversed(self._running):
+            if sequence.num_in_flight == 0:
+                return sequence
+        return None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes its blocks; it waits with the tokens that it has. Its KV may survive as cached blocks."""
+        self._running.remove(sequence)
+        self._take_back(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        # Almost always to the very front, since who waits came later than who ran.
+        position = 0
+        while position < len(self._waiting) and self._waiting[position].arrival < sequence.arrival:
+            position += 1
+        self._waiting.insert(position, sequence)
+
+    def _take_back(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = array("i")
+        sequence.num_computed_tokens = 0
+        sequence.status = SequenceStatus.WAITING
+
+    def _finish(self, sequence: Sequence) -> None:
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self._take_back(sequence)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        del self._sequences[sequence.request_id]
+
+    # ---- what a head says about itself ---------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._sequences)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps scheduled whose result has not come."""
+        return len(self._in_flight)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.blocks.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Free or evictable."""
+        return self.blocks.num_free_blocks
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Known tokens whose KV is not scheduled yet, of waiting and of partly computed sequences."""
+        running = sum(sequence.num_uncomputed_tokens for sequence in self._running)
+        return running + sum(sequence.num_tokens for sequence in self._waiting)
+
+    @property
+    def running_kv_tokens(self) -> int:
+        """Tokens that the running sequences attend to; a shared block counts once per holder."""
+        return sum(sequence.num_computed_tokens for sequence in self._running)
+
+    def counts(self) -> dict[str, int]:
+        """The scheduler's part of a LaneDigest, by field name. O(requests)."""
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless queues, tables and block pool agree. O(blocks + tokens); for tests."""
+        self.blocks.check_integrity([sequence.block_table for sequence in self._running])
+        queues = {SequenceStatus.RUNNING: self._running, SequenceStatus.WAITING: self._waiting}
+        for status, queue in queues.items():
+            arrivals = [sequence.arrival for sequence in queue]
+            require(arrivals == sorted(set(arrivals)), f"{status}: not in order of arrival: {arrivals}")
+            require(all(sequence.status is status for sequence in queue), f"{status}: one is not")
+        queued = {sequence.request_id: sequence for sequence in (*self._running, *self._waiting)}
+        require(queued == self._sequences, "requests and queues differ")
+        require(len(self._running) <= self.max_num_seqs, "more than max_num_seqs are running")
+        require(len(self._in_flight) <= self.num_micro_batches, "too many steps in flight")
+        require(not self._filled, "blocks filled by a closed step are not published")
+        in_flight = [entry.sequence.seq_id for step in self._in_flight for entry in step.entries]
+        for sequence in queued.values():
+            name = f"sequence {sequence.seq_id}"
+            num_slots = len(sequence.block_table) * self.block_size
+            num_computed = sequence.num_computed_tokens
+            require(num_computed <= min(sequence.num_tokens, num_slots), f"{name}: computed without a slot")
+            require(sequence.num_in_flight == in_flight.count(sequence.seq_id), f"{name}: plans in flight")
+            require(sequence.num_tokens < sequence.max_num_tokens, f"{name}: is too long and still there")
+            if sequence.status is SequenceStatus.WAITING:
+                require(num_slots == 0 and sequence.num_in_flight == 0, f"{name}: waits, but has blocks")
+            if self.blocks.enable_prefix_caching:
+                num_full = num_computed // self.block_size
+                hashes = sequence.hash_blocks(num_full, self.block_size)
+                full, rest = sequence.block_table[:num_full], sequence.block_table[num_full:]
+                self.blocks.check_contents(full, hashes, rest)
