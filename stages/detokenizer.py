@@ -1,0 +1,153 @@
+"""From token ids back to text while they are generated: bytes, then whole characters, then stop strings."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from stagemesh.config.errors import ConfigError
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+
+
+class TokenBytes(dict[int, bytes]):
+    """The bytes that each token id adds to the text, worked out on first use and kept.
+
+    Streaming on bytes costs O(1) per token however the characters are cut; decoding growing windows of ids
+    with the tokenizer does not. Both decoders in use today are bytes underneath: byte-level BPE (Llama 3,
+    Qwen) and SentencePiece with byte fallback (Llama 2, Mistral). Anything else in `decoder`, the section of
+    that name in tokenizer.json, raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        decoder: Mapping[str, Any] | None,
+        token_of_id: Callable[[int], str | None],
+        skipped_ids: Collection[int] = (),
+    ) -> None:
+        super().__init__()
+        self._bytes_of_token = _bytes_of_token(decoder)
+        self._token_of_id = token_of_id
+        self._skipped_ids = frozenset(skipped_ids)
+
+    def __missing__(self, token_id: int) -> bytes:
+        # Ids past the tokenizer's own (a head padded to a round size) have no token and add nothing.
+        token = None if token_id in self._skipped_ids else self._token_of_id(token_id)
+        self[token_id] = found = b"" if token is None else self._bytes_of_token(token)
+        return found
+
+
+class IncrementalDetokenizer:
+    """Turns one answer's token ids into text, piece by piece. A partial character is held until it is whole.
+
+    All pieces joined, `finish()` included, are the UTF-8 decoding of all bytes joined: bytes that can never
+    become a character give U+FFFD where they stand, a sequence cut off by the end gives one in `finish()`.
+    A leading space is kept, because an answer continues its prompt.
+    """
+
+    __slots__ = ("_bytes_of", "_decode")
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._bytes_of = token_bytes
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """Text that became certain with these tokens, possibly empty."""
+        if len(token_ids) == 1:
+            return self._decode(self._bytes_of[token_ids[0]])
+        return self._decode(b"".join([self._bytes_of[token_id] for token_id in token_ids]))
+
+    def finish(self) -> str:
+        """What was held back; the answer has no more tokens."""
+        return self._decode(b"", True)
+
+
+class StopStrings:
+    """Cuts a stream of text before the first of some stop strings, wherever the pieces were cut.
+
+    Text that may yet turn out to begin a stop string is held back. The stop string that is complete first
+    wins; of two that are complete at the same character, the longer.
+    """
+
+    __slots__ = ("_held", "_longest", "_stops", "hit")
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""
+        self.hit = False
+        """A stop string was found; everything from its first character on was dropped."""
+
+    def feed(self, text: str) -> str:
+        """Text that is certainly before any stop string, possibly empty."""
+        if self.hit or not text:
+            return ""
+        text = self._held + text
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            self.hit = True
+            self._held = ""
+            return text[: min(found)[1]]
+        safe = self._first_possible_start(text)
+        self._held = text[safe:]
+        return text[:safe]
+
+    def finish(self) -> str:
+        """What was held back and turned out to be ordinary text."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_possible_start(self, text: str) -> int:
+        """Where the longest suffix begins that is a proper prefix of a stop string; len(text) if none is."""
+        first = len(text)
+        earliest = max(0, len(text) - self._longest + 1)
+        for stop in self._stops:
+            start = text.find(stop[0], earliest)
+            while 0 <= start < first:
+                if stop.startswith(text[start:]):
+                    first = start
+                start = text.find(stop[0], start + 1)
+        return first
+
+
+def _bytes_of_token(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
+    parts = [] if decoder is None else decoder.get("decoders", [decoder])
+    kinds = {part["type"] for part in parts}
+    if "ByteLevel" in kinds:
+        return _byte_level_bytes
+    if "ByteFallback" in kinds and kinds <= _SENTENCEPIECE_DECODERS:
+        return _sentencepiece_bytes
+    raise ConfigError(
+        "tokenizer.json: decoder",
+        sorted(kinds),
+        "only ByteLevel and SentencePiece with ByteFallback decoders are supported",
+    )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes, as byte-level BPE writes them in its vocabulary."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF_CHAR[char] for char in token])
+    except KeyError:  # an added token, written as itself
+        return token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
