@@ -23,7 +23,7 @@ class PromptTooLong(ConfigError):
 
 
 class BodyTooLarge(ConfigError):
-    """The request body exceeds the limit; the rest of it is not read."""
+    """The request body exceeds the limit."""
 
 
 class ErrorKind(msgspec.Struct, frozen=True):

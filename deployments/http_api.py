@@ -31,6 +31,9 @@ from stagemesh.deployments.openai_schema import (
 )
 from stagemesh.deployments.sse import ChatChunks, ChunkWriter, CompletionChunks, event
 
+MAX_DISCARDED_BYTES = 32 << 20
+"""How much of a body that is too large is read and thrown away before the connection is closed."""
+
 RequestT = TypeVar("RequestT", bound=InferenceRequest)
 
 
@@ -217,17 +220,24 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) ->
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge as soon as it is known to exceed the limit, without reading on."""
+    """The whole body. Raises BodyTooLarge for more than `max_bytes`, of which it keeps nothing.
+
+    A body somewhat too large is read to its end nevertheless: were it left unread, the closing server would
+    reset the connection, and the client, still sending, would see that in place of our answer.
+    """
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdecimal() else 0
-    parts = []
-    if size <= max_bytes:
+    parts: list[bytes] = []
+    if size <= max_bytes + MAX_DISCARDED_BYTES:
         size = 0
         async for part in request.stream():
-            parts.append(part)
             size += len(part)
-            if size > max_bytes:
+            if size > max_bytes + MAX_DISCARDED_BYTES:
                 break
+            if size <= max_bytes:
+                parts.append(part)
+            else:
+                parts.clear()
     if size > max_bytes:
         raise BodyTooLarge("", None, f"the request body is larger than the limit of {max_bytes} bytes")
     return b"".join(parts)
@@ -254,7 +264,7 @@ def _error_response(report: ErrorReport) -> Response:
     if report.kind.retry_after_s is not None:
         response.headers["retry-after"] = str(report.kind.retry_after_s)
     if report.kind.http_status == 413:
-        # The rest of the body is still on its way; there is no next request on this connection.
+        # The rest of the body may be on its way; there is no next request on this connection.
         response.headers["connection"] = "close"
     return response
 

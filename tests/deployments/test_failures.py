@@ -13,7 +13,7 @@ from harness import Cluster, chat, eventually
 from ray.util.state import list_actors
 
 NUM_REQUESTS = 8
-BODY = {"model": "demo", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+BODY = {"model": "demo", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
 
 
 def pids(class_part: str, name_part: str = "") -> list[int]:

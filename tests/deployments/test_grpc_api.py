@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stagemesh.deployments import grpc_api
@@ -213,3 +215,23 @@ async def test_watch_of_an_unknown_service_says_so(health):
     watch = health.Watch(health_pb2.HealthCheckRequest(service="other"))
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
     watch.cancel()
+
+
+async def test_the_generated_code_is_that_of_the_proto_file(tmp_path):
+    protoc = pytest.importorskip("grpc_tools.protoc")
+    path = Path(pb.__file__).parent
+    package = "stagemesh/deployments/proto"
+    includes = [f"-I{package}={path}", f"-I{Path(protoc.__file__).parent / '_proto'}"]
+    arguments = [
+        "protoc",
+        *includes,
+        f"--descriptor_set_out={tmp_path / 'out'}",
+        f"{package}/inference.proto",
+    ]
+    assert protoc.main(arguments) == 0
+    [current] = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "out").read_bytes()).file
+    generated = descriptor_pb2.FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
+    for file in (current, generated):
+        for field in [field for message in file.message_type for field in message.field]:
+            field.ClearField("json_name")  # only one of the two outputs writes it
+    assert generated == current, "run `make proto`"

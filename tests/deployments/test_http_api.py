@@ -11,6 +11,7 @@ import openai
 import pytest
 from starlette.applications import Starlette
 
+from stagemesh.deployments import http_api
 from stagemesh.deployments.http_api import build_http_app
 from stagemesh.deployments.lanes import LaneError
 from stagemesh.stages.messages import TokenDelta
@@ -318,11 +319,19 @@ async def test_a_body_of_two_megabytes_is_refused_by_size(http):
     assert "1048576 bytes" in response.json()["error"]["message"]
 
 
-async def test_an_unannounced_large_body_is_not_read_to_its_end(app):
+async def test_a_large_body_is_taken_in_so_that_its_sender_sees_the_answer(app):
     call = Call(app, "/v1/completions", [b"x" * 400_000] * 10)
     await call.task
     assert (await call.sent.get())["status"] == 413
-    assert call.num_parts_read == 3
+    assert call.num_parts_read == 10
+
+
+async def test_an_endless_body_is_cut_off(app, monkeypatch):
+    monkeypatch.setattr(http_api, "MAX_DISCARDED_BYTES", 1_000_000)
+    call = Call(app, "/v1/completions", [b"x" * 400_000] * 10)
+    await call.task
+    assert (await call.sent.get())["status"] == 413
+    assert call.num_parts_read == 6
 
 
 async def test_the_body_limit_leaves_room_for_the_longest_prompt(service):
