@@ -15,6 +15,8 @@ from stagemesh.deployments.stage import Stage
 
 MANY = 100_000
 """Serve's own limits on open calls are out of the way: the scheduler queues and the router bounds."""
+HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
+"""A dead replica is noticed, and its successor started, within this period; Serve's own is 10 s."""
 STAGE_AUTOSCALING = {
     "target_ongoing_requests": 1,  # one lease per replica
     "metrics_interval_s": 0.5,
@@ -44,6 +46,7 @@ def build(args: dict[str, Any]) -> Application:
                 request_router_class="stagemesh.deployments.lane_router:LaneRouter"
             ),
             graceful_shutdown_timeout_s=config.args.drain_timeout_s,
+            **HEALTH,
             **lanes,
             **_resources(config),
         )
@@ -57,6 +60,7 @@ def build(args: dict[str, Any]) -> Application:
             max_ongoing_requests=MANY,
             ray_actor_options={"num_cpus": config.args.num_cpus_per_worker},
             graceful_shutdown_timeout_s=config.args.drain_timeout_s,
+            **HEALTH,
         )
         .bind(config, head)
     )
@@ -82,6 +86,7 @@ def _stage(config: EngineConfig, stage: int) -> Application:
             max_ongoing_requests=1,
             # An idle replica has nothing to drain; a leased one is wanted until its head lets go.
             graceful_shutdown_timeout_s=config.args.drain_timeout_s,
+            **HEALTH,
             **pool,
             **_resources(config),
         )

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -86,13 +87,11 @@ class WorkerGroup:
             rank.worker = rank.watcher = None
 
     async def _bring_up(self, tp_ranks: range | list[int]) -> None:
-        who, timeout_s = f"stage {self._stage}", self._config.args.startup_timeout_s
         for tp_rank in tp_ranks:
             self._ranks[tp_rank].worker = self._spawn(tp_rank)
-        with timed(who, "placement"):
-            await self._ask("placement", tp_ranks, "pid", timeout_s)
-        with timed(who, "weights"):
-            blocks = await self._ask("weights", tp_ranks, "load", timeout_s)
+        await self._phase("placement", tp_ranks, "pid")
+        await self._phase("weights", tp_ranks, "load")
+        blocks = await self._phase("KV profile", tp_ranks, "profile")
         for tp_rank in tp_ranks:
             rank = self._ranks[tp_rank]
             rank.num_blocks = blocks[self._stage, tp_rank]
@@ -103,11 +102,13 @@ class WorkerGroup:
             num_blocks=min(rank.num_blocks for rank in self._ranks),
         )
 
-    async def _ask(
-        self, phase: str, tp_ranks: range | list[int], method: str, timeout_s: float
-    ) -> dict[tuple[int, int], int]:
+    async def _phase(
+        self, phase: str, tp_ranks: range | list[int], method: str
+    ) -> dict[tuple[int, int], Any]:
+        """Call `method` on some ranks, log the time it took, and hold it to the deadline."""
         calls = {(self._stage, r): getattr(self._ranks[r].worker, method).remote() for r in tp_ranks}
-        return await every_rank(phase, calls, timeout_s)
+        with timed(f"stage {self._stage}", phase):
+            return await every_rank(phase, calls, self._config.args.startup_timeout_s)
 
     def _spawn(self, tp_rank: int) -> ActorHandle:
         args = self._config.args

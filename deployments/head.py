@@ -18,6 +18,7 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.group import WorkerGroup
 from stagemesh.deployments.lane import Lane
+from stagemesh.deployments.phases import timed
 from stagemesh.stages.channel import RouterLinks
 from stagemesh.stages.engine import Engine
 from stagemesh.stages.messages import GenerateCall, GenerateSummary
@@ -76,7 +77,8 @@ class Head:
         done = self._engine.generate("warm-up", [0] * limit, params, "")
         timeout_s = self._config.args.startup_timeout_s
         try:
-            await asyncio.wait_for(asyncio.wrap_future(done), timeout_s)
+            with timed(f"lane {self._lane_id}", "warm-up"):
+                await asyncio.wait_for(asyncio.wrap_future(done), timeout_s)
         except TimeoutError:
             raise TimeoutError(f"lane {self._lane_id}: phase 'warm-up' took over {timeout_s:g} s") from None
 

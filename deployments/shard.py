@@ -33,9 +33,12 @@ class ShardWorker:
         """Never returns: the caller learns at once, by the error of this call, that the process has died."""
         threading.Event().wait()
 
-    def load(self) -> int:
-        """Load the weights; returns how many KV blocks this rank has room for."""
-        return self._worker.load()
+    def load(self) -> None:
+        self._worker.load()
+
+    def profile(self) -> int:
+        """How many KV blocks this rank has room for."""
+        return self._worker.profile()
 
     def open(self, epoch: int) -> Endpoints:
         return self._worker.open(epoch)

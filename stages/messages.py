@@ -131,8 +131,6 @@ class LaneDigest(msgspec.Struct, array_like=True):
     """Sum over steps and stages: inside the model. With one step in flight at a time,
     schedule_s + step_s - model_s is what a step costs outside the model."""
     block_size: int
-    sketch: bytes = b""
-    """Compact set of the block hashes held, see router/sketch; empty = none."""
 
 
 class GenerateCall(msgspec.Struct):

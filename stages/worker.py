@@ -1,7 +1,7 @@
 """One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop.
 
 Free of Ray: `deployments/shard.py` puts it into an actor, the tests into plain threads and processes.
-Life: `load` once, then for every epoch `open` → `connect` → `run`. `stop` and `progress` may be called from
+Life: `load` and `profile` once, then for every epoch `open` → `connect` → `run`. `stop` and `progress` may be called from
 another thread at any time; everything else comes from one caller at a time.
 """
 
@@ -87,11 +87,15 @@ class Worker:
         self._epoch = 0
         self._progress = (0, "created", time.monotonic())
 
-    def load(self) -> int:
-        """Load this rank's weights; returns how many KV blocks it has room for."""
+    def load(self) -> None:
+        """Load this rank's weights."""
         self._enter("weights")
         self._runner.load()
-        self._enter("kv profile")
+        self._enter("idle")
+
+    def profile(self) -> int:
+        """How many KV blocks this rank has room for beside its weights."""
+        self._enter("KV profile")
         blocks = self._runner.max_kv_blocks()
         self._enter("idle")
         return blocks

@@ -111,6 +111,8 @@ def running_cluster() -> Iterator[Cluster]:
     """Ray and Serve, behind HAProxy as the YAML files switch it on; everything is ended on leaving."""
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Behind a load balancer of its own a router must stay reachable for a while; here nobody would notice.
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0.5"
     import ray
     from ray import serve
 

@@ -1,0 +1,87 @@
+"""The processes below this one, and who holds a port. Read from Linux's /proc; elsewhere nothing is found."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+_TCP_LISTEN = "0A"  # net/tcp_states.h
+
+
+class Process(NamedTuple):
+    pid: int
+    command: str
+
+
+def adopt_orphans() -> None:
+    """From now on, a process below this one whose parent dies becomes our child, not init's."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants() -> list[int]:
+    """Pids of all living processes below this one."""
+    children = defaultdict(list)
+    for pid in _pids():
+        with contextlib.suppress(OSError, ValueError):
+            # "pid (name) state ppid …"; the name may hold anything, so count from its closing bracket
+            state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                children[int(parent)].append(pid)
+    found, todo = [], [os.getpid()]
+    while todo:
+        below = children[todo.pop()]
+        found += below
+        todo += below
+    return found
+
+
+def end_descendants(grace_s: float) -> None:
+    """Ask every process below this one to end, and kill those that have not after `grace_s` seconds."""
+    _signal(descendants(), signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while (left := descendants()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    _signal(left, signal.SIGKILL)
+
+
+def holder_of_port(port: int) -> Process | None:
+    """Who listens on a TCP port of this machine; None when it cannot be seen (another user's process)."""
+    sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            if any(os.readlink(link) in sockets for link in Path(f"/proc/{pid}/fd").iterdir()):
+                command = (
+                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
+                return Process(pid, command.strip())
+    return None
+
+
+def _listening_inodes(port: int) -> Iterator[str]:
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                columns = line.split()  # 1: local address:port in hex, 3: state, 9: inode
+                if columns[3] == _TCP_LISTEN and int(columns[1].rpartition(":")[2], 16) == port:
+                    yield columns[9]
+
+
+def _pids() -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return []
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
