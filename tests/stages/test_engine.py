@@ -1,0 +1,239 @@
+"""The engine loop against a worker that is a few lines of Python: real sockets, real plans, no model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+from model_folder import write_model_folder
+from stagemesh.config.engine import EngineArgs, EngineConfig
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import SamplingParams
+from stagemesh.stages.channel import HeadChannel, RouterLinks, bind_random_port
+from stagemesh.stages.engine import Engine
+from stagemesh.stages.messages import (
+    HeadMessage,
+    LaneDigest,
+    StepPlan,
+    StepResult,
+    StopRun,
+    TokenBatch,
+    TokenDelta,
+    WorkerStats,
+)
+
+HOST = "127.0.0.1"
+
+
+class FakeWorker:
+    """Answers each plan with (last token of the sequence + 1) mod 90 + 5: greedy, and a function of the tokens."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], channel: HeadChannel) -> None:
+        self._plans = context.socket(zmq.PULL)
+        self.address = bind_random_port(self._plans, HOST)
+        self._results = context.socket(zmq.PUSH)
+        self._results.connect(channel.address)
+        self.num_plans = 0
+        self.stopped = threading.Event()
+        self.mute = False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        decode = msgspec.msgpack.Decoder(HeadMessage).decode
+        encode = msgspec.msgpack.Encoder().encode
+        while self._plans.poll(20_000):
+            message = decode(self._plans.recv())
+            if isinstance(message, StopRun):
+                self.stopped.set()
+                break
+            self.num_plans += 1
+            if self.mute:
+                continue
+            self._results.send(encode(WorkerStats(message.epoch, 0, 1, 0.001, 0.0)))
+            self._results.send(encode(StepResult(message.epoch, message.step, next_tokens(message))))
+        self._plans.close(linger=0)
+        self._results.close(linger=0)
+
+
+def next_tokens(plan: StepPlan) -> list[int]:
+    tokens, lens = array("i", plan.token_ids), array("i", plan.query_lens)
+    ends = [sum(lens[: i + 1]) for i in range(len(lens))]
+    return [
+        (tokens[end - 1] + 1) % 90 + 5 for end, spec in zip(ends, plan.samples, strict=True) if spec is not None
+    ]
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    tokens = [prompt[-1]]
+    for _ in range(count):
+        tokens.append((tokens[-1] + 1) % 90 + 5)
+    return tokens[1:]
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.deltas: list[TokenDelta] = []
+        self.digests: list[LaneDigest] = []
+        self.gone: set[str] = set()
+
+    def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
+        if reply_to in self.gone:
+            return False
+        self.deltas += deltas
+        return True
+
+    def publish(self, digest: LaneDigest) -> None:
+        self.digests.append(digest)
+
+    def tokens(self, request_id: str) -> list[int]:
+        """In order, with the offsets checked as a router does."""
+        tokens: list[int] = []
+        for delta in self.deltas:
+            if delta.request_id == request_id:
+                assert delta.offset == len(tokens)
+                tokens += delta.token_ids
+        return tokens
+
+
+class Bench:
+    """An engine, and workers to wire it with."""
+
+    def __init__(self, folder: Path) -> None:
+        args = {"model": str(folder), "device": "cpu", "step_timeout_s": 0.5, "max_num_seqs": 8}
+        self.config = EngineConfig.resolve(EngineArgs.parse(args))
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.sink = Sink()
+        self.failures: list[tuple[int, str]] = []
+        self.failed = threading.Event()
+        self.workers: list[FakeWorker] = []
+        self.engine = Engine(self.config, "lane", self.sink, self._on_failure)
+
+    def _on_failure(self, epoch: int, reason: str) -> None:
+        self.failures.append((epoch, reason))
+        self.failed.set()
+
+    def wire(self, epoch: int, *, mute: bool = False) -> FakeWorker:
+        channel = HeadChannel(self.context, HOST)
+        worker = FakeWorker(self.context, channel)
+        worker.mute = mute
+        self.workers.append(worker)
+        channel.connect([worker.address])
+        self.engine.attach(channel, epoch, 64).result(5)
+        self.engine.set_state("serving").result(5)
+        return worker
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(write_model_folder(tmp_path))
+    yield bench
+    bench.engine.close()
+    for worker in bench.workers:
+        worker.thread.join(timeout=10)
+    bench.context.destroy(linger=0)
+
+
+def params(max_tokens: int = 20) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0, ignore_eos=True)
+
+
+def test_tokens_come_in_order_and_the_summary_counts_them(bench: Bench) -> None:
+    bench.wire(1)
+    done = [bench.engine.generate(f"r{i}", [10 + i] * 5, params(), "router") for i in range(4)]
+    for i, future in enumerate(done):
+        summary = future.result(10)
+        assert (summary.num_tokens, summary.finish_reason) == (20, "length")
+        assert bench.sink.tokens(f"r{i}") == expected([10 + i], 20)
+
+
+def test_a_request_that_cannot_run_is_refused_by_name(bench: Bench) -> None:
+    bench.wire(1)
+    with pytest.raises(ConfigError, match="max_model_len=512"):
+        bench.engine.generate("r", [5] * 600, params(), "router").result(5)
+    assert bench.engine.generate("ok", [5], params(2), "router").result(5).num_tokens == 2
+
+
+def test_a_silent_worker_fails_the_epoch_by_the_step_deadline_and_requests_go_on_in_the_next(
+    bench: Bench,
+) -> None:
+    silent = bench.wire(1, mute=True)
+    done = bench.engine.generate("r", [7, 8, 9], params(), "router")
+    assert bench.failed.wait(10)
+    assert bench.failures[0][0] == 1
+    assert "step_timeout_s=0.5" in bench.failures[0][1]
+    assert silent.stopped.wait(5), "a broken epoch is told to stop"
+    bench.wire(2)
+    assert done.result(10).num_tokens == 20
+    assert bench.sink.tokens("r") == expected([9], 20)
+
+
+def test_rewiring_in_the_middle_of_an_answer_changes_nothing_in_it(bench: Bench) -> None:
+    bench.wire(1)
+    done = bench.engine.generate("r", [7, 8, 9], params(300), "router")
+    while len(bench.sink.tokens("r")) < 40:
+        time.sleep(0.002)
+    bench.engine.detach("healing").result(5)
+    bench.wire(2)
+    assert done.result(20).num_tokens == 300
+    assert bench.sink.tokens("r") == expected([9], 300)
+
+
+def test_an_aborted_request_ends_and_frees_its_blocks(bench: Bench) -> None:
+    bench.wire(1)
+    done = bench.engine.generate("r", [7, 8, 9], params(500), "router")
+    while not bench.sink.tokens("r"):
+        time.sleep(0.002)
+    bench.engine.abort("r").result(5)
+    assert done.result(5).finish_reason == "abort"
+    digest = bench.engine.digest().result(5)
+    assert (digest.num_running, digest.num_free_blocks) == (0, digest.num_blocks)
+
+
+def test_requests_of_a_router_that_is_gone_are_given_up(bench: Bench) -> None:
+    bench.sink.gone.add("dead router")
+    bench.wire(1)
+    assert bench.engine.generate("r", [7], params(500), "dead router").result(5).finish_reason == "abort"
+
+
+def test_digests_tell_the_state_and_come_even_when_idle(bench: Bench) -> None:
+    bench.wire(1)
+    seen = len(bench.sink.digests)
+    time.sleep(1.5)
+    assert len(bench.sink.digests) > seen
+    assert bench.sink.digests[-1].state == "serving"
+    assert bench.sink.digests[-1].epoch == 1
+
+
+def test_closing_fails_what_still_waits(bench: Bench) -> None:
+    bench.wire(1, mute=True)
+    done = bench.engine.generate("r", [7], params(), "router")
+    bench.engine.close()
+    bench.engine.close()
+    with pytest.raises(RuntimeError, match="shut down"):
+        done.result(5)
+
+
+def test_router_links_send_one_message_per_step_and_digests_to_whoever_listens() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    links = RouterLinks(context, HOST, "lane")
+    router, listener = context.socket(zmq.PULL), context.socket(zmq.SUB)
+    address = bind_random_port(router, HOST)
+    listener.setsockopt(zmq.SUBSCRIBE, b"")
+    listener.connect(links.digest_address)
+    deltas = [TokenDelta("a", 0, [1]), TokenDelta("b", 3, [2], "stop", 2)]
+    assert links.emit(address, deltas)
+    assert router.poll(5000)
+    assert msgspec.msgpack.decode(router.recv(), type=TokenBatch) == TokenBatch("lane", deltas)
+    assert links.emit("", deltas), "the head's own warm-up has nobody to tell"
+    links.close()
+    links.close()
+    router.close(linger=0)
+    listener.close(linger=0)
+    context.term()
