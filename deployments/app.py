@@ -32,9 +32,7 @@ def build(args: dict[str, Any]) -> Application:
     config = EngineConfig.resolve(EngineArgs.parse(args))
     autoscaling = config.args.autoscaling_config
     lanes: dict[str, Any] = (
-        {"num_replicas": config.args.data_parallel_size}
-        if autoscaling is None
-        else {"autoscaling_config": autoscaling}
+        {"num_replicas": config.args.data_parallel_size} if autoscaling is None else {"autoscaling_config": autoscaling}
     )
     later_stages = [_stage(config, stage) for stage in range(1, config.plan.pp_size)]
     head = (

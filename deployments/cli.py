@@ -79,9 +79,7 @@ def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
         try:
             args["autoscaling_config"] = json.loads(args["autoscaling_config"])
         except ValueError as error:
-            raise ConfigError(
-                "autoscaling_config", args["autoscaling_config"], f"is not JSON: {error}"
-            ) from None
+            raise ConfigError("autoscaling_config", args["autoscaling_config"], f"is not JSON: {error}") from None
     EngineArgs.parse(args)
     # Replicas have another working directory, and clients should not have to know ours.
     args.setdefault("served_model_name", model)
@@ -133,9 +131,7 @@ def _with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    _with_engine_options(serve)
-)
+cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_with_engine_options(serve))
 
 if __name__ == "__main__":
     main()

@@ -102,9 +102,7 @@ class WorkerGroup:
             num_blocks=min(rank.num_blocks for rank in self._ranks),
         )
 
-    async def _phase(
-        self, phase: str, tp_ranks: range | list[int], method: str
-    ) -> dict[tuple[int, int], Any]:
+    async def _phase(self, phase: str, tp_ranks: range | list[int], method: str) -> dict[tuple[int, int], Any]:
         """Call `method` on some ranks, log the time it took, and hold it to the deadline."""
         calls = {(self._stage, r): getattr(self._ranks[r].worker, method).remote() for r in tp_ranks}
         with timed(f"stage {self._stage}", phase):
@@ -116,7 +114,7 @@ class WorkerGroup:
             placement_group=ray.util.get_current_placement_group(),
             placement_group_bundle_index=1 + tp_rank,  # bundle 0 is the replica's own
         )
-        return ShardWorker.options(
+        return ShardWorker.options(  # type: ignore[attr-defined]  # ray.remote adds it
             num_cpus=args.num_cpus_per_worker,
             num_gpus=1 if self._config.device == "cuda" else 0,
             scheduling_strategy=strategy,
@@ -147,9 +145,7 @@ class WorkerGroup:
                         rank.worker = None
                 await asyncio.sleep(RESPAWN_PAUSE_S)
 
-    async def _set_state(
-        self, workers: tuple[ActorHandle, ...] = (), num_blocks: int = 0, reason: str = ""
-    ) -> None:
+    async def _set_state(self, workers: tuple[ActorHandle, ...] = (), num_blocks: int = 0, reason: str = "") -> None:
         complete = workers if len(workers) == len(self._ranks) else ()
         async with self._changed:
             self._state = GroupState(self._state.generation + 1, complete, num_blocks, reason)

@@ -126,9 +126,7 @@ class GrpcApi:
 
     async def Models(self, request: pb.ModelsRequest, grpc_context: GrpcContext) -> pb.ModelsResponse:
         cards = self.inference_service.models()
-        return pb.ModelsResponse(
-            models=[pb.Model(id=card.id, max_model_len=card.max_model_len) for card in cards]
-        )
+        return pb.ModelsResponse(models=[pb.Model(id=card.id, max_model_len=card.max_model_len) for card in cards])
 
     async def Check(self, request: HealthCheckRequest, grpc_context: GrpcContext) -> HealthCheckResponse:
         """grpc.health.v1: SERVING while some lane can generate."""

@@ -31,7 +31,9 @@ WARM_UP_TOKENS = 8
 class Head:
     """One replica is one lane: it leases a replica of every later stage, wires them, and runs the engine."""
 
-    async def __init__(self, config: EngineConfig, *later_stages: DeploymentHandle[Any]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: EngineConfig, *later_stages: DeploymentHandle[Any]
+    ) -> None:
         self._config = config
         self._decode_params = msgspec.msgpack.Decoder(SamplingParams).decode
         self._lane_id = serve.get_replica_context().replica_id.unique_id
@@ -40,17 +42,19 @@ class Head:
         self._group = WorkerGroup(config, 0)
         self._lane: Lane | None = None
         loop = asyncio.get_running_loop()
+
+        def on_failure(epoch: int, reason: str) -> None:  # in the engine's thread
+            loop.call_soon_threadsafe(self._step_failed, epoch, reason)
+
         self._engine = Engine(
             config,
             self._lane_id,
             self._links,
-            lambda epoch, reason: loop.call_soon_threadsafe(self._step_failed, epoch, reason),
+            on_failure,
         )
         try:
             await self._group.start()
-            self._lane = Lane(
-                config, self._lane_id, self._context, self._group, list(later_stages), self._engine
-            )
+            self._lane = Lane(config, self._lane_id, self._context, self._group, list(later_stages), self._engine)
             await self._lane.start()
             await self._warm_up()
             logger.info(

@@ -141,9 +141,7 @@ class Answer(Response):
 class WholeAnswer(Answer):
     """The answer as one JSON object, when it is complete."""
 
-    def __init__(
-        self, generation: Generation, whole: Callable[[Generation, list[str]], msgspec.Struct]
-    ) -> None:
+    def __init__(self, generation: Generation, whole: Callable[[Generation, list[str]], msgspec.Struct]) -> None:
         super().__init__(generation)
         self._whole = whole
 

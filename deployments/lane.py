@@ -17,7 +17,7 @@ from stagemesh.deployments.group import GroupState, WorkerGroup
 from stagemesh.deployments.phases import PhaseError, Rank, every_rank, timed
 from stagemesh.stages.channel import HeadChannel
 from stagemesh.stages.engine import Engine
-from stagemesh.stages.worker import Wiring
+from stagemesh.stages.wiring import Wiring
 
 logger = logging.getLogger("ray.serve")
 
@@ -82,9 +82,7 @@ class Lane:
             return
         broken_s = time.monotonic() - self._broken_since
         if broken_s > 3 * self._config.args.startup_timeout_s:
-            raise RuntimeError(
-                f"lane {self._lane} has been broken for {broken_s:.0f} s: {self._waiting_for()}"
-            )
+            raise RuntimeError(f"lane {self._lane} has been broken for {broken_s:.0f} s: {self._waiting_for()}")
 
     def close(self) -> None:
         """End the leases; safe to call twice."""
@@ -137,8 +135,7 @@ class Lane:
                 with timed(f"lane {self._lane}", f"rendezvous of epoch {self._epoch}"):
                     channel = await self._wire(workers, min(state.num_blocks for state in states))
                 runs = {
-                    rank: asyncio.ensure_future(_as_coroutine(worker.run.remote()))
-                    for rank, worker in workers.items()
+                    rank: asyncio.ensure_future(_as_coroutine(worker.run.remote())) for rank, worker in workers.items()
                 }
                 await asyncio.wrap_future(self._engine.attach(channel, self._epoch, self.num_blocks))
                 await asyncio.wrap_future(self._engine.set_state("serving"))

@@ -94,7 +94,8 @@ class RayLaneClient:
             delta = None
         if delta is None:
             raise LaneError(
-                "internal", f"the last of {summary.num_tokens} tokens did not come in {LAST_TOKENS_TIMEOUT_S:g} s"
+                "internal",
+                f"the last of {summary.num_tokens} tokens did not come in {LAST_TOKENS_TIMEOUT_S:g} s",
             )
         queue.put_nowait(None)  # more may be on its way
         return delta

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Literal, Protocol
 
 from stagemesh.config.sampling import SamplingParams
@@ -27,26 +27,18 @@ class LaneError(RuntimeError):
         return self.message
 
 
-class TokenStream(Protocol):
-    """The answer of one request as it is generated. It ends after the delta that has a finish_reason.
+TokenStream = AsyncGenerator[TokenDelta, None]
+"""The answer of one request as it is generated. It ends after the delta that has a finish_reason.
 
-    `aclose()`, also by cancelling the task that waits in `__anext__`, aborts the request in its lane at once.
-    Closing twice, or after the end, does nothing.
-    """
-
-    def __aiter__(self) -> TokenStream: ...
-
-    def __anext__(self) -> Awaitable[TokenDelta]: ...
-
-    def aclose(self) -> Awaitable[object]: ...
+`aclose()`, also by cancelling the task that waits in `__anext__`, aborts the request in its lane at once.
+Closing twice, or after the end, does nothing.
+"""
 
 
 class LaneClient(Protocol):
     """All lanes behind one door. Called from one event loop only."""
 
-    def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> TokenStream:
+    def generate(self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str) -> TokenStream:
         """Choose a lane and start the request there, at the latest when the first delta is awaited.
 
         `params.seed` is definite. Raises LaneError, here or while iterating.

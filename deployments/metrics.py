@@ -67,9 +67,7 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
-        self.finished = {
-            reason: finished.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")
-        }
+        self.finished = {reason: finished.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
 
     def render(self) -> bytes:
         """The Prometheus text format."""

@@ -146,9 +146,7 @@ class CompletionRequest(InferenceRequest):
                 return [prompt]
             if _all_of(str, prompt) or (_all_of(list, prompt) and all(_all_of(int, p) for p in prompt)):
                 return prompt
-        allowed = (
-            "a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
-        )
+        allowed = "a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
         raise ConfigError("prompt", prompt, f"must be {allowed}")
 
 

@@ -29,17 +29,13 @@ class PhaseError(RuntimeError):
         return type(self), (self.phase, self.failures)
 
 
-async def every_rank(
-    phase: str, calls: Mapping[Rank, Awaitable[Answer]], timeout_s: float
-) -> dict[Rank, Answer]:
+async def every_rank(phase: str, calls: Mapping[Rank, Awaitable[Answer]], timeout_s: float) -> dict[Rank, Answer]:
     """Wait for one answer per rank. As soon as one fails, or at the deadline, raises PhaseError.
 
     Where one rank's failure makes the others wait for ever, the first failure is the one worth naming.
     """
     tasks = {rank: asyncio.ensure_future(call) for rank, call in calls.items()}
-    _, pending = await asyncio.wait(
-        tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
-    )
+    _, pending = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
     failures: dict[Rank, str] = {}
     for rank, task in tasks.items():
         if task in pending:
@@ -47,9 +43,7 @@ async def every_rank(
         elif (error := task.exception()) is not None:
             failures[rank] = f"{type(error).__name__}: {_first_lines(str(error))}"
     if not failures:
-        failures = {
-            rank: f"no answer within {timeout_s:g} s" for rank, task in tasks.items() if task in pending
-        }
+        failures = {rank: f"no answer within {timeout_s:g} s" for rank, task in tasks.items() if task in pending}
     if failures:
         raise PhaseError(phase, failures)
     return {rank: task.result() for rank, task in tasks.items()}

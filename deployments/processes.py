@@ -59,9 +59,7 @@ def holder_of_port(port: int) -> Process | None:
     for pid in _pids():
         with contextlib.suppress(OSError):
             if any(os.readlink(link) in sockets for link in Path(f"/proc/{pid}/fd").iterdir()):
-                command = (
-                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 return Process(pid, command.strip())
     return None
 

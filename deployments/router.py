@@ -21,7 +21,9 @@ from stagemesh.stages.tokenizer import Tokenizer
 class Router(GrpcApi):
     """Validates, tokenizes, picks a lane, streams text. Any number of replicas; they share nothing."""
 
-    async def __init__(self, config: EngineConfig, heads: DeploymentHandle[Any]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: EngineConfig, heads: DeploymentHandle[Any]
+    ) -> None:
         self._lanes = RayLaneClient(heads, VIEW)
         self._lanes.start()
         self.inference_service = InferenceService(

@@ -1,4 +1,7 @@
-"""The ShardWorker actor: one rank of one stage in a process of its own."""
+"""The ShardWorker actor: one rank of one stage in a process of its own.
+
+The head imports this file to make the actors; torch is imported in theirs only.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import ray
 from ray.actor import ActorHandle
 
 from stagemesh.config.engine import EngineConfig
-from stagemesh.deployments.object_store import Mailbox, ObjectStoreTransport
-from stagemesh.stages.worker import Endpoints, Progress, Wiring, Worker
+from stagemesh.deployments.mailbox import Mailbox, Raw
+from stagemesh.stages.wiring import Endpoints, Progress, Wiring
 
 MAX_CONCURRENCY = 8
 """Threads of the actor: `watch` and `run` hold one each, the rest answer `stop`, `progress` and `deliver`."""
@@ -21,6 +24,8 @@ class ShardWorker:
     """A thin shell around `stages.worker.Worker`; made, watched and replaced by a `WorkerGroup`."""
 
     def __init__(self, config: EngineConfig, stage: int, tp_rank: int) -> None:
+        from stagemesh.stages.worker import Worker
+
         limit_threads(config)
         self._config = config
         self._worker = Worker(config, stage, tp_rank, ray.util.get_node_ip_address())
@@ -46,6 +51,8 @@ class ShardWorker:
     def connect(self, wiring: Wiring, next_worker: ActorHandle | None) -> None:
         """Join the lane. `next_worker`: the same rank of the next stage, for the object store."""
         if self._config.transport == "object_store":
+            from stagemesh.deployments.object_store import ObjectStoreTransport
+
             self._mailbox.open(wiring.epoch)
             self._worker.connect(
                 wiring,
@@ -65,7 +72,7 @@ class ShardWorker:
     def progress(self) -> Progress:
         return self._worker.progress()
 
-    def deliver(self, epoch: int, step: int, hidden: object) -> None:
+    def deliver(self, epoch: int, step: int, hidden: Raw) -> None:
         """Activations from the stage before, by the object store."""
         self._mailbox.put(epoch, step, hidden)
 

@@ -14,9 +14,7 @@ from stagemesh.deployments.inference import Generation, Piece
 _json = msgspec.json.encode
 
 DONE = b"data: [DONE]\n\n"
-_FINISH = {
-    reason: b',"logprobs":null,"finish_reason":' + _json(reason) + b"}" for reason in (None, "stop", "length")
-}
+_FINISH = {reason: b',"logprobs":null,"finish_reason":' + _json(reason) + b"}" for reason in (None, "stop", "length")}
 
 
 def event(content: Any) -> bytes:

@@ -22,7 +22,7 @@ class Stage:
     """Stages k >= 1. `max_ongoing_requests=1`: an open `hold_lane` call is the lease, and Serve's own
     queueing and autoscaling make the pool of free replicas follow the number of heads."""
 
-    async def __init__(self, config: EngineConfig, stage: int) -> None:
+    async def __init__(self, config: EngineConfig, stage: int) -> None:  # type: ignore[misc]  # Serve awaits it
         self._stage = stage
         self._group = WorkerGroup(config, stage)
         try:

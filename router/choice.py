@@ -85,9 +85,7 @@ class LaneChooser:
             raise NoLane("no lane is running")
         best = min(_RANKS[lane.state] for lane in lanes.values())
         ready = {name: lane for name, lane in lanes.items() if _RANKS[lane.state] == best}
-        bound = load_bound(
-            (lane.tokens for lane in ready.values()), len(prompt_token_ids), self._slack_tokens
-        )
+        bound = load_bound((lane.tokens for lane in ready.values()), len(prompt_token_ids), self._slack_tokens)
         clockwise = [name for name in self._ring.lanes_from(prefix_key(prompt_token_ids)) if name in lanes]
         eligible = [name for name in clockwise if name in ready and lanes[name].tokens <= bound]
         first = eligible[0]

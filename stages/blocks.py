@@ -146,9 +146,7 @@ class BlockManager:
     def check_contents(self, full: Sequence[int], hashes: Sequence[bytes], unfinished: Sequence[int]) -> None:
         """Raises AssertionError unless what is published of a table is full, and under its own hash."""
         for block, block_hash in zip(full, hashes, strict=True):
-            require(
-                self._hashes[block] in (None, block_hash), f"block {block} is published as something else"
-            )
+            require(self._hashes[block] in (None, block_hash), f"block {block} is published as something else")
         for block in unfinished:
             require(self._hashes[block] is None, f"block {block} is published before it is full")
             require(self._ref_counts[block] == 1, f"block {block} is shared before it is full")

@@ -6,6 +6,8 @@ order, blocks nobody and queues what is sent before the peer has connected.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import zmq
 
@@ -24,7 +26,7 @@ class ChannelClosed(RuntimeError):
     """A peer can no longer be reached, or the message would not fit its queue."""
 
 
-def bind_random_port(socket: zmq.Socket[bytes], host: str) -> str:
+def bind_random_port(socket: zmq.Socket[Any], host: str) -> str:
     """Bind to a free port of `host` (a private address of this machine) and return the full address."""
     port = socket.bind_to_random_port(f"tcp://{host}")
     return f"tcp://{host}:{port}"
@@ -59,7 +61,7 @@ class HeadChannel:
 
     def receive(self) -> list[WorkerMessage]:
         """All messages that have arrived; never waits."""
-        messages = []
+        messages: list[WorkerMessage] = []
         while True:
             try:
                 data = self.results.recv(zmq.NOBLOCK)

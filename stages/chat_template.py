@@ -49,9 +49,7 @@ class ChatTemplate:
         except Exception as error:
             # A template is a program: on input that it did not foresee it may raise anything.
             reason = str(error) or type(error).__name__
-            raise ConfigError(
-                "messages", messages, f"the model's chat template refuses them: {reason}"
-            ) from error
+            raise ConfigError("messages", messages, f"the model's chat template refuses them: {reason}") from error
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
@@ -82,9 +80,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML, which would put &lt; into prompts.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -113,6 +109,4 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _refuse_underscore(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(
-            f"a namespace attribute must not begin with an underscore: {name!r}"
-        )
+        raise jinja2.exceptions.SecurityError(f"a namespace attribute must not begin with an underscore: {name!r}")

@@ -28,6 +28,7 @@ from stagemesh.stages.scheduler import ScheduledStep, Scheduler, SequenceUpdate
 
 logger = logging.getLogger(__name__)
 
+SHUT_DOWN = "the lane was shut down"
 DIGEST_MIN_PERIOD_S = 0.1
 DIGEST_HEARTBEAT_S = 1.0
 """A digest goes out at least this often, so that its absence means something."""
@@ -108,6 +109,9 @@ class Engine:
     def call(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
         """Run `function(*args)` in the engine's thread between two steps."""
         future: Future[Result] = Future()
+        if self._closed:
+            future.set_exception(RuntimeError(SHUT_DOWN))
+            return future
 
         def command() -> None:
             try:
@@ -136,7 +140,10 @@ class Engine:
             self._requests[request_id] = _Request(reply_to, done)
             self._digest_due = True
 
-        self.call(add)
+        if self._closed:
+            done.set_exception(RuntimeError(SHUT_DOWN))
+        else:
+            self.call(add)
         return done
 
     def abort(self, request_id: str) -> Future[None]:
@@ -178,9 +185,9 @@ class Engine:
                 self._guarded(self._check_deadline)
         finally:
             self._detach("stopped")
-            for request in list(self._requests.values()):
-                request.done.set_exception(RuntimeError("the lane was shut down"))
             self._run_commands()
+            for request in self._requests.values():
+                request.done.set_exception(RuntimeError(SHUT_DOWN))
             os.close(self._wake)
 
     def _run_commands(self) -> None:
@@ -208,7 +215,7 @@ class Engine:
             poller.register(self._wired.channel.results, zmq.POLLIN)
         period = DIGEST_MIN_PERIOD_S if self._digest_due else DIGEST_HEARTBEAT_S
         left = max(0.0, self._digest_at + period - time.monotonic())
-        for handle, _ in poller.poll(1000 * left + 1):
+        for handle, _ in poller.poll(int(1000 * left) + 1):
             if handle == self._wake:
                 os.eventfd_read(self._wake)
 

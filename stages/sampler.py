@@ -1,11 +1,11 @@
 """Choosing the next token of every sequence of a step.
 
-Randomness is a pure function of (seed, position): one uniform number per row, and the token is where it falls in
-the cumulative distribution, in token-id order, over the tokens that are kept. What a row gets does not depend on the
-rows beside it.
+Randomness is a pure function of (seed, position): one uniform number per row, and the token is where it falls
+in the cumulative distribution, in token-id order, over the tokens that are kept. What a row gets does not
+depend on the rows beside it.
 
-Kept are the tokens whose logit reaches a threshold; the limits apply in vLLM's order, each to what the one before left:
-temperature, min_p, top_k, top_p. Tokens that tie with the threshold are kept.
+Kept are the tokens whose logit reaches a threshold; the limits apply in vLLM's order, each to what the one
+before left: temperature, min_p, top_k, top_p. Tokens that tie with the threshold are kept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,12 +29,20 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
     for row, spec in enumerate(specs):
         if spec.banned_token_ids:
             logits[row, spec.banned_token_ids] = -math.inf
-    chosen = logits.argmax(-1)
+    chosen = _argmax(logits)
     random_rows = [row for row, spec in enumerate(specs) if spec.temperature > 0.0]
     if random_rows:
         chosen[random_rows] = _draw(logits[random_rows], [specs[row] for row in random_rows])
     token_ids: list[int] = chosen.tolist()
     return token_ids
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """int64 [n]; the lowest id where several are equal."""
+    if logits.device.type == "cpu":
+        # numpy's is vectorised: 0.2 ms for 32 rows of 49152 in bf16, torch's takes 5.6 ms.
+        return torch.from_numpy(logits.float().numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -51,14 +60,14 @@ def _mix(x: int) -> int:
 
 def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     """[n, vocab] → int64 [n]. In float64: rounding must not decide between a token and its neighbour."""
-    temperatures = _column([spec.temperature for spec in specs], logits)
-    # The likeliest token's logit becomes 0 before the division, so that a tiny temperature cannot overflow.
     scores = logits.double()
-    scores = scores.sub_(scores.amax(-1, keepdim=True)).div_(temperatures)
-    threshold = _threshold(scores, specs)
+    # The likeliest token's logit becomes 0 before the division, so that a tiny temperature cannot overflow.
+    scores.sub_(scores.amax(-1, keepdim=True)).div_(_column([spec.temperature for spec in specs], logits))
     weights = scores.exp()
-    if threshold is not None:
-        weights.masked_fill_(scores < threshold, 0.0)
+    for limit in (_min_p, _top_k, _top_p):
+        least = limit(scores, weights, specs)
+        if least is not None:
+            weights.masked_fill_(scores < least, 0.0)
     cumulative = weights.cumsum_(-1)
     total = cumulative[:, -1:]
     target = _column([uniform(spec.seed, spec.position) for spec in specs], logits) * total
@@ -67,44 +76,56 @@ def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
-def _threshold(scores: Tensor, specs: Sequence[SampleSpec]) -> Tensor | None:
-    """[n, 1]: the least score that is kept in each row; None when every row keeps everything."""
-    threshold = None
-    if any(spec.min_p > 0.0 for spec in specs):
-        threshold = _column([math.log(s.min_p) if s.min_p > 0.0 else -math.inf for s in specs], scores)
-    top_ks = [s.top_k if 0 < s.top_k < scores.shape[-1] else 0 for s in specs]
-    if any(top_ks):
-        best = scores.topk(max(top_ks), -1).values
-        last = torch.tensor([[max(k - 1, 0)] for k in top_ks], device=scores.device)
-        off = torch.tensor([[k == 0] for k in top_ks], device=scores.device)
-        threshold = _greater(threshold, best.gather(-1, last).masked_fill_(off, -math.inf))
-    if any(spec.top_p < 1.0 for spec in specs):
-        threshold = _greater(threshold, _nucleus(scores, threshold, [s.top_p for s in specs]))
-    return threshold
+# Each limit: scores and the weights that the limits before it left, [n, vocab] → the least score that a row
+# keeps, [n, 1], -inf where the row has no such limit; None when no row has.
 
 
-def _nucleus(scores: Tensor, threshold: Tensor | None, top_ps: Sequence[float]) -> Tensor:
-    """[n, 1]: the least score within the smallest set of the likeliest tokens whose mass reaches top_p."""
-    vocab_size = scores.shape[-1]
-    kept = scores if threshold is None else scores.masked_fill(scores < threshold, -math.inf)
-    # A running sum, because its rounding does not depend on how many rows there are.
-    mass = kept.exp().cumsum_(-1)[:, -1:] * _column(top_ps, scores)
-    num_candidates = min(_NUCLEUS_CANDIDATES, vocab_size)
-    while True:
-        best = kept.topk(num_candidates, -1).values
+def _min_p(scores: Tensor, weights: Tensor, specs: Sequence[SampleSpec]) -> Tensor | None:
+    if all(spec.min_p == 0.0 for spec in specs):
+        return None
+    return _column([math.log(spec.min_p) if spec.min_p > 0.0 else -math.inf for spec in specs], scores)
+
+
+def _top_k(scores: Tensor, weights: Tensor, specs: Sequence[SampleSpec]) -> Tensor | None:
+    is_on = [0 < spec.top_k < scores.shape[-1] for spec in specs]
+    if not any(is_on):
+        return None
+    counts = [spec.top_k if on else 1 for spec, on in zip(specs, is_on, strict=True)]
+    last = torch.tensor(counts, device=scores.device)[:, None] - 1
+    return _where(is_on, _likeliest(scores, max(counts)).gather(-1, last))
+
+
+def _top_p(scores: Tensor, weights: Tensor, specs: Sequence[SampleSpec]) -> Tensor | None:
+    is_on = [spec.top_p < 1.0 for spec in specs]
+    if not any(is_on):
+        return None
+    # Running sums throughout, because their rounding does not depend on how many rows there are.
+    mass = weights.cumsum(-1)[:, -1:] * _column([spec.top_p for spec in specs], scores)
+    best = _likeliest(scores, _NUCLEUS_CANDIDATES)
+    reached = best.exp().cumsum_(-1)
+    if bool((reached[:, -1:] < mass).any()):
+        best = _likeliest(scores, scores.shape[-1])
         reached = best.exp().cumsum_(-1)
-        if num_candidates == vocab_size or bool((reached[:, -1:] >= mass).all()):
-            break
-        num_candidates = min(num_candidates * 8, vocab_size)
-    # The last token of the nucleus is the first at which the sum reaches the mass.
-    last = (reached < mass).sum(-1, keepdim=True).clamp_(max=num_candidates - 1)
-    nucleus = best.gather(-1, last)
-    off = torch.tensor([[p >= 1.0] for p in top_ps], device=scores.device)
-    return nucleus.masked_fill_(off, -math.inf)
+    # The nucleus ends with the first token at which the sum reaches the mass. Tokens that an earlier limit
+    # removed come behind all that are left, so they cannot disturb the sum before it gets there.
+    last = (reached < mass).sum(-1, keepdim=True).clamp_(max=best.shape[-1] - 1)
+    return _where(is_on, best.gather(-1, last))
 
 
-def _greater(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else torch.maximum(a, b)
+def _where(is_on: Sequence[bool], least: Tensor) -> Tensor:
+    """`least` [n, 1], with -inf where the limit is off."""
+    return least.masked_fill_(~torch.tensor(is_on, device=least.device)[:, None], -math.inf)
+
+
+def _likeliest(scores: Tensor, count: int) -> Tensor:
+    """The `count` highest scores of each row, or all there are, falling."""
+    vocab_size = scores.shape[-1]
+    if count < vocab_size:
+        return scores.topk(count, -1).values
+    if scores.device.type == "cpu":
+        # numpy's sort is vectorised: 2 ms for a row of 49152, torch's takes 5.
+        return torch.from_numpy(np.sort(scores.numpy(), -1)).flip(-1)
+    return scores.sort(-1, descending=True).values
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

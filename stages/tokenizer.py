@@ -29,9 +29,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.chat_template = (
-            None if chat_template is None else ChatTemplate(chat_template, special_tokens or {})
-        )
+        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, special_tokens or {})
         # Its pickled state is that section of tokenizer.json; `to_str` would write the whole vocabulary.
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         special_ids = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
@@ -54,9 +52,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError("tokenizer.json", str(path), f"cannot be read: {error}") from error
-        settings = _read_json(folder / "special_tokens_map.json") | _read_json(
-            folder / "tokenizer_config.json"
-        )
+        settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
         return cls(
             backend,
             chat_template=_read_chat_template(folder, settings),
@@ -76,9 +72,7 @@ class Tokenizer:
     ) -> str:
         """The conversation as prompt text; encode it without special tokens, the template wrote them."""
         if self.chat_template is None:
-            raise ConfigError(
-                "messages", messages, "this model has no chat template; use completions instead"
-            )
+            raise ConfigError("messages", messages, "this model has no chat template; use completions instead")
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:

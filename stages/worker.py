@@ -11,12 +11,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import zmq
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from stagemesh.config.engine import EngineConfig
 from stagemesh.stages.channel import WorkerChannel
@@ -24,45 +24,11 @@ from stagemesh.stages.collectives import DistGroup, SingleRank, TensorGroup
 from stagemesh.stages.messages import StepPlan, StepResult, StopRun, WorkerStats
 from stagemesh.stages.runner import ModelRunner
 from stagemesh.stages.transport import ActivationTransport, DistTransport, NoTransport
+from stagemesh.stages.wiring import Endpoints, Progress, Wiring
 
 POLL_MS = 100
 """How soon an idle worker sees that it was stopped."""
 STATS_PERIOD_S = 1.0
-
-
-@dataclass(frozen=True)
-class Endpoints:
-    """What a worker opened for an epoch."""
-
-    plan_address: str
-    store_port: int | None
-    """Port of the rendezvous store; only from global rank 0."""
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """A worker's place in the lane for one epoch."""
-
-    epoch: int
-    store_host: str
-    store_port: int
-    results_to: str
-    """Address of the head's result socket."""
-    num_blocks: int
-    """KV blocks of the lane: the least that any of its ranks has room for."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a worker is, for whoever must name the one that is stuck."""
-
-    stage: int
-    tp_rank: int
-    epoch: int
-    step: int
-    phase: str
-    seconds: float
-    """Time in this phase so far."""
 
 
 class Worker:
@@ -80,7 +46,7 @@ class Worker:
         self._context = zmq.Context()
         self._runner = ModelRunner(config, stage, tp_rank, self._device)
         self._channel: WorkerChannel | None = None
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._transport: ActivationTransport = NoTransport()
         self._num_blocks = 0
         self._stop = threading.Event()
@@ -108,15 +74,11 @@ class Worker:
         self._channel = WorkerChannel(self._context, self._host)
         port = None
         if self._rank == 0 and self._world_size > 1:
-            self._store = dist.TCPStore(
-                self._host, 0, self._world_size, is_master=True, wait_for_workers=False
-            )
+            self._store = TCPStore(self._host, 0, self._world_size, is_master=True, wait_for_workers=False)
             port = self._store.port
         return Endpoints(self._channel.address, port)
 
-    def connect(
-        self, wiring: Wiring, make_transport: Callable[[], ActivationTransport] | None = None
-    ) -> None:
+    def connect(self, wiring: Wiring, make_transport: Callable[[], ActivationTransport] | None = None) -> None:
         """Join the lane: process groups, transport, KV cache. Every rank of the lane must call it at once.
 
         `make_transport` replaces the default point-to-point transport. Raises what `torch.distributed` raises
@@ -144,7 +106,7 @@ class Worker:
         if self._world_size == 1:
             return SingleRank()
         if self._store is None:
-            self._store = dist.TCPStore(
+            self._store = TCPStore(
                 wiring.store_host,
                 wiring.store_port,
                 self._world_size,
@@ -153,7 +115,7 @@ class Worker:
             )
         dist.init_process_group(
             backend="nccl" if self._device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"epoch-{wiring.epoch}", self._store),
+            store=PrefixStore(f"epoch-{wiring.epoch}", self._store),
             rank=self._rank,
             world_size=self._world_size,
             timeout=timedelta(seconds=self._config.args.step_timeout_s),
@@ -260,9 +222,7 @@ class _RunLoop:
         self._stats_sent = time.monotonic()
         if self._num_steps == 0 or not self._is_rank0:
             return
-        self._channel.send(
-            WorkerStats(epoch, self._worker._stage, self._num_steps, self._model_s, self._transport_s)
-        )
+        self._channel.send(WorkerStats(epoch, self._worker._stage, self._num_steps, self._model_s, self._transport_s))
         self._num_steps, self._model_s, self._transport_s = 0, 0.0, 0.0
 
 

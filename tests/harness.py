@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 REPO = Path(__file__).resolve().parents[1]
 DEMO = REPO / "config" / "models" / "demo"
 READY_TIMEOUT_S = 120.0
@@ -50,6 +51,7 @@ class Cluster:
     def deploy(self, **args: Any) -> None:
         """Run the application with these YAML args; nothing happens if it runs with them already."""
         from ray import serve
+
         from stagemesh.deployments.app import build
 
         wanted = {"model": str(DEMO), "dtype": "float32", "served_model_name": "demo", **args}
@@ -68,9 +70,7 @@ class Cluster:
             self.args = None
 
     def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
-        eventually(
-            lambda: httpx.get(f"{self.url}/ready", timeout=5).status_code == 200, timeout_s, "/ready says 200"
-        )
+        eventually(lambda: httpx.get(f"{self.url}/ready", timeout=5).status_code == 200, timeout_s, "/ready says 200")
 
     def client(self, **kwargs: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, **kwargs)

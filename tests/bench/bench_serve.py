@@ -59,7 +59,12 @@ def measure(cluster: Cluster, model: str, quick: bool) -> list[dict[str, float]]
         before = cluster.settled_metrics()
         measured = asyncio.run(
             closed_loop(
-                cluster.url, model, concurrency=concurrency, num_requests=num_requests, seed=concurrency, **size
+                cluster.url,
+                model,
+                concurrency=concurrency,
+                num_requests=num_requests,
+                seed=concurrency,
+                **size,
             )
         )
         if measured.errors:

@@ -38,7 +38,14 @@ def quantile(values: list[float], q: float) -> float:
 
 
 async def closed_loop(
-    url: str, model: str, *, concurrency: int, num_requests: int, prompt_tokens: int, max_tokens: int, seed: int = 0
+    url: str,
+    model: str,
+    *,
+    concurrency: int,
+    num_requests: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    seed: int = 0,
 ) -> Measured:
     """Run `num_requests` greedy completions of random token prompts (no shared prefix) to their full length."""
     measured = Measured()

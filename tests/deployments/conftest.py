@@ -133,9 +133,7 @@ def backend() -> tokenizers.Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(["Hello, world. What is 17+25?"] * 3, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
     return backend
 
 

@@ -51,7 +51,9 @@ def test_a_burst_grows_the_demo_to_two_lanes_and_back_without_a_failed_request(c
         # Both serve: different prefixes go to different lanes.
         before = lanes(cluster)
         eventually(
-            lambda: all(lanes(cluster)[lane] > before[lane] + 100 for lane in before), 30, "both lanes generate"
+            lambda: all(lanes(cluster)[lane] > before[lane] + 100 for lane in before),
+            30,
+            "both lanes generate",
         )
         stop_at = 0.0
         for future in futures:

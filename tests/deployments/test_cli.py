@@ -19,9 +19,7 @@ def model(tmp_path: Path) -> str:
     return str(write_model_folder(tmp_path))
 
 
-def stagemesh(
-    *words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str]:
+def stagemesh(*words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
     """Exit status and all output of a command line."""
     monkeypatch.setattr(sys, "argv", ["stagemesh", *words])
     with pytest.raises(SystemExit) as done:

@@ -32,9 +32,7 @@ async def http(app) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def client(http) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url="http://test/v1", api_key="none", http_client=http, max_retries=0
-    ) as client:
+    async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0) as client:
         yield client
 
 
@@ -119,9 +117,7 @@ async def test_the_openai_client_chats(client, lanes):
 
 
 async def test_the_openai_client_streams_a_completion(client, lanes):
-    stream = await client.completions.create(
-        **COMPLETION, stream=True, stream_options={"include_usage": True}
-    )
+    stream = await client.completions.create(**COMPLETION, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == lanes.answer
     assert chunks[-2].choices[0].finish_reason == "stop"
@@ -261,9 +257,7 @@ async def test_a_broken_connection_releases_the_lane_without_an_alarm(app, lanes
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"hello", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 100_000]
-)
+@pytest.mark.parametrize("body", [b"", b"{", b"hello", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 100_000])
 async def test_a_body_that_is_not_json_is_refused(http, path, body):
     response = await http.post(path, content=body)
     assert response.status_code == 400

@@ -52,9 +52,7 @@ async def test_a_conversation_goes_through_the_chat_template(service, lanes, tok
         service, messages=[{"role": "user", "content": content}], chat_template_kwargs={"prefill": "So"}
     )
     await generation.collect()
-    assert lanes.calls[0][0] == tokenizer.encode(
-        "<|user|>a\nb<|end|><|assistant|>So", add_special_tokens=False
-    )
+    assert lanes.calls[0][0] == tokenizer.encode("<|user|>a\nb<|end|><|assistant|>So", add_special_tokens=False)
 
 
 async def test_sampling_fields_are_handed_on(service, lanes):
@@ -376,9 +374,7 @@ async def test_a_bad_chat_field_is_named(service, lanes, fields, named):
 
 
 async def test_neutral_values_of_unsupported_fields_are_accepted(service):
-    await complete(
-        service, logprobs=None, echo=False, best_of=1, frequency_penalty=0.0, logit_bias={}, user="me"
-    )
+    await complete(service, logprobs=None, echo=False, best_of=1, frequency_penalty=0.0, logit_bias={}, user="me")
     await chat(
         service,
         tools=None,

@@ -129,10 +129,7 @@ def test_a_taken_port_is_refused_with_its_holder(port: int) -> None:
 
 
 def test_a_leftover_haproxy_is_named_with_the_way_to_end_it(port: int) -> None:
-    listen = (
-        f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); "
-        "print(flush=True); time.sleep(60)"
-    )
+    listen = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); print(flush=True); time.sleep(60)"
     leftover = subprocess.Popen([sys.executable, "-c", listen, "haproxy"], stdout=subprocess.PIPE)
     with leftover:
         assert leftover.stdout is not None

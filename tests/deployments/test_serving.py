@@ -12,6 +12,7 @@ import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from harness import Cluster, chat, eventually, held_out
+
 from stagemesh.deployments.proto import inference_pb2, inference_pb2_grpc
 
 
@@ -58,7 +59,13 @@ def test_the_openai_client_gets_the_same_answer_streaming_and_not(served: Cluste
 
 def test_a_seeded_answer_is_the_same_alone_and_in_company(served: Cluster) -> None:
     def sample(client: httpx.Client, seed: int) -> str:
-        body = {"model": "demo", "prompt": "First Citizen:", "max_tokens": 24, "temperature": 1.0, "seed": seed}
+        body = {
+            "model": "demo",
+            "prompt": "First Citizen:",
+            "max_tokens": 24,
+            "temperature": 1.0,
+            "seed": seed,
+        }
         text: str = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
         return text
 
@@ -129,11 +136,23 @@ def test_a_repeated_prompt_comes_from_the_prefix_cache(served: Cluster) -> None:
         (b"{not json", 400, "JSON"),
         (b'{"model": "demo", "messages": "hello"}', 400, "messages"),
         (b'{"model": "other", "messages": [{"role": "user", "content": "x"}]}', 404, "other"),
-        (b'{"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": -1}', 400, "max_tokens"),
+        (
+            b'{"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": -1}',
+            400,
+            "max_tokens",
+        ),
         (b'{"model": "demo", "messages": []}', 400, "messages"),
         (b'{"model": "demo", "messages": [{"role": "user", "content": "x"}], "top_p": 7}', 400, "top_p"),
-        (b'{"model": "demo", "messages": [{"role": "user", "content": "' + b"go " * 700_000 + b'"}]}', 413, "body"),
-        (b'{"model": "demo", "messages": [{"role": "user", "content": "' + b"go " * 20_000 + b'"}]}', 400, "2048"),
+        (
+            b'{"model": "demo", "messages": [{"role": "user", "content": "' + b"go " * 700_000 + b'"}]}',
+            413,
+            "body",
+        ),
+        (
+            b'{"model": "demo", "messages": [{"role": "user", "content": "' + b"go " * 20_000 + b'"}]}',
+            400,
+            "2048",
+        ),
     ],
     ids=["no-json", "type", "model", "max_tokens", "empty", "top_p", "2MB", "too-long"],
 )

@@ -137,9 +137,7 @@ def test_a_few_requests_at_low_load_stay_together() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 2000), st.integers(2, 8), st.integers(0, 100))
-def test_load_stays_bounded_when_everybody_sends_the_same_prompt(
-    size: int, num_lanes: int, seed: int
-) -> None:
+def test_load_stays_bounded_when_everybody_sends_the_same_prompt(size: int, num_lanes: int, seed: int) -> None:
     router = chooser(*(f"lane-{number}" for number in range(num_lanes)))
     loads: Counter[str] = Counter()
     for number in range(150):

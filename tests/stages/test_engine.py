@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import zmq
 from model_folder import write_model_folder
+
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
@@ -65,9 +66,7 @@ class FakeWorker:
 def next_tokens(plan: StepPlan) -> list[int]:
     tokens, lens = array("i", plan.token_ids), array("i", plan.query_lens)
     ends = [sum(lens[: i + 1]) for i in range(len(lens))]
-    return [
-        (tokens[end - 1] + 1) % 90 + 5 for end, spec in zip(ends, plan.samples, strict=True) if spec is not None
-    ]
+    return [(tokens[end - 1] + 1) % 90 + 5 for end, spec in zip(ends, plan.samples, strict=True) if spec is not None]
 
 
 def expected(prompt: list[int], count: int) -> list[int]:

@@ -128,9 +128,7 @@ def test_a_decoder_that_cannot_stream_is_refused():
 
 def test_a_conversation_is_rendered_with_the_models_template(tokenizer: Tokenizer):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a < b?"}]
-    assert tokenizer.render_chat(messages) == (
-        "<|bos|><|system|>be brief<|end|><|user|>a < b?<|end|><|assistant|>"
-    )
+    assert tokenizer.render_chat(messages) == ("<|bos|><|system|>be brief<|end|><|user|>a < b?<|end|><|assistant|>")
     assert tokenizer.render_chat(messages, add_generation_prompt=False).endswith("<|end|>")
 
 

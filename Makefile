@@ -1,0 +1,49 @@
+# Two commands on a fresh machine with Python, pip and make: `make serve` and `make test`.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+CONFIG ?= config/demo.yaml
+PACKAGES := config deployments kernels router stages
+
+.PHONY: help install serve test check format bench proto clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+install: .venv/installed ## create .venv with everything, also what the tests need
+
+# Again only when what is asked for has changed.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+serve: install ## run $(CONFIG), say when it is ready, clean up afterwards
+	$(BIN)/python -m stagemesh.deployments.cli run $(CONFIG)
+
+test: install ## all tests; ARGS='-k word' for some
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install .typing/stagemesh ## lint, format, types, and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.typing $(BIN)/mypy $(PACKAGES:%=-p stagemesh.%)
+	$(BIN)/python -m pytest -q tests/test_structure.py
+
+format: install ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## throughput and latencies over HTTP, and the time of a step outside the model
+	$(BIN)/python tests/bench/bench_serve.py $(ARGS)
+
+proto: install ## generate the gRPC code from its .proto
+	$(BIN)/python deployments/proto/generate.py
+
+# mypy does not know editable installs; it finds the package `stagemesh` through this link to the root.
+.typing/stagemesh:
+	mkdir -p .typing
+	ln -sfn .. $@
+
+clean: ## remove what the other targets made
+	rm -rf .venv .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

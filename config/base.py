@@ -1,0 +1,108 @@
+"""What every settings class shares: frozen, no unknown keys, and errors that a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self, Union, get_args, get_origin
+
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from stagemesh.config.errors import ConfigError
+
+_WORDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    dict: "a mapping",
+    type(None): "null",
+}
+_PLURALS = {int: "integers", str: "strings"}
+_BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
+
+
+class Settings(pydantic.BaseModel):
+    """A frozen set of values from outside. One ConfigError lists everything that is wrong with them.
+
+    The text under a field is its documentation: the command line shows it as the help of the flag.
+    """
+
+    model_config = pydantic.ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,  # YAML and JSON have types; "2" is not 2 and true is not 1
+        use_attribute_docstrings=True,
+        protected_namespaces=(),  # pydantic would keep names that begin with `model_` for itself
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise _config_error(type(self), values, error) from None
+
+    @classmethod
+    def parse(cls, values: Any) -> Self:
+        """From a YAML or JSON mapping."""
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise ConfigError("", values, f"expected a mapping of names to values, got {values!r:.200}")
+        return cls(**values)
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a field takes, in words, e.g. "an integer, at least 1, or null"."""
+    options = _options(field.annotation)
+    bounds = [
+        f"{word} {getattr(bound, attribute):g}"
+        for bound in field.metadata
+        for kind, attribute, word in _BOUNDS
+        if isinstance(bound, kind)
+    ]
+    if bounds and options[-1] == "null":
+        return ", ".join([" or ".join(options[:-1]), " and ".join(bounds), "or null"])
+    return ", ".join([" or ".join(options), *([" and ".join(bounds)] if bounds else [])])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the nearest known name, or the list of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _options(annotation: Any) -> list[str]:
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return [option for part in get_args(annotation) for option in _options(part)]
+    if origin is Literal:
+        return [f"one of {', '.join(map(str, get_args(annotation)))}"]
+    if origin in (list, tuple):
+        return [f"a list of {_PLURALS.get(get_args(annotation)[0], 'values')}"]
+    return [_WORDS.get(origin or annotation, str(annotation))]
+
+
+def _config_error(settings: type[Settings], values: dict[str, Any], error: pydantic.ValidationError) -> ConfigError:
+    problems: dict[str, ConfigError] = {}
+    for problem in error.errors(include_url=False):
+        # A union reports each of its branches; one report per field is enough.
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        problems.setdefault(name, ConfigError(name, values.get(name), _reason(settings, name, dict(problem))))
+    if len(problems) == 1:
+        return next(iter(problems.values()))
+    return ConfigError("", None, "\n".join(map(str, problems.values())))
+
+
+def _reason(settings: type[Settings], name: str, problem: dict[str, Any]) -> str:
+    fields = settings.model_fields
+    if problem["type"] == "extra_forbidden":
+        return "unknown setting" + did_you_mean(name, fields)
+    if problem["type"] == "value_error":  # from a validator of ours, which says what it wants
+        return str(problem["ctx"]["error"])
+    if name not in fields:
+        return str(problem["msg"])
+    missing = "is required and " if problem["type"] == "missing" else ""
+    return f"{missing}must be {allowed(fields[name])}"

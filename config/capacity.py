@@ -1,0 +1,51 @@
+"""Memory arithmetic: what a layout needs, and how many tokens fit. Bytes are per rank."""
+
+from __future__ import annotations
+
+from stagemesh.config.model import ModelConfig
+from stagemesh.config.parallel import ParallelPlan
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def kv_bytes_per_token(model: ModelConfig, plan: ParallelPlan, stage: int, dtype_bytes: int) -> int:
+    """Keys and values of one token on each rank of `stage`."""
+    return 2 * plan.num_layers(stage) * plan.kv_heads_per_rank * model.head_dim * dtype_bytes
+
+
+def kv_tokens(model: ModelConfig, plan: ParallelPlan, dtype_bytes: int, memory_bytes: int, block_size: int) -> int:
+    """Tokens that a lane's KV cache holds, in whole blocks: the stage with the most layers decides."""
+    widest = max(kv_bytes_per_token(model, plan, stage, dtype_bytes) for stage in range(plan.pp_size))
+    return memory_bytes // (widest * block_size) * block_size
+
+
+def weight_bytes(model: ModelConfig, plan: ParallelPlan, stage: int, dtype_bytes: int) -> int:
+    """Weights on each rank of `stage`."""
+    tp, hidden = plan.tp_size, model.hidden_size
+    query = model.num_heads * model.head_dim // tp
+    kv = plan.kv_heads_per_rank * model.head_dim
+    mlp = model.intermediate_size // tp
+    layer = (
+        hidden * (query + 2 * kv)  # q, k, v
+        + query * hidden  # o
+        + 3 * hidden * mlp  # gate, up, down
+        + 2 * hidden  # the two norms
+        + (2 * model.head_dim if model.qk_norm else 0)
+        + (query + 2 * kv + hidden if model.attention_bias else 0)
+        + (2 * mlp + hidden if model.mlp_bias else 0)
+    )
+    vocab = -(-model.vocab_size // tp) * hidden  # rounded up: the vocabulary is padded to the ranks
+    is_first, is_last = stage == 0, stage == plan.pp_size - 1
+    tables = vocab * (is_first + is_last)
+    if is_first and is_last and model.tie_word_embeddings:
+        tables = vocab
+    return (plan.num_layers(stage) * layer + tables + hidden * is_last) * dtype_bytes
+
+
+def capacity_line(device: str, num_tokens: int, max_model_len: int) -> str:
+    """What a lane logs at start-up, in vLLM's words. `device`: "cuda" or "cpu"."""
+    name = "CPU" if device == "cpu" else "GPU"
+    return (
+        f"{name} KV cache size: {num_tokens:,} tokens, Maximum concurrency for "
+        f"{max_model_len:,} tokens per request: {num_tokens / max_model_len:.2f}x"
+    )

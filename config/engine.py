@@ -1,0 +1,223 @@
+"""What a user may ask of the engine (`EngineArgs`), and what it comes to for one model (`EngineConfig`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from stagemesh.config.base import Settings
+from stagemesh.config.capacity import DTYPE_BYTES, kv_tokens
+from stagemesh.config.checkpoint import checkpoint_files
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.model import DType, ModelConfig
+from stagemesh.config.parallel import ParallelPlan
+
+PACKAGE_ROOT = Path(__file__).parents[1]
+CPU_KV_CACHE_BYTES = 256 * 2**20
+"""Per rank. Everything else on the machine shares its memory, so the CPU's default is small and fixed."""
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+class EngineArgs(Settings):
+    """The `args` of a Serve YAML and the flags of `stagemesh serve`, under vLLM's names."""
+
+    model: str
+    """Folder in Hugging Face layout; a relative path is tried from here, then from the package."""
+    served_model_name: str | list[str] | None = None
+    """Name, or names, that clients use for the model; by default what `model` says."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights, activations and KV cache; auto is that of the checkpoint."""
+    seed: int = 0
+    """Seed of the engine itself; each request has its own."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share every layer of a stage; must divide the attention heads."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Stages that the layers are spread over."""
+    pipeline_layer_partition: tuple[int, ...] | None = None
+    """Layers of each stage, e.g. 3,5,4; by default even."""
+    data_parallel_size: int = Field(default=1, ge=1)
+    """Lanes, each a whole copy of the model; fixed, so not together with autoscaling_config."""
+    autoscaling_config: dict[str, Any] | None = None
+    """Ray Serve's autoscaling_config for the number of lanes (min_replicas, max_replicas, …)."""
+
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Most tokens of a prompt and its answer together; by default what the model was trained for."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Most sequences that a lane runs at once; more wait."""
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    """Most tokens in one step of a lane; longer prompts are computed in chunks."""
+    block_size: int = Field(default=16, ge=1, le=1024)
+    """Tokens in one block of the KV cache."""
+    enable_prefix_caching: bool = True
+    """Keep the KV of finished requests for prompts that begin alike."""
+    gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
+    """Share of a GPU's memory for weights, activations and KV cache together."""
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    """KV cache of each rank, e.g. 2GiB; by default what is left of a GPU's share, or 256MiB on a CPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What the ranks compute on; auto is cuda where the machine that starts it has an NVIDIA GPU."""
+    activation_transport: Literal["auto", "nccl", "gloo", "object_store"] = "auto"
+    """How activations go from stage to stage; auto is nccl on cuda and gloo on cpu."""
+    num_cpus_per_worker: float = Field(default=0.1, ge=0)
+    """CPUs that Ray sets aside for each process of a lane and for each router. Bookkeeping, not a limit: at
+    0.1 two lanes of 2x2 (4 replicas and 8 ranks) and a router count 1.3, so they fit a machine of 2 cores."""
+    num_router_replicas: int = Field(default=1, ge=1)
+    """Processes that take requests, tokenize and choose lanes."""
+
+    startup_timeout_s: float = Field(default=300.0, gt=0)
+    """Deadline in seconds of each start-up phase of a lane (placement, rendezvous, weights, …)."""
+    step_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds after which a rank that has not finished a step counts as hung and is replaced."""
+    drain_timeout_s: float = Field(default=60.0, ge=0)
+    """Seconds that a lane which goes away gives its running requests to finish."""
+
+    @field_validator("kv_cache_memory_bytes", mode="before")
+    @classmethod
+    def _with_unit(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", value.strip().upper())
+        if match is None:
+            raise ValueError("must be bytes, or a string with a unit: '64MiB', '2GiB', '1.5GB'")
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+
+    @field_validator("pipeline_layer_partition", mode="before")
+    @classmethod
+    def _from_list_or_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                return tuple(int(part) for part in value.split(","))
+            except ValueError:
+                raise ValueError("must be a list of integers, e.g. [3, 5, 4] or '3,5,4'") from None
+        return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Everything decided, nothing left to guess: made once by `resolve`, then sent to every process."""
+
+    args: EngineArgs
+    """As asked, for what needs no resolving."""
+    model: ModelConfig
+    model_path: str
+    """Absolute folder."""
+    served_model_names: tuple[str, ...]
+    """At least one; the first is the one that answers carry."""
+    plan: ParallelPlan
+    dtype: DType
+    device: Literal["cpu", "cuda"]
+    transport: Literal["nccl", "gloo", "object_store"]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_memory_bytes: int | None
+    """Per rank; None = measured on the GPU, from gpu_memory_utilization."""
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @classmethod
+    def resolve(cls, args: EngineArgs) -> EngineConfig:
+        """Read the model's folder and check everything that can be checked before a process starts.
+
+        Raises ConfigError with the first thing that cannot work.
+        """
+        folder = find_model(args.model)
+        model = ModelConfig.from_folder(folder)
+        plan = ParallelPlan.resolve(
+            model, args.tensor_parallel_size, args.pipeline_parallel_size, args.pipeline_layer_partition
+        )
+        device = _device(args)
+        names = args.served_model_name or args.model
+        config = cls(
+            args=args,
+            model=model,
+            model_path=str(folder),
+            served_model_names=(names,) if isinstance(names, str) else tuple(names),
+            plan=plan,
+            dtype=model.torch_dtype if args.dtype == "auto" else args.dtype,
+            device=device,
+            transport=_transport(args, device),
+            max_model_len=args.max_model_len or model.max_position_embeddings,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            kv_cache_memory_bytes=(
+                CPU_KV_CACHE_BYTES
+                if args.kv_cache_memory_bytes is None and device == "cpu"
+                else args.kv_cache_memory_bytes
+            ),
+        )
+        _check_limits(config)
+        _check_lanes(args)
+        checkpoint_files(folder)
+        return config
+
+
+def find_model(model: str) -> Path:
+    """The absolute folder that `model` names."""
+    # The second place makes config/models/demo work from anywhere, also on a worker with another directory.
+    places = list(dict.fromkeys((Path.cwd() / Path(model).expanduser(), PACKAGE_ROOT / model)))
+    for place in places:
+        if place.is_dir():
+            return place.resolve()
+    looked = " and ".join(map(str, places))
+    raise ConfigError("model", model, f"is not a folder (looked for {looked})")
+
+
+def _device(args: EngineArgs) -> Literal["cpu", "cuda"]:
+    """Without importing torch: the GPU's device file, and a torch that was not built for the CPU only."""
+    if args.device != "auto":
+        return args.device
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return "cpu"
+    return "cpu" if metadata.version("torch").endswith("+cpu") else "cuda"
+
+
+def _transport(args: EngineArgs, device: str) -> Literal["nccl", "gloo", "object_store"]:
+    if args.activation_transport == "auto":
+        return "nccl" if device == "cuda" else "gloo"
+    if args.activation_transport == "nccl" and device == "cpu":
+        raise ConfigError("activation_transport", "nccl", "needs device=cuda; on cpu use gloo or object_store")
+    return args.activation_transport
+
+
+def _check_limits(config: EngineConfig) -> None:
+    longest = config.model.max_position_embeddings
+    if config.max_model_len > longest:
+        reason = f"must be within 1 and the model's max_position_embeddings={longest}"
+        raise ConfigError("max_model_len", config.max_model_len, reason)
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        # Every running sequence needs one token of each step's budget, or it would starve.
+        reason = f"must be at least max_num_seqs={config.max_num_seqs}"
+        raise ConfigError("max_num_batched_tokens", config.max_num_batched_tokens, reason)
+    if (memory := config.kv_cache_memory_bytes) is not None:
+        fits = kv_tokens(config.model, config.plan, config.dtype_bytes, memory, config.args.block_size)
+        if fits < config.max_model_len:
+            reason = (
+                f"holds {fits:,} tokens of KV cache, fewer than max_model_len={config.max_model_len}, so the "
+                "longest request would never finish; raise it, lower max_model_len, or cut the model further"
+            )
+            raise ConfigError("kv_cache_memory_bytes", memory, reason)
+
+
+def _check_lanes(args: EngineArgs) -> None:
+    scaling: Mapping[str, Any] | None = args.autoscaling_config
+    if scaling is None:
+        return
+    if "data_parallel_size" in args.model_fields_set:
+        reason = "is a fixed number; with autoscaling_config, say min_replicas and max_replicas there"
+        raise ConfigError("data_parallel_size", args.data_parallel_size, reason)
+    least, most = scaling.get("min_replicas", 1), scaling.get("max_replicas", 1)
+    if type(least) is not int or type(most) is not int or not 0 <= least <= most or most < 1:
+        reason = "needs whole numbers with 0 <= min_replicas <= max_replicas and max_replicas >= 1"
+        raise ConfigError("autoscaling_config", dict(scaling), reason)

@@ -1,0 +1,72 @@
+"""The Serve config file around our `args`: written for `stagemesh serve`, read by whoever starts one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stagemesh.config.errors import ConfigError
+
+IMPORT_PATH = "stagemesh.deployments.app:build"
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # How long a router that stops can still be reached. HAProxy hears of it within a second; the default of
+    # 30 is meant for load balancers elsewhere, and would make every stop take half a minute.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+}
+GRPC_SERVICERS = [
+    "stagemesh.deployments.proto.inference_pb2_grpc:add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
+]
+
+
+def render(args: Mapping[str, Any], *, host: str, port: int, grpc_port: int) -> str:
+    """The YAML that serves one application with `args`; what `config/demo.yaml` explains line by line."""
+    if port == grpc_port:
+        raise ConfigError("grpc_port", grpc_port, "must differ from port")
+    content = {
+        "proxy_location": "EveryNode",
+        "controller_options": {"runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
+        "http_options": {"host": host, "port": port},
+        "grpc_options": {"port": grpc_port, "grpc_servicer_functions": GRPC_SERVICERS},
+        "applications": [{"name": "stagemesh", "route_prefix": "/", "import_path": IMPORT_PATH, "args": dict(args)}],
+    }
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeFile:
+    """What a launcher must know of a Serve config file."""
+
+    host: str
+    port: int
+    grpc_port: int | None
+    """None: no gRPC."""
+    route_prefix: str
+    args: dict[str, Any]
+    """Of the stagemesh application."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> ServeFile:
+        """Raises ConfigError when the file cannot be read or holds no stagemesh application."""
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError("config", str(path), f"cannot be read: {error}") from None
+        try:
+            application = next(app for app in content["applications"] if app["import_path"] == IMPORT_PATH)
+            http, grpc = content.get("http_options") or {}, content.get("grpc_options") or {}
+            return cls(
+                host=http.get("host", "0.0.0.0"),  # Serve's own defaults
+                port=http.get("port", 8000),
+                grpc_port=grpc.get("port", 9000) if grpc.get("grpc_servicer_functions") else None,
+                route_prefix=application.get("route_prefix") or "/",
+                args=dict(application.get("args") or {}),
+            )
+        except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
+            reason = f"is not a Serve config file with an application of import_path {IMPORT_PATH}"
+            raise ConfigError("config", str(path), reason) from None

@@ -1,0 +1,71 @@
+"""What all layers share in one step: where its tokens stand, where their KV goes, what they attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagemesh.kernels.paged_attention import Ints, PagedAttentionStep
+from stagemesh.kernels.paged_attention_cpu import CpuPagedAttention
+from stagemesh.stages.layers.rotary import RotaryTable
+from stagemesh.stages.messages import StepPlan
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(q [T, H, D], kv [T, 2·K, D], cache, scale) → [T, H·D]; stores kv in the cache first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step of S sequences and T tokens on the device of a rank. Valid until the next one is made."""
+
+    token_ids: Tensor
+    """int64 [T]."""
+    cos: Tensor
+    """[T, 1, D], as kernels/rotary.py takes them; `sin` likewise."""
+    sin: Tensor
+    attend: Attend
+
+
+class BatchMaker:
+    """Turns step plans into batches. It owns the attention workspace, so one batch is alive at a time."""
+
+    def __init__(
+        self,
+        rotary: RotaryTable,
+        num_heads: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._rotary = rotary
+        self._block_size = block_size
+        self._device = device
+        self._cpu = (
+            CpuPagedAttention(num_heads, num_kv_heads, block_size, head_dim, dtype) if device.type == "cpu" else None
+        )
+
+    def make(self, plan: StepPlan) -> StepBatch:
+        query_lens = np.frombuffer(plan.query_lens, np.int32)
+        context_lens = np.frombuffer(plan.context_lens, np.int32)
+        token_ids = np.frombuffer(plan.token_ids, np.int32)
+        block_tables = np.frombuffer(plan.block_tables, np.int32).reshape(len(query_lens), plan.max_blocks)
+
+        sequence_of: Ints = np.arange(len(query_lens))
+        positions: Ints = context_lens
+        if len(token_ids) > len(query_lens):
+            starts = np.cumsum(query_lens) - query_lens
+            sequence_of = sequence_of.repeat(query_lens)
+            positions = np.arange(len(token_ids)) + (context_lens - starts)[sequence_of]
+        block_index, offsets = np.divmod(positions, self._block_size)
+        slots = block_tables[sequence_of, block_index] * np.int64(self._block_size) + offsets
+
+        cos, sin = self._rotary.at(torch.from_numpy(positions.astype(np.int64)).to(self._device))
+        step = (query_lens, context_lens, block_tables, slots)
+        attend = self._cpu.prepare(*step) if self._cpu else PagedAttentionStep.on_device(*step, self._device)
+        return StepBatch(torch.from_numpy(token_ids.astype(np.int64)).to(self._device), cos, sin, attend)

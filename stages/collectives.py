@@ -1,0 +1,89 @@
+"""What the ranks of one stage do together: the tensor-parallel group.
+
+`TensorGroup` is the protocol; `SingleRank` and `DistGroup` (over `torch.distributed`) implement it. Layers
+hold a `TensorShard`: which part is theirs, fixed for life, and the group, which is replaced whenever the lane
+is wired anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class TensorGroup(Protocol):
+    """Collectives over the ranks of a stage; all ranks call the same ones in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, the same bits on each; `x` may be overwritten."""
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """The ranks' `x`, all of one shape, side by side along `dim` in rank order."""
+
+    def gather_to_rank0(self, x: Tensor, dim: int) -> Tensor | None:
+        """As all_gather on rank 0; None on the others."""
+
+
+class SingleRank:
+    """The group of a stage that is not split."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def gather_to_rank0(self, x: Tensor, dim: int) -> Tensor | None:
+        return x
+
+
+class DistGroup:
+    """A `torch.distributed` process group, NCCL or gloo. Errors of a lost peer are torch's own."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=self._group)
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self._group)
+        return torch.cat(parts, dim)
+
+    def gather_to_rank0(self, x: Tensor, dim: int) -> Tensor | None:
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
+        return torch.cat(parts, dim) if parts else None
+
+
+@dataclass
+class TensorShard:
+    """Part `rank` of `size` of every layer of a stage."""
+
+    rank: int = 0
+    size: int = 1
+    group: TensorGroup = field(default_factory=SingleRank)
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x if self.size == 1 else self.group.all_reduce(x)

@@ -1,0 +1,97 @@
+"""Grouped-query self-attention, cut by heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stagemesh.config.model import ModelConfig
+from stagemesh.kernels.rotary import rotary_
+from stagemesh.stages.batch import StepBatch
+from stagemesh.stages.collectives import TensorShard
+from stagemesh.stages.layers.linear import (
+    ColumnParallelLinear,
+    MakeMethod,
+    Output,
+    RowParallelLinear,
+    dense_method,
+    even_part,
+)
+from stagemesh.stages.layers.norm import RMSNorm
+from stagemesh.stages.weights import Checkpoint
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """The heads of one rank. With more ranks than KV heads, neighbouring ranks hold the same KV head."""
+
+    num_heads: int
+    num_kv_heads: int
+    first_kv_head: int
+
+    @classmethod
+    def of(cls, num_heads: int, num_kv_heads: int, tp: TensorShard) -> HeadShard:
+        return cls(
+            num_heads=num_heads // tp.size,
+            num_kv_heads=max(1, num_kv_heads // tp.size),
+            first_kv_head=tp.rank * num_kv_heads // tp.size,
+        )
+
+
+class Attention:
+    """q, k, v from one product, an optional norm per head, rotary positions, paged attention, output."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        tp: TensorShard,
+        *,
+        bias: bool,
+        output_bias: bool,
+        qk_norm: bool = False,
+        make_method: MakeMethod = dense_method,
+    ) -> None:
+        dim = config.head_dim
+        heads = HeadShard.of(config.num_heads, config.num_kv_heads, tp)
+        self.num_heads = heads.num_heads
+        self.num_kv_heads = heads.num_kv_heads
+        self.head_dim = dim
+        self.scale = dim**-0.5
+        q_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
+        q_rows = [even_part(q_size, tp)]
+        kv_rows = [slice(heads.first_kv_head * dim, (heads.first_kv_head + heads.num_kv_heads) * dim)]
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size,
+            [
+                Output(f"{name}.q_proj", q_size, q_rows),
+                Output(f"{name}.k_proj", kv_size, kv_rows),
+                Output(f"{name}.v_proj", kv_size, kv_rows),
+            ],
+            bias=bias,
+            make_method=make_method,
+        )
+        self.q_norm = RMSNorm(f"{name}.q_norm", dim, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(f"{name}.k_norm", dim, config.rms_norm_eps) if qk_norm else None
+        self.out = RowParallelLinear(
+            f"{name}.o_proj", q_size, config.hidden_size, bias=output_bias, tp=tp, make_method=make_method
+        )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.qkv.load(checkpoint)
+        if self.q_norm and self.k_norm:
+            self.q_norm.load(checkpoint)
+            self.k_norm.load(checkpoint)
+        self.out.load(checkpoint)
+
+    def __call__(self, x: Tensor, batch: StepBatch, cache: Tensor) -> Tensor:
+        """[T, hidden] → [T, hidden]. The new keys and values go into `cache` [N, 2, K, B, D]."""
+        heads = self.num_heads
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2·K, D]
+        if self.q_norm and self.k_norm:
+            qkv[:, :heads] = self.q_norm(qkv[:, :heads])
+            keys = slice(heads, heads + self.num_kv_heads)
+            qkv[:, keys] = self.k_norm(qkv[:, keys])
+        rotary_(qkv[:, : heads + self.num_kv_heads], batch.cos, batch.sin)
+        return self.out(batch.attend(qkv[:, :heads], qkv[:, heads:], cache, self.scale))

@@ -1,0 +1,138 @@
+"""Linear layers and how they are cut over the ranks of a stage.
+
+A layer says which parts of which checkpoint matrices belong to its rank (`MatrixPart`); a `LinearMethod`
+reads them in the checkpoint's format and multiplies. Dense weights are `DenseMethod`; a quantized format is
+another method that reads its packed tensors for the same parts, so cutting and format do not know each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stagemesh.kernels.linear import linear, pack_weight
+from stagemesh.stages.collectives import TensorShard
+from stagemesh.stages.weights import Checkpoint
+
+
+@dataclass(frozen=True)
+class MatrixPart:
+    """A rectangle of the checkpoint matrix `name`; a dense one is [out_features, in_features]."""
+
+    name: str
+    """Without `.weight` or `.bias`."""
+    out_features: int
+    in_features: int
+    rows: slice
+    """Output features of this rank."""
+    columns: slice
+    """Input features of this rank."""
+
+
+class LinearMethod(Protocol):
+    """Holds and applies the parts of one layer, stacked along the output."""
+
+    def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
+        """Read the parts; with `with_bias` their biases as well."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, columns] → [T, rows of all parts]."""
+
+
+class DenseMethod:
+    """Weights as they are: float tensors [out, in]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
+        weights = [
+            checkpoint.read(f"{p.name}.weight", (p.out_features, p.in_features), (p.rows, p.columns)) for p in parts
+        ]
+        self.weight = pack_weight(torch.cat(weights))
+        if with_bias:
+            self.bias = torch.cat([checkpoint.read(f"{p.name}.bias", (p.out_features,), (p.rows,)) for p in parts])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+MakeMethod = Callable[[str], LinearMethod]
+"""From a layer's name (`model.layers.0.self_attn.o_proj`) to its method; formats may leave some layers dense.
+"""
+
+
+def dense_method(name: str) -> LinearMethod:
+    return DenseMethod()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One checkpoint matrix of a column-parallel layer."""
+
+    name: str
+    out_features: int
+    rows: Sequence[slice]
+    """Rows of this rank, in the order in which they are stacked."""
+
+
+class ColumnParallelLinear:
+    """Each rank computes some output features of one or several matrices that share their input.
+
+    The input is whole on every rank; nothing is communicated.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        outputs: Sequence[Output],
+        *,
+        bias: bool,
+        make_method: MakeMethod = dense_method,
+    ) -> None:
+        self.bias = bias
+        self.method = make_method(outputs[0].name)
+        every = slice(0, in_features)
+        self.parts = [MatrixPart(o.name, o.out_features, in_features, rows, every) for o in outputs for rows in o.rows]
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.method.load(checkpoint, self.parts, self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.method(x)
+
+
+class RowParallelLinear:
+    """Each rank multiplies its part of the input features; the sum over ranks is whole on every rank."""
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        tp: TensorShard,
+        make_method: MakeMethod = dense_method,
+    ) -> None:
+        self.bias = bias and tp.rank == 0  # added once, then summed
+        self.tp = tp
+        self.method = make_method(name)
+        self.parts = [MatrixPart(name, out_features, in_features, slice(0, out_features), even_part(in_features, tp))]
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.method.load(checkpoint, self.parts, self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.tp.all_reduce(self.method(x))
+
+
+def even_part(features: int, tp: TensorShard) -> slice:
+    """This rank's part of `features`, which the number of ranks divides."""
+    assert features % tp.size == 0, f"{features} features over {tp.size} ranks"
+    part = features // tp.size
+    return slice(tp.rank * part, (tp.rank + 1) * part)

@@ -1,0 +1,53 @@
+"""The gated MLP of Llama-like models, cut along its intermediate features."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stagemesh.kernels.silu_and_mul import silu_and_mul
+from stagemesh.stages.collectives import TensorShard
+from stagemesh.stages.layers.linear import (
+    ColumnParallelLinear,
+    MakeMethod,
+    Output,
+    RowParallelLinear,
+    dense_method,
+    even_part,
+)
+from stagemesh.stages.weights import Checkpoint
+
+
+class GatedMLP:
+    """down(silu(gate(x)) · up(x)), gate and up from one product."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        intermediate_size: int,
+        tp: TensorShard,
+        *,
+        bias: bool,
+        make_method: MakeMethod = dense_method,
+    ) -> None:
+        rows = [even_part(intermediate_size, tp)]
+        self.gate_up = ColumnParallelLinear(
+            hidden_size,
+            [
+                Output(f"{name}.gate_proj", intermediate_size, rows),
+                Output(f"{name}.up_proj", intermediate_size, rows),
+            ],
+            bias=bias,
+            make_method=make_method,
+        )
+        self.down = RowParallelLinear(
+            f"{name}.down_proj", intermediate_size, hidden_size, bias=bias, tp=tp, make_method=make_method
+        )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.gate_up.load(checkpoint)
+        self.down.load(checkpoint)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden] → [T, hidden]."""
+        return self.down(silu_and_mul(self.gate_up(x)))

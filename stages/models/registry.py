@@ -1,0 +1,24 @@
+"""Which class serves which architecture. A new family is one file beside this one and one line here."""
+
+from __future__ import annotations
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.stages.models.causal_lm import CausalLM
+from stagemesh.stages.models.llama import LlamaForCausalLM
+from stagemesh.stages.models.qwen3 import Qwen3ForCausalLM
+
+_MODELS: dict[str, type[CausalLM]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+}
+
+
+def known_architectures() -> tuple[str, ...]:
+    return tuple(_MODELS)
+
+
+def model_class(architecture: str) -> type[CausalLM]:
+    """The model class of an `architectures` entry of a config.json; ConfigError names the known ones."""
+    if architecture not in _MODELS:
+        raise ConfigError("architectures", architecture, f"is not among {', '.join(_MODELS)}")
+    return _MODELS[architecture]

@@ -1,0 +1,184 @@
+"""One rank's part of the model: loads it, runs step plans through it, samples. No sockets, no Ray."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagemesh.config.engine import EngineConfig
+from stagemesh.config.errors import ConfigError
+from stagemesh.stages.batch import BatchMaker
+from stagemesh.stages.collectives import TensorGroup, TensorShard
+from stagemesh.stages.kv_cache import KVCache, host_memory_available
+from stagemesh.stages.layers.rotary import RotaryTable
+from stagemesh.stages.messages import StepPlan
+from stagemesh.stages.models.causal_lm import CausalLM
+from stagemesh.stages.models.registry import model_class
+from stagemesh.stages.sampler import sample
+from stagemesh.stages.weights import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class ModelRunner:
+    """Rank `tp_rank` of stage `stage`.
+
+    Life: `load`, `allocate_kv`, `set_group` (again after each re-wiring), then `execute` for every plan, followed
+    by `sample` on the last stage. One caller at a time.
+    """
+
+    def __init__(self, config: EngineConfig, stage: int, tp_rank: int, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._dtype = getattr(torch, config.dtype)
+        self._stage = stage
+        self._tp = TensorShard(tp_rank, config.plan.tp_size)
+        self._block_size = config.args.block_size
+        self._model: CausalLM | None = None
+        self._cache: KVCache | None = None
+        self._batches: BatchMaker | None = None
+
+    # -- before the first step ---------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def load(self) -> None:
+        """Read this rank's weights from the model folder; ConfigError names what does not fit."""
+        model_config = self._config.model
+        layers = self._config.plan.layer_ranges[self._stage]
+        model = model_class(model_config.architecture)(model_config, layers, self._tp)
+        with Checkpoint(self._config.model_path, self._dtype, self._device) as checkpoint:
+            unused = model.load(checkpoint)
+        if unused and self._tp.rank == 0:
+            logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), ", ".join(unused[:10]))
+        _, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
+        rotary = RotaryTable(model_config.rope, head_dim, self._config.max_model_len, self._dtype, self._device)
+        num_heads = model_config.num_heads // self._tp.size
+        self._batches = BatchMaker(rotary, num_heads, num_kv_heads, block_size, head_dim, self._dtype, self._device)
+        self._model = model
+
+    def kv_bytes_per_block(self) -> int:
+        """Of the cache on this rank, over the layers of its stage."""
+        model = self._loaded()
+        shape = model.kv_block_shape(self._block_size)
+        return int(np.prod(shape)) * self._dtype.itemsize * len(model.layers)
+
+    def max_kv_blocks(self) -> int:
+        """How many blocks this rank has room for, once its weights are loaded; ConfigError if not even one."""
+        budget = self._config.kv_cache_memory_bytes
+        if budget is None:
+            budget = self._cuda_kv_budget()
+        elif self._device.type == "cpu" and budget > (free := host_memory_available()):
+            raise ConfigError("kv_cache_memory_bytes", budget, f"this machine has {free} bytes left")
+        blocks = budget // self.kv_bytes_per_block()
+        if blocks < 1:
+            raise ConfigError("kv_cache_memory_bytes", budget, "too little for a single block of KV cache")
+        return blocks
+
+    def _cuda_kv_budget(self) -> int:
+        """What gpu_memory_utilization leaves beside everything else on the device and the largest step."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        activations = self._measure_activations()
+        utilization = self._config.args.gpu_memory_utilization
+        budget = int(total * utilization) - (total - free) - activations
+        if budget < self.kv_bytes_per_block():
+            reason = f"leaves no KV cache: weights and others use {total - free} bytes, a step {activations}"
+            raise ConfigError("gpu_memory_utilization", utilization, reason)
+        return budget
+
+    def _measure_activations(self) -> int:
+        """Peak bytes, beside weights and cache, of the widest step that the scheduler may make."""
+        num_tokens = self._config.max_num_batched_tokens
+        plan = _widest_plan(num_tokens, self._config.max_model_len, self._block_size)
+        model = self._loaded()
+        self.allocate_kv(len(plan.block_tables) // 4)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        hidden = self.execute(plan, None if model.is_first else self.empty_hidden(num_tokens))
+        if model.is_last:
+            self.logits(plan, hidden[: self._config.max_num_seqs], rows="all")
+        torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        self._cache = None
+        torch.cuda.empty_cache()
+        return peak
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """A cache of `num_blocks` blocks in place of the one before; what was cached is lost."""
+        model = self._loaded()
+        self._cache = None
+        self._cache = KVCache(
+            len(model.layers), num_blocks, model.kv_block_shape(self._block_size), self._dtype, self._device
+        )
+
+    def set_group(self, group: TensorGroup) -> None:
+        """The ranks of this stage, wired for a new epoch."""
+        assert (group.rank, group.size) == (self._tp.rank, self._tp.size)
+        self._tp.group = group
+
+    # -- steps -------------------------------------------------------------------------------------------
+
+    def empty_hidden(self, num_tokens: int) -> Tensor:
+        """Room for what the stage before sends: [num_tokens, hidden] in the model's dtype."""
+        return torch.empty(num_tokens, self._config.model.hidden_size, dtype=self._dtype, device=self._device)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan, hidden: Tensor | None) -> Tensor:
+        """Run the plan's T tokens through the layers of this stage: hidden states [T, hidden].
+
+        The first stage embeds the plan's tokens and takes None, the others take what the stage before
+        returned.
+        """
+        model = self._loaded()
+        assert self._cache is not None and self._batches is not None, "allocate_kv() comes first"
+        batch = self._batches.make(plan)
+        if hidden is None:
+            hidden = model.embed(batch.token_ids)
+        return model.forward(hidden, batch, self._cache.layers)
+
+    @torch.inference_mode()
+    def sample(self, plan: StepPlan, hidden: Tensor) -> list[int] | None:
+        """Last stage: the next token of each sequence that the plan has a SampleSpec for, in plan order.
+
+        `hidden`: what `execute` returned for this plan. Token ids on tp rank 0, None on the other ranks.
+        """
+        specs = [spec for spec in plan.samples if spec is not None]
+        if not specs:
+            return [] if self._tp.rank == 0 else None
+        logits = self.logits(plan, hidden)
+        return None if logits is None else sample(logits, specs)
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan, hidden: Tensor, rows: Literal["sampled", "all"] = "sampled") -> Tensor | None:
+        """Last stage: [n, vocab_size] on tp rank 0, for the last token of each sampled sequence or for all T."""
+        if rows == "sampled":
+            last = np.cumsum(np.frombuffer(plan.query_lens, np.int32)) - 1
+            wanted = last[[spec is not None for spec in plan.samples]]
+            if len(wanted) < len(hidden):
+                hidden = hidden[torch.from_numpy(wanted).to(self._device)]
+        return self._loaded().logits(hidden)
+
+    def _loaded(self) -> CausalLM:
+        assert self._model is not None, "load() comes first"
+        return self._model
+
+
+def _widest_plan(num_tokens: int, max_model_len: int, block_size: int) -> StepPlan:
+    """A prefill of `num_tokens` tokens in as few sequences as fit, nothing sampled."""
+    query_lens = np.full(-(-num_tokens // max_model_len), max_model_len, np.int32)
+    query_lens[-1] = num_tokens - query_lens[:-1].sum()
+    width = -(-int(query_lens.max()) // block_size)
+    return StepPlan(
+        epoch=0,
+        step=0,
+        seq_ids=list(range(len(query_lens))),
+        query_lens=query_lens.tobytes(),
+        context_lens=np.zeros_like(query_lens).tobytes(),
+        token_ids=np.zeros(num_tokens, np.int32).tobytes(),
+        block_tables=np.arange(len(query_lens) * width, dtype=np.int32).tobytes(),
+        max_blocks=width,
+        samples=[None] * len(query_lens),
+    )

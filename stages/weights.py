@@ -1,0 +1,72 @@
+"""Reading a checkpoint: only safetensors, only the slices that this rank owns.
+
+Layers pull what they need by name (`Checkpoint.read`) and state the full shape that they expect, so each
+parameter is filled exactly once by construction, and a checkpoint that does not fit is refused by tensor and
+file. Every rank maps the files and copies its own slices; ranks of one machine share the page cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stagemesh.config.checkpoint import checkpoint_files
+from stagemesh.config.errors import ConfigError
+
+
+class Checkpoint:
+    """The tensors of a model folder by name. Use as a context manager: files stay mapped until its end.
+
+    Raises ConfigError when a file is missing, truncated, or not safetensors.
+    """
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self._folder = Path(folder)
+        self._dtype = dtype
+        self._device = device
+        self._file_of = checkpoint_files(folder)
+        self._open: dict[Path, Any] = {}
+        self._read: set[str] = set()
+        self.bytes_read = 0
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.clear()
+
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
+        """Tensor `name`, which must be of `shape`, cut to `part` (a slice for each of the leading dims).
+
+        The result has the dtype and device of this checkpoint. ConfigError names tensor and file when it is
+        missing, of another shape, or unreadable.
+        """
+        if name not in self._file_of:
+            raise ConfigError("model", str(self._folder), f"the checkpoint has no tensor {name!r}")
+        file = self._file_of[name]
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(str(file), framework="pt")
+            source = self._open[file].get_slice(name)
+            found = tuple(source.get_shape())
+            if found != shape:
+                reason = f"{name!r} in {file.name} has shape {list(found)}, config.json asks for {list(shape)}"
+                raise ConfigError("model", str(self._folder), reason)
+            tensor: Tensor = source[part] if part else source[:]
+        except (SafetensorError, OSError) as error:
+            raise ConfigError("model", str(self._folder), f"{name!r} in {file.name}: {error}") from error
+        self._read.add(name)
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        # Without the copy a slice may stay a view of the mapped file.
+        return tensor.to(device=self._device, dtype=self._dtype, copy=True)
+
+    def names_left(self) -> set[str]:
+        """Tensors of the checkpoint that nobody has read."""
+        return self._file_of.keys() - self._read

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from stagemesh.config.engine import EngineArgs, EngineConfig, find_model
+from stagemesh.config.errors import ConfigError
+
+
+def resolve(model: Path, **args: Any) -> EngineConfig:
+    return EngineConfig.resolve(EngineArgs.parse({"model": str(model), "device": "cpu", **args}))
+
+
+def test_defaults_follow_the_model(model_folder: Path) -> None:
+    config = resolve(model_folder)
+    assert config.model_path == str(model_folder)
+    assert config.served_model_names == (str(model_folder),)
+    assert (config.dtype, config.dtype_bytes) == ("bfloat16", 2)
+    assert config.max_model_len == 512
+    assert (config.device, config.transport) == ("cpu", "gloo")
+    assert config.kv_cache_memory_bytes == 256 * 2**20
+
+
+def test_a_config_survives_the_way_to_another_process(model_folder: Path) -> None:
+    config = resolve(model_folder, tensor_parallel_size=2, autoscaling_config={"max_replicas": 2})
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_arguments_cannot_be_changed() -> None:
+    args = EngineArgs(model="m")
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        args.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("given", "num_bytes"), [("64MiB", 2**26), ("1.5 GB", 1_500_000_000), ("65536", 65536)])
+def test_memory_may_be_given_with_a_unit(given: str, num_bytes: int) -> None:
+    assert EngineArgs(model="m", kv_cache_memory_bytes=given).kv_cache_memory_bytes == num_bytes
+
+
+@pytest.mark.parametrize("given", ["3,5,4", [3, 5, 4]])
+def test_a_partition_may_be_a_list_or_text(given: Any) -> None:
+    assert EngineArgs(model="m", pipeline_layer_partition=given).pipeline_layer_partition == (3, 5, 4)
+
+
+def test_several_names_may_be_served(model_folder: Path) -> None:
+    assert resolve(model_folder, served_model_name=["a", "b"]).served_model_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            {"tensor_paralel_size": 2},
+            "=2: unknown setting; did you mean 'tensor_parallel_size'?",
+        ),
+        ({"zzz": 2}, "zzz=2: unknown setting; known are activation_transport, "),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0: must be an integer, at least 1"),
+        ({"tensor_parallel_size": "2"}, "tensor_parallel_size='2': must be an integer, at least 1"),
+        ({"max_num_seqs": True}, "max_num_seqs=True: must be an integer, at least 1"),
+        ({"max_model_len": 0}, "max_model_len=0: must be an integer, at least 1, or null"),
+        ({"dtype": "int8"}, "dtype='int8': must be one of auto, float32, bfloat16, float16"),
+        ({"gpu_memory_utilization": 1.5}, "=1.5: must be a number, above 0 and at most 1"),
+        ({"enable_prefix_caching": "yes"}, "='yes': must be true or false"),
+        ({"kv_cache_memory_bytes": "1 lot"}, "='1 lot': must be bytes, or a string with a unit"),
+        ({"pipeline_layer_partition": "3,x"}, "='3,x': must be a list of integers"),
+        ({"served_model_name": 3}, "served_model_name=3: must be a string or a list of strings or null"),
+        ({"autoscaling_config": []}, "autoscaling_config=[]: must be a mapping or null"),
+    ],
+)
+def test_a_bad_argument_is_named_with_what_is_allowed(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        EngineArgs.parse({"model": "m", **args})
+    assert message in str(error.value)
+
+
+def test_all_that_is_wrong_is_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        EngineArgs.parse({"max_num_seqs": 0, "dtype": "x", "modle": "m"})
+    lines = str(error.value).splitlines()
+    assert [line.partition("=")[0] for line in lines] == ["model", "dtype", "max_num_seqs", "modle"]
+
+
+@pytest.mark.parametrize("args", [None, [], "x", {1: 2}])
+def test_args_must_be_a_mapping(args: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        EngineArgs.parse(args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"tensor_parallel_size": 3}, "does not divide num_attention_heads=8"),
+        ({"max_model_len": 513}, "max_model_len=513: must be within 1 and .*max_position_embeddings=512"),
+        ({"activation_transport": "nccl"}, "activation_transport='nccl': needs device=cuda"),
+        ({"max_num_batched_tokens": 100}, "max_num_batched_tokens=100: must be at least max_num_seqs=256"),
+        ({"kv_cache_memory_bytes": 100_000}, "holds 96 tokens of KV cache, fewer than max_model_len=512"),
+        ({"autoscaling_config": {}, "data_parallel_size": 2}, "data_parallel_size=2: is a fixed number"),
+        ({"autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}, "0 <= min_replicas <= max_replicas"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    model_folder: Path, args: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(model_folder, **args)
+
+
+def test_broken_weights_are_refused_before_anything_starts(model_folder: Path) -> None:
+    with (model_folder / "model.safetensors").open("r+b") as file:
+        file.truncate(20)
+    with pytest.raises(ConfigError, match="truncated"):
+        resolve(model_folder)
+
+
+def test_an_unsupported_architecture_is_refused(
+    write_model: Callable[..., Path],
+) -> None:
+    with pytest.raises(ConfigError, match="supported are LlamaForCausalLM, Qwen3ForCausalLM"):
+        resolve(write_model(architectures=["MambaForCausalLM"]))
+
+
+def test_transport_follows_the_device(model_folder: Path) -> None:
+    assert resolve(model_folder, device="cuda").transport == "nccl"
+    assert resolve(model_folder, device="cuda").kv_cache_memory_bytes is None
+    assert resolve(model_folder, device="cuda", activation_transport="gloo").transport == "gloo"
+
+
+def test_a_relative_model_is_found_from_here_then_from_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model("config").name == "config"  # the package's own folder
+    (tmp_path / "config").mkdir()
+    assert find_model("config") == tmp_path / "config"
+    with pytest.raises(ConfigError, match="model='nowhere/model': is not a folder") as error:
+        find_model("nowhere/model")
+    assert str(tmp_path / "nowhere/model") in str(error.value)
+
+
+def test_every_argument_is_documented() -> None:
+    assert [name for name, field in EngineArgs.model_fields.items() if not field.description] == []

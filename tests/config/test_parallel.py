@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.model import ModelConfig
+from stagemesh.config.parallel import ParallelPlan, even_partition
+
+
+@pytest.fixture
+def model(model_folder: Path) -> ModelConfig:
+    """8 layers, 8 heads, 4 KV heads, intermediate size 128."""
+    return ModelConfig.from_folder(model_folder)
+
+
+@given(st.integers(1, 200), st.data())
+def test_an_even_partition_covers_all_and_spares_the_ends(num_layers: int, data: st.DataObject) -> None:
+    pp_size = data.draw(st.integers(1, num_layers))
+    layers = even_partition(num_layers, pp_size)
+    assert sum(layers) == num_layers
+    assert len(layers) == pp_size
+    assert max(layers) - min(layers) <= 1
+    assert layers[-1] == min(layers)
+    if num_layers % pp_size < pp_size - 1:
+        assert layers[0] == min(layers)
+
+
+def test_known_partitions() -> None:
+    assert even_partition(8, 3) == (3, 3, 2)
+    assert even_partition(9, 4) == (2, 2, 3, 2)
+    assert even_partition(7, 2) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "kv_heads_per_rank", "kv_replication"), [(1, 4, 1), (2, 2, 1), (4, 1, 1), (8, 1, 2)]
+)
+def test_kv_heads_are_split_then_replicated(
+    model: ModelConfig, tp_size: int, kv_heads_per_rank: int, kv_replication: int
+) -> None:
+    plan = ParallelPlan.resolve(model, tp_size, 1)
+    assert (plan.kv_heads_per_rank, plan.kv_replication) == (kv_heads_per_rank, kv_replication)
+
+
+def test_layer_ranges_follow_an_uneven_partition(model: ModelConfig) -> None:
+    plan = ParallelPlan.resolve(model, 1, 3, [2, 5, 1])
+    assert plan.layer_ranges == ((0, 2), (2, 7), (7, 8))
+    assert [plan.num_layers(stage) for stage in range(3)] == [2, 5, 1]
+    assert plan.world_size == 3
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "pp_size", "message"),
+    [
+        (3, 2, "tensor_parallel_size=3: does not divide num_attention_heads=8.*2x3, 1x6"),
+        (0, 1, "tensor_parallel_size=0: must be at least 1.*1x1"),
+        (1, 9, "pipeline_parallel_size=9: must be within 1 and num_hidden_layers=8.*1x8"),
+        (16, 1, "tensor_parallel_size=16: does not divide.*8x2"),
+    ],
+)
+def test_a_layout_that_cannot_work_is_refused_with_the_nearest_that_do(
+    model: ModelConfig, tp_size: int, pp_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ParallelPlan.resolve(model, tp_size, pp_size)
+
+
+def test_tensor_parallel_size_must_fit_the_kv_heads_and_the_mlp(write_model: Callable[..., Path]) -> None:
+    odd = ModelConfig.from_folder(write_model(num_attention_heads=12, num_key_value_heads=6, hidden_size=96))
+    with pytest.raises(ConfigError, match="neither divides num_key_value_heads=6 nor is a multiple"):
+        ParallelPlan.resolve(odd, 4, 1)
+    narrow = ModelConfig.from_folder(write_model(intermediate_size=130))
+    with pytest.raises(ConfigError, match="does not divide intermediate_size=130"):
+        ParallelPlan.resolve(narrow, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        ([4, 4], "names 2 stages, pipeline_parallel_size=3"),
+        ([4, 4, 0], "every stage needs at least 1 layer"),
+        ([3, 3, 3], "adds up to 9, the model has num_hidden_layers=8"),
+    ],
+)
+def test_a_partition_that_cannot_work_is_refused_with_one_that_does(
+    model: ModelConfig, partition: list[int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message + r"; \[3, 3, 2\] would work"):
+        ParallelPlan.resolve(model, 1, 3, partition)

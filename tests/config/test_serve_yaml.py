@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from stagemesh.config.engine import EngineArgs
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.serve_yaml import ServeFile, render
+
+CONFIG = Path(__file__).parents[2] / "config"
+EXAMPLES = sorted(CONFIG.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_serve_accepts_the_examples(path: Path) -> None:
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    env_vars = schema.controller_options.runtime_env["env_vars"]
+    assert env_vars["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    EngineArgs.parse(schema.applications[0].args)
+
+
+def test_a_rendered_file_differs_from_the_demo_in_its_args_only() -> None:
+    demo = yaml.safe_load((CONFIG / "demo.yaml").read_text())
+    rendered = yaml.safe_load(render(demo["applications"][0]["args"], host="127.0.0.1", port=8000, grpc_port=9000))
+    assert rendered == demo
+
+
+def test_what_is_rendered_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(render({"model": "m"}, host="::", port=1, grpc_port=2))
+    assert ServeFile.read(path) == ServeFile(host="::", port=1, grpc_port=2, route_prefix="/", args={"model": "m"})
+
+
+def test_one_port_cannot_serve_both() -> None:
+    with pytest.raises(ConfigError, match="grpc_port=8000: must differ from port"):
+        render({"model": "m"}, host="127.0.0.1", port=8000, grpc_port=8000)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "- 1", "applications: []", "applications: [{import_path: other:build}]", "a: ["]
+)
+def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"config='.*serve.yaml'"):
+        ServeFile.read(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ServeFile.read(tmp_path / "missing.yaml")

@@ -1,0 +1,185 @@
+"""Small random checkpoints, and lanes of ModelRunners without processes: TP ranks are threads, stages take
+turns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from stagemesh.config.engine import EngineArgs, EngineConfig
+from stagemesh.stages.collectives import SingleRank
+from stagemesh.stages.messages import SampleSpec, StepPlan
+from stagemesh.stages.runner import ModelRunner
+
+torch.set_num_threads(1)  # several ranks are threads of one process here
+GREEDY = SampleSpec(0.0, 1.0, 0, 0.0, 0, 0, [])
+
+
+def make_checkpoint(folder: Path, family: str = "Llama", *, max_shard_size: str = "5GB", **changes: Any) -> Path:
+    """A Hugging Face folder of a small `family` ("Llama", "Qwen3") model with random float32 weights."""
+    settings: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 128,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            # Norm weights spread around 1; every bias and matrix large enough to leave a trace in the logits.
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def reference_logits(folder: Path, token_ids: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """[T, vocab] of the whole sequence at once, by transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.inference_mode():
+        logits: Tensor = model(torch.tensor([list(token_ids)])).logits[0]
+    return logits
+
+
+@dataclass
+class Part:
+    """What one sequence does in a step."""
+
+    token_ids: Sequence[int]
+    context_len: int
+    block_table: Sequence[int]
+    sample: SampleSpec | None = GREEDY
+
+
+def make_plan(*parts: Part, step: int = 0) -> StepPlan:
+    width = max(len(part.block_table) for part in parts)
+    tables = np.full((len(parts), width), -1, np.int32)
+    for row, part in zip(tables, parts, strict=True):
+        row[: len(part.block_table)] = part.block_table
+    return StepPlan(
+        epoch=1,
+        step=step,
+        seq_ids=list(range(len(parts))),
+        query_lens=_int32([len(part.token_ids) for part in parts]),
+        context_lens=_int32([part.context_len for part in parts]),
+        token_ids=_int32([token for part in parts for token in part.token_ids]),
+        block_tables=tables.tobytes(),
+        max_blocks=width,
+        samples=[part.sample for part in parts],
+    )
+
+
+def _int32(values: Sequence[int]) -> bytes:
+    return np.array(values, np.int32).tobytes()
+
+
+@dataclass
+class ThreadGroup:
+    """A TensorGroup whose ranks are threads of one process."""
+
+    rank: int
+    size: int
+    slots: list[Tensor | None]
+    barrier: threading.Barrier
+
+    @staticmethod
+    def make(size: int) -> list[ThreadGroup]:
+        slots: list[Tensor | None] = [None] * size
+        barrier = threading.Barrier(size)
+        return [ThreadGroup(rank, size, slots, barrier) for rank in range(size)]
+
+    def _exchange(self, x: Tensor) -> list[Tensor]:
+        self.slots[self.rank] = x
+        self.barrier.wait(timeout=60)
+        everyone = [slot for slot in self.slots if slot is not None]
+        self.barrier.wait(timeout=60)
+        return everyone
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return torch.stack(self._exchange(x)).sum(0)
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return torch.cat(self._exchange(x), dim)
+
+    def gather_to_rank0(self, x: Tensor, dim: int) -> Tensor | None:
+        everyone = self._exchange(x)
+        return torch.cat(everyone, dim) if self.rank == 0 else None
+
+
+@dataclass
+class ThreadLane:
+    """All ranks of a lane, loaded and with a cache of `num_blocks` blocks."""
+
+    folder: Path
+    tp: int = 1
+    partition: Sequence[int] | None = None
+    """Layers per stage; None = one stage."""
+    num_blocks: int = 64
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.config = EngineConfig.resolve(
+            EngineArgs(
+                model=str(self.folder),
+                device="cpu",
+                tensor_parallel_size=self.tp,
+                pipeline_parallel_size=len(self.partition) if self.partition else 1,
+                pipeline_layer_partition=self.partition,
+                **{"dtype": "float32", "block_size": 4, **self.args},
+            )
+        )
+        self.stages = [
+            [ModelRunner(self.config, stage, rank, torch.device("cpu")) for rank in range(self.tp)]
+            for stage in range(self.config.plan.pp_size)
+        ]
+        for ranks in self.stages:
+            groups = ThreadGroup.make(self.tp) if self.tp > 1 else [SingleRank()]
+            for runner, group in zip(ranks, groups, strict=True):
+                runner.load()
+                runner.allocate_kv(self.num_blocks)
+                runner.set_group(group)
+
+    def logits(self, *parts: Part) -> Tensor:
+        """Run one step; logits of all its tokens [T, vocab]."""
+        plan = make_plan(*parts)
+        hidden = self._forward(plan)
+        everyone = self._on_ranks(self.stages[-1], lambda r, runner: runner.logits(plan, hidden[r], rows="all"))
+        assert all(result is None for result in everyone[1:])
+        logits: Tensor = everyone[0]
+        return logits
+
+    def sample(self, *parts: Part) -> list[int]:
+        plan = make_plan(*parts)
+        hidden = self._forward(plan)
+        everyone = self._on_ranks(self.stages[-1], lambda r, runner: runner.sample(plan, hidden[r]))
+        assert all(result is None for result in everyone[1:])
+        token_ids: list[int] = everyone[0]
+        return token_ids
+
+    def _forward(self, plan: StepPlan) -> list[Tensor]:
+        hidden: list[Any] = [None] * self.tp
+        for ranks in self.stages:
+            hidden = self._on_ranks(ranks, lambda r, runner, x=hidden: runner.execute(plan, x[r]))
+        return hidden
+
+    def _on_ranks(self, ranks: list[ModelRunner], call: Any) -> list[Any]:
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(call, range(len(ranks)), ranks))
