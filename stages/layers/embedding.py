@@ -51,8 +51,11 @@ class VocabParallelEmbedding:
 
 
 class VocabParallelHead:
-    """Hidden states to logits. Tied weights are simply read under the embedding's name: with several stages
-    the last one has to have its own copy anyway, and on a CPU the head keeps it in another layout."""
+    """Hidden states to logits.
+
+    A tied head is one that is read under the embedding's name. With several stages the last one needs its own
+    copy anyway, and on a CPU the head keeps it in another layout.
+    """
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, tp: TensorShard) -> None:
         self.name = name

@@ -62,8 +62,7 @@ class DenseMethod:
 
 
 MakeMethod = Callable[[str], LinearMethod]
-"""From a layer's name (`model.layers.0.self_attn.o_proj`) to its method; formats may leave some layers dense.
-"""
+"""From a layer's name (`model.layers.0.self_attn.o_proj`) to its method: formats leave some layers dense."""
 
 
 def dense_method(name: str) -> LinearMethod:

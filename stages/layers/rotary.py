@@ -43,8 +43,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between
-    blended.
+    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, others blended.
 
     The bounds are original_max_position_embeddings over low_freq_factor and over high_freq_factor.
     """

@@ -57,9 +57,7 @@ class CausalLM:
         return (2, num_kv_heads, block_size, self.config.head_dim)
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
-        """Read this rank's weights; returns the checkpoint's tensors that no stage of this model uses,
-        sorted.
-        """
+        """Read this rank's weights; returns the checkpoint's tensors that no stage of this model uses."""
         if self.embedding:
             self.embedding.load(checkpoint)
         for layer in self.layers:

@@ -1,0 +1,231 @@
+"""Paged attention as a CPU wants it: index arithmetic once per step, then a handful of large calls per layer.
+
+`CpuPagedAttention.prepare` looks at the lengths and block tables of a step and returns a `CpuAttentionStep`,
+which every layer then calls with its own cache. Keys and values are gathered into dense matrices; scores and
+output are one batched matrix product each. The G query heads of a KV head are rows of the same product, so
+grouped-query attention copies no keys. Two kinds of work:
+
+- Decode (one query token): sequences of similar length go together, padded to a common number of blocks.
+- Prefill chunk (several query tokens): one sequence at a time, in tiles of queries. A tile sees the keys up
+  to its own end, so only the square at its end needs a mask, and half of a long prompt's scores are never
+  computed.
+
+Measured on one core with bf16, 9 heads, 3 KV heads, D = 64, per layer, against
+`scaled_dot_product_attention`: decode 32 × 256 tokens 0.65 and 1.6 ms, prefill of 512 tokens 3.9 and 8.2 ms.
+As in eager implementations the scores are rounded to the model's dtype; the softmax is computed in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stagemesh.kernels.store_kv import store_kv_rows
+
+Ints = npt.NDArray[np.integer]
+
+MAX_GROUP_BYTES = 8 << 20
+"""Keys and values gathered at once for a group of decode sequences, so that they stay in the CPU's cache."""
+MAX_SCORE_BYTES = 4 << 20
+"""Scores of one tile of a prefill chunk, likewise."""
+MIN_TILE, MAX_TILE = 32, 128
+"""Query tokens in a tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """Blocks that are brought together in the workspace, for one or several sequences."""
+
+    rows: Tensor
+    """int64 [n]: rows of the cache seen as [N·2·K, B·D]."""
+    out: Tensor
+    """[n, B·D], a view of the workspace; `key` [S·K, D, L] and `value` [S·K, L, D] are views of the same."""
+    key: Tensor
+    value: Tensor
+
+    def __call__(self, cache: Tensor) -> None:
+        blocks = cache.view(-1, self.out.shape[1])
+        # Into memory that all layers reuse: a fresh allocation of this size costs more in page faults than
+        # the gather itself (measured: 3.6 ms against 0.2 ms for 6 MB).
+        torch.index_select(blocks, 0, self.rows, out=self.out)
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    """S sequences with one query token each, padded to L slots."""
+
+    tokens: Tensor
+    """int64 [S]: their place in the step."""
+    gather: _Gather
+    mask: Tensor
+    """[S·K, 1, L]: 0 where visible, else -inf."""
+
+    def __call__(self, q: Tensor, cache: Tensor, scale: float) -> Tensor:
+        """q [S, H, D] → [S, H, D]."""
+        self.gather(cache)
+        queries = q.reshape(self.mask.shape[0], -1, q.shape[-1])  # [S·K, G, D]
+        scores = torch.baddbmm(self.mask, queries, self.gather.key, alpha=scale)
+        return torch.bmm(scores.softmax(-1), self.gather.value).view(q.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _PrefillChunk:
+    """The tokens start..end of the step, all of one sequence with `context_len` cached tokens before them."""
+
+    start: int
+    end: int
+    context_len: int
+    tile: int
+    gather: _Gather
+    mask: Tensor
+    """[tile, 1, tile]: 0 on and below the diagonal, else -inf."""
+
+    def __call__(self, q: Tensor, cache: Tensor, scale: float) -> Tensor:
+        """q [T, H, D] of the whole step → [end - start, H, D]."""
+        self.gather(cache)
+        num_kv_heads, head_dim, _ = self.gather.key.shape
+        length = self.end - self.start
+        queries = q[self.start : self.end].unflatten(1, (num_kv_heads, -1)).transpose(0, 1)  # [K, length, G, D]
+        group = queries.shape[2]
+        out = torch.empty(num_kv_heads, length, group, head_dim, dtype=q.dtype)
+        for first in range(0, length, self.tile):
+            last = min(first + self.tile, length)
+            visible = self.context_len + last
+            scores = torch.baddbmm(
+                q.new_empty(1, 1, 1),  # not read: beta is 0
+                queries[:, first:last].flatten(1, 2),
+                self.gather.key[:, :, :visible],
+                beta=0,
+                alpha=scale,
+            )
+            square = scores.view(num_kv_heads, last - first, group, visible)[..., visible - (last - first) :]
+            square += self.mask[: last - first, :, : last - first]
+            weighted = torch.bmm(scores.softmax(-1), self.gather.value[:, :visible])
+            out[:, first:last] = weighted.view(num_kv_heads, last - first, group, head_dim)
+        return out.transpose(0, 1).flatten(1, 2)
+
+
+class CpuAttentionStep:
+    """Attention over one step's sequences; call it once per layer, before the next `prepare`."""
+
+    def __init__(self, store_rows: Tensor, groups: list[_DecodeGroup], chunks: list[_PrefillChunk]) -> None:
+        self._store_rows = store_rows
+        self._groups = groups
+        self._chunks = chunks
+        # Most steps: every sequence decodes, all fit one group, and a lone group keeps the order of the step.
+        self._whole = groups[0] if len(groups) == 1 and not chunks else None
+
+    def __call__(self, q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
+        """Store `kv` [T, 2·K, D] in `cache` [N, 2, K, B, D]; attention of `q` [T, H, D], as [T, H·D]."""
+        store_kv_rows(kv, cache, self._store_rows)
+        if self._whole is not None:
+            return self._whole(q, cache, scale).flatten(1)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        for group in self._groups:
+            out.index_copy_(0, group.tokens, group(q.index_select(0, group.tokens), cache, scale))
+        for chunk in self._chunks:
+            out[chunk.start : chunk.end] = chunk(q, cache, scale)
+        return out.flatten(1)
+
+
+class CpuPagedAttention:
+    """Prepares steps for caches of one shape, [N, 2, num_kv_heads, block_size, head_dim].
+
+    Owns the workspace, so the step prepared last is the only one that may be called. One caller at a time.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        self._num_heads = num_heads
+        self._num_kv_heads = num_kv_heads
+        self._block_size = block_size
+        self._head_dim = head_dim
+        self._dtype = dtype
+        self._sides = np.arange(2 * num_kv_heads)
+        """Key heads, then value heads."""
+        self._workspace = torch.empty(0, block_size * head_dim, dtype=dtype)
+        square = torch.full((MAX_TILE, MAX_TILE), float("-inf"), dtype=dtype).triu_(1)
+        self._square_mask = square[:, None, :]
+        bytes_per_block = 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+        self._max_group_blocks = MAX_GROUP_BYTES // bytes_per_block
+
+    def prepare(self, query_lens: Ints, context_lens: Ints, block_tables: Ints, slots: Ints) -> CpuAttentionStep:
+        """Index arithmetic for one step of S sequences and T tokens.
+
+        query_lens, context_lens: [S]; block_tables: [S, max_blocks]; slots: [T] as in store_kv.
+        """
+        totals = context_lens + query_lens
+        num_blocks = -(-totals // self._block_size)
+        if len(slots) == len(query_lens):
+            decodes, prefills = np.arange(len(slots)), np.arange(0)
+        else:
+            decodes, prefills = np.flatnonzero(query_lens == 1), np.flatnonzero(query_lens > 1)
+        members = self._group_decodes(decodes, num_blocks)
+        padded = [len(group) * int(num_blocks[group].max()) for group in members]
+        self._grow(max([*padded, *num_blocks[prefills].tolist()]))
+
+        ends = query_lens.cumsum()
+        groups = [
+            self._decode_group(ends[group] - 1, totals[group], num_blocks[group], block_tables[group])
+            for group in members
+        ]
+        chunks = [
+            self._prefill_chunk(int(ends[s]), int(query_lens[s]), int(context_lens[s]), block_tables[s])
+            for s in prefills
+        ]
+        return CpuAttentionStep(self._rows_to_store(slots), groups, chunks)
+
+    def _group_decodes(self, sequences: Ints, num_blocks: Ints) -> list[Ints]:
+        """Groups whose padding at most doubles the work and whose gathered blocks fit MAX_GROUP_BYTES."""
+        if len(sequences) == 0:
+            return []
+        shortest, longest = int(num_blocks[sequences].min()), int(num_blocks[sequences].max())
+        if longest <= 2 * shortest and len(sequences) * longest <= self._max_group_blocks:
+            return [sequences]
+        sequences = sequences[np.argsort(-num_blocks[sequences], kind="stable")]
+        starts = [0]
+        longest = int(num_blocks[sequences[0]])
+        for i, length in enumerate(num_blocks[sequences].tolist()):
+            too_large = (i + 1 - starts[-1]) * longest > self._max_group_blocks
+            if i > starts[-1] and (too_large or 2 * length < longest):
+                starts.append(i)
+                longest = length
+        return np.split(sequences, starts[1:])
+
+    def _decode_group(self, tokens: Ints, totals: Ints, num_blocks: Ints, block_tables: Ints) -> _DecodeGroup:
+        width = int(num_blocks.max())
+        # A shorter sequence reads block 0 behind the end of its table; the mask hides it.
+        tables = np.where(np.arange(width) < num_blocks[:, None], block_tables[:, :width], 0)
+        gather = self._gather(tables)
+        mask = np.where(np.arange(width * self._block_size) < totals[:, None], np.float32(0), -np.inf)
+        masks = torch.from_numpy(mask.repeat(self._num_kv_heads, 0)).to(self._dtype)
+        return _DecodeGroup(torch.from_numpy(tokens), gather, masks[:, None])
+
+    def _prefill_chunk(self, end: int, query_len: int, context_len: int, block_table: Ints) -> _PrefillChunk:
+        total = context_len + query_len
+        gather = self._gather(block_table[None, : -(-total // self._block_size)])
+        tile = MAX_SCORE_BYTES // (self._num_heads * total * self._dtype.itemsize)
+        tile = min(max(tile, MIN_TILE), MAX_TILE)
+        return _PrefillChunk(end - query_len, end, context_len, tile, gather, self._square_mask)
+
+    def _rows_to_store(self, slots: Ints) -> Tensor:
+        """[T] → int64 [T, 2·K], for store_kv_rows."""
+        blocks, offsets = np.divmod(slots.astype(np.int64)[:, None], self._block_size)
+        return torch.from_numpy((blocks * len(self._sides) + self._sides) * self._block_size + offsets)
+
+    def _gather(self, tables: Ints) -> _Gather:
+        """For block tables [S, blocks]: keys of all sequences and heads, then values, head before block."""
+        num_sequences, width = tables.shape
+        rows = (tables.astype(np.int64) * len(self._sides))[:, None, :] + self._sides.reshape(2, 1, -1, 1)
+        out = self._workspace[: rows.size]
+        shape = (2, num_sequences * self._num_kv_heads, width * self._block_size, self._head_dim)
+        key, value = out.view(shape)
+        return _Gather(torch.from_numpy(rows.ravel()), out, key.transpose(1, 2), value)
+
+    def _grow(self, num_blocks: int) -> None:
+        rows = num_blocks * len(self._sides)
+        if rows > self._workspace.shape[0]:
+            self._workspace = torch.empty(rows, self._block_size * self._head_dim, dtype=self._dtype)

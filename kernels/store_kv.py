@@ -1,0 +1,39 @@
+"""Write the keys and values of a step's tokens into the paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def store_kv(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Put token t of `kv` into slot `slots[t]` of `cache`.
+
+    kv: [T, 2·K, D], the K key heads before the K value heads; may be strided, the last dim is contiguous.
+    cache: [N, 2, K, B, D], contiguous, same dtype.
+    slots: int64 [T], block · B + offset in the block; all different.
+    """
+    if kv.is_cuda:
+        from stagemesh.kernels.store_kv_triton import store_kv_triton
+
+        store_kv_triton(kv, cache, slots)
+    else:
+        store_kv_torch(kv, cache, slots)
+
+
+def store_kv_torch(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
+    _, _, num_kv_heads, block_size, head_dim = cache.shape
+    rows = slot_rows(slots, num_kv_heads, block_size)
+    store_kv_rows(kv, cache, rows)
+
+
+def slot_rows(slots: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
+    """int64 [T, 2·K]: where each head of each token lies when the cache is seen as rows [N·2·K·B, D]."""
+    heads = torch.arange(2 * num_kv_heads, device=slots.device)
+    block = slots.div(block_size, rounding_mode="floor") * (2 * num_kv_heads)
+    return (block[:, None] + heads) * block_size + (slots % block_size)[:, None]
+
+
+def store_kv_rows(kv: Tensor, cache: Tensor, rows: Tensor) -> None:
+    """store_kv with the arithmetic done: `rows` as from slot_rows, computed once per step for all layers."""
+    cache.view(-1, cache.shape[-1]).index_put_((rows,), kv)
