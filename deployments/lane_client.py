@@ -23,6 +23,8 @@ from stagemesh.stages.messages import GenerateCall, GenerateSummary, LaneDigest,
 
 logger = logging.getLogger("ray.serve")
 
+Arrived = TokenDelta | LaneError | None
+"""What a request waits for: tokens, the reason why there will be none, or (None) the end of its lifetime call."""
 LAST_TOKENS_TIMEOUT_S = 5.0
 """How long tokens may still be on their way after the lifetime call has returned."""
 
@@ -30,11 +32,13 @@ LAST_TOKENS_TIMEOUT_S = 5.0
 class RayLaneClient:
     """Implements `deployments.lanes.LaneClient` over Ray Serve. One per router replica."""
 
-    def __init__(self, heads: DeploymentHandle[Any], view: LaneView) -> None:
+    def __init__(self, heads: DeploymentHandle[Any], view: LaneView, lane_timeout_s: float) -> None:
+        """`lane_timeout_s`: how long a request may wait until some lane takes it."""
         self._heads = heads
+        self._lane_timeout_s = lane_timeout_s
         self._view = view
         self._encode_params = msgspec.msgpack.Encoder().encode
-        self._queues: dict[str, asyncio.Queue[TokenDelta | None]] = {}
+        self._queues: dict[str, asyncio.Queue[Arrived]] = {}
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._address = bind_random_port(self._socket, ray.util.get_node_ip_address())
@@ -55,31 +59,40 @@ class RayLaneClient:
 
     async def generate(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> AsyncGenerator[TokenDelta]:
+    ) -> AsyncGenerator[TokenDelta, None]:
         """Tokens of one request as they come. Closing the iterator aborts the request on its lane."""
         call = GenerateCall(request_id, list(prompt_token_ids), self._encode_params(params), self._address)
-        queue: asyncio.Queue[TokenDelta | None] = asyncio.Queue()
+        queue: asyncio.Queue[Arrived] = asyncio.Queue()
         self._queues[request_id] = queue
         response = self._heads.generate.remote(call)
         ended = asyncio.ensure_future(_summary(response))
         ended.add_done_callback(lambda _: queue.put_nowait(None))
         self._keep(ended)
+
+        def check_lane() -> None:
+            if self._view.explain(request_id) is None:
+                reason = f"no lane could take the request within {self._lane_timeout_s:g} s"
+                queue.put_nowait(LaneError("unavailable", reason))
+
+        timer = asyncio.get_running_loop().call_later(self._lane_timeout_s, check_lane)
         finished = False
         try:
             while not finished:
-                delta = await queue.get()
-                if delta is None:
-                    delta = await self._after_the_call(ended, queue)
+                arrived = await queue.get()
+                if isinstance(arrived, LaneError):
+                    raise arrived
+                delta = arrived or await self._after_the_call(ended, queue)
                 finished = delta.finish_reason is not None
                 yield delta
         finally:
+            timer.cancel()
             self._queues.pop(request_id, None)
             self._view.finished(request_id)
             if not finished and not ended.done():
                 response.cancel()
 
     async def _after_the_call(
-        self, ended: asyncio.Future[GenerateSummary], queue: asyncio.Queue[TokenDelta | None]
+        self, ended: asyncio.Future[GenerateSummary], queue: asyncio.Queue[Arrived]
     ) -> TokenDelta:
         """The lifetime call is over before the last token came: it failed, or the rest is on its way."""
         error = ended.exception()
@@ -92,7 +105,7 @@ class RayLaneClient:
             delta = await asyncio.wait_for(queue.get(), LAST_TOKENS_TIMEOUT_S)
         except TimeoutError:
             delta = None
-        if delta is None:
+        if not isinstance(delta, TokenDelta):
             raise LaneError(
                 "internal",
                 f"the last of {summary.num_tokens} tokens did not come in {LAST_TOKENS_TIMEOUT_S:g} s",

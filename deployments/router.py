@@ -24,7 +24,7 @@ class Router(GrpcApi):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: EngineConfig, heads: DeploymentHandle[Any]
     ) -> None:
-        self._lanes = RayLaneClient(heads, VIEW)
+        self._lanes = RayLaneClient(heads, VIEW, config.args.startup_timeout_s)
         self._lanes.start()
         self.inference_service = InferenceService(
             lanes=self._lanes,

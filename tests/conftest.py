@@ -12,3 +12,8 @@ from harness import Cluster, running_cluster
 def cluster() -> Iterator[Cluster]:
     with running_cluster() as running:
         yield running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a Ray instance of their own come first: later ones would find the session's."""
+    items.sort(key=lambda item: item.get_closest_marker("own_ray") is None)
