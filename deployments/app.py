@@ -12,6 +12,7 @@ from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.deployments.head import Head
 from stagemesh.deployments.router import Router
 from stagemesh.deployments.stage import Stage
+from stagemesh.stages.tokenizer import Tokenizer
 
 MANY = 100_000
 """Serve's own limits on open calls are out of the way: the scheduler queues and the router bounds."""
@@ -30,6 +31,7 @@ STAGE_AUTOSCALING = {
 def build(args: dict[str, Any]) -> Application:
     """The `import_path` of every Serve YAML. Raises ConfigError before anything starts."""
     config = EngineConfig.resolve(EngineArgs.parse(args))
+    Tokenizer.from_folder(config.model_path)  # what is wrong with it is better told here than by every router
     autoscaling = config.args.autoscaling_config
     lanes: dict[str, Any] = (
         {"num_replicas": config.args.data_parallel_size} if autoscaling is None else {"autoscaling_config": autoscaling}

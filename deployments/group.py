@@ -123,7 +123,7 @@ class WorkerGroup:
     async def _watch(self, tp_rank: int, worker: ActorHandle) -> None:
         try:
             await worker.watch.remote()
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
             reason = f"stage {self._stage} rank {tp_rank} died: {error.__class__.__name__}"
         logger.warning("%s", reason)
         rank = self._ranks[tp_rank]

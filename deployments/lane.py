@@ -78,6 +78,9 @@ class Lane:
             self._changed.set()
 
     def check_health(self) -> None:
+        for task in self._tasks:  # they run for as long as the lane does
+            if task.done() and not task.cancelled():
+                raise RuntimeError(f"lane {self._lane} lost its supervisor: {task.exception()!r}")
         if self._broken_since is None:
             return
         broken_s = time.monotonic() - self._broken_since

@@ -1,8 +1,8 @@
 """One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop.
 
 Free of Ray: `deployments/shard.py` puts it into an actor, the tests into plain threads and processes.
-Life: `load` and `profile` once, then for every epoch `open` → `connect` → `run`. `stop` and `progress` may be called from
-another thread at any time; everything else comes from one caller at a time.
+Life: `load` and `profile` once, then for every epoch `open` → `connect` → `run`. `stop` and `progress` may be called
+from another thread at any time; everything else comes from one caller at a time.
 """
 
 from __future__ import annotations

@@ -21,9 +21,7 @@ def main() -> int:
     include = Path(protoc.__file__).parent / "_proto"  # google/protobuf/*.proto
     with tempfile.TemporaryDirectory() as out:
         outputs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
-        failed = protoc.main(
-            ["protoc", f"-I{PACKAGE}={HERE}", f"-I{include}", *outputs, f"{PACKAGE}/inference.proto"]
-        )
+        failed = protoc.main(["protoc", f"-I{PACKAGE}={HERE}", f"-I{include}", *outputs, f"{PACKAGE}/inference.proto"])
         if not failed:
             for path in (Path(out) / PACKAGE).iterdir():
                 shutil.copyfile(path, HERE / path.name)
