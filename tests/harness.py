@@ -113,6 +113,9 @@ def running_cluster() -> Iterator[Cluster]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Behind a load balancer of its own a router must stay reachable for a while; here nobody would notice.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0.5"
+    # Two busy cores may take a while to start a proxy.
+    os.environ["RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S"] = "120"
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
     import ray
     from ray import serve
 

@@ -62,6 +62,9 @@ _VOWELS = "aeiou"
 _FACT_TOKENS = 6
 _QUESTION_TOKENS = 8
 
+MAX_FACTS = 8
+"""Most facts that a look-up prompt states; the rest of it is filler."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -92,9 +95,9 @@ def training_example(skill: str, rng: random.Random) -> Example:
 
 def lookup_example(rng: random.Random, distance: int) -> Example:
     """A held-out look-up whose fact stands about `distance` tokens before the question."""
-    facts = _facts(rng, held=False)
-    asked = _facts(rng, held=True)
+    asked = _facts(rng, 1, held=True)
     key, value = asked.popitem()
+    facts = _facts(rng, rng.randint(0, MAX_FACTS - 1), held=False)
     facts.pop(key, None)
     density = rng.uniform(0.1, 0.7)
     before = _passage(rng, facts, rng.randint(0, 60), density)
@@ -103,18 +106,23 @@ def lookup_example(rng: random.Random, distance: int) -> Example:
 
 
 def lookup_conversation(rng: random.Random, tokens: int, filler: Callable[[], str] | None = None) -> list[Example]:
-    """A passage with facts and a first question, then more questions: about `tokens` tokens in all."""
+    """A passage with facts, then as many questions as fit into about `tokens` tokens.
+
+    Half of the conversations have no filler and many questions: the more answers in a row, the sooner
+    a model finds out that they can be looked up.
+    """
     per_turn = _QUESTION_TOKENS + 5
-    questions = rng.randint(1, max(1, min(30, tokens // (2 * per_turn))))
-    facts = _facts(rng, held=False)
+    is_dense = rng.random() < 0.5
+    questions = max(1, int(tokens * (0.5 if is_dense else rng.uniform(0.05, 0.3))) // per_turn)
+    facts = _facts(rng, rng.randint(1, 3 * MAX_FACTS if is_dense else MAX_FACTS), held=False)
     remaining = dict(facts)
-    density = rng.uniform(0.1, 1.0)
-    passage = _passage(rng, remaining, tokens - questions * per_turn - 8, density, filler, restated=0.4)
+    density = 1.0 if is_dense else rng.uniform(0.1, 0.7)
+    passage = _passage(rng, remaining, tokens - questions * per_turn - 8, density, filler, restated=0.3)
     stated = [key for key in facts if key not in remaining]
     if not stated:
         stated.append(remaining.popitem()[0])
         passage.append(_fact(stated[0], facts[stated[0]]))
-    asked = rng.sample(stated, min(questions, len(stated)))
+    asked = rng.choices(stated, k=questions)
     first = Example(" ".join(passage) + "\n" + _question(asked[0]), facts[asked[0]])
     return [first, *(Example(_question(key), facts[key]) for key in asked[1:])]
 
@@ -134,10 +142,10 @@ def _question(key: str) -> str:
     return f"What is the value of {key}?"
 
 
-def _facts(rng: random.Random, held: bool) -> dict[str, str]:
-    """Every key once, in random order, with a value on the wanted side of the split."""
+def _facts(rng: random.Random, count: int, held: bool) -> dict[str, str]:
+    """Some keys in random order, each with a value on the wanted side of the split."""
     facts = {}
-    for key in rng.sample(KEYS, len(KEYS)):
+    for key in rng.sample(KEYS, count):
         value = rng.choice(VALUES)
         while is_held_out(f"lookup {key} {value}") != held:
             value = rng.choice(VALUES)
@@ -161,8 +169,9 @@ def _passage(
     parts: list[str] = []
     said: list[str] = []
     while tokens > 0:
-        if rng.random() < density and (facts or said):
-            if said and (not facts or rng.random() < restated):
+        repeats = restated > 0 and bool(said) and (not facts or rng.random() < restated)
+        if (repeats or facts) and rng.random() < density:
+            if repeats:
                 fact = rng.choice(said)
             else:
                 fact = _fact(*facts.popitem())

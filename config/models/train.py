@@ -1,6 +1,6 @@
 """Train the demo model on a CPU: a small Llama that writes English and answers checkable questions.
 
-    python config/models/train.py --text shakespeare.txt --out config/models/demo --minutes 40
+    python config/models/train.py --text shakespeare.txt --out config/models/demo --minutes 55
 
 English comes from --text; the questions come from skills.py. A run given --steps instead of --minutes
 is reproducible for a given seed, machine and number of threads.
@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +44,7 @@ KINDS = ("short", "lookup", "text")
 SHORT_ROW = 80
 # Look-up is learned on short rows and then stretched: (row length, share of the run after which to move
 # on at the latest). A run moves on earlier once the look-up loss is below LEARNED.
-CURRICULUM = [(128, 0.5), (384, 0.8), (1152, 1.0)]
+CURRICULUM = [(128, 0.4), (384, 0.65), (1152, 1.0)]
 LEARNED = 0.1
 SKILL_WEIGHTS = {"add": 0.60, "subtract": 0.20, "copy": 0.12, "reverse": 0.08}
 
@@ -166,28 +166,6 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model.embed_tokens.weight)
-
-
-def grown(model: LanguageModel, config: Config) -> LanguageModel:
-    """The same function with more layers: some layers are followed by one that adds nothing yet.
-
-    The skills are learned about as well by fewer layers, in less time.
-    """
-    result = LanguageModel(config)
-    result.model.embed_tokens, result.model.norm = model.model.embed_tokens, model.model.norm
-    old = list(model.model.layers)
-    added = config.num_hidden_layers - len(old)
-    layers: list[nn.Module] = []
-    for i, layer in enumerate(old):
-        layers.append(layer)
-        if i >= len(old) - added:
-            extra = Layer(config, type(layer.mlp))
-            extra.load_state_dict(result.model.layers[i].state_dict())
-            nn.init.zeros_(extra.self_attn.o_proj.weight)
-            nn.init.zeros_(extra.mlp.down_proj.weight)
-            layers.append(extra)
-    result.model.layers = nn.ModuleList(layers)
-    return result
 
 
 # --- tokenizer ---
@@ -350,25 +328,14 @@ def gradients(model: LanguageModel, body: nn.Module, batch: Batch) -> tuple[list
     return list(found), means
 
 
-def make_optimizers(model: LanguageModel, gentle: int) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers (in two halves, one per thread), AdamW for the rest.
-
-    The first `gentle` layers and the embedding they read change at a tenth of the pace.
-    """
-    slow = tuple(f"model.layers.{i}." for i in range(gentle))
-    named = [(n, p) for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+def make_optimizers(model: LanguageModel) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers (in as many parts as threads), AdamW for the rest."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers: list[torch.optim.Optimizer] = []
-    for i in range(THREADS):
-        groups = [
-            {"params": [p for n, p in named[i::THREADS] if bool(slow and n.startswith(slow)) == is_slow], "pace": pace}
-            for is_slow, pace in ((False, 1.0), (True, 0.1))
-        ]
-        groups = [group for group in groups if group["params"]]
-        optimizers.append(torch.optim.Muon(groups, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
-    pace = 0.1 if gentle else 1.0
-    optimizers.append(torch.optim.AdamW([{"params": others, "pace": pace}], betas=(0.9, 0.98), weight_decay=0.0))
-    return optimizers
+    muons = [
+        torch.optim.Muon(matrices[i::THREADS], weight_decay=0.1, adjust_lr_fn="match_rms_adamw") for i in range(THREADS)
+    ]
+    return [*muons, torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def progress_steps(args: argparse.Namespace) -> Iterator[tuple[int, float]]:
@@ -403,11 +370,8 @@ class RowLength:
 
 
 def train(args: argparse.Namespace, model: LanguageModel, data: Data) -> LanguageModel:
-    def prepared() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-        body = torch.compile(model.model, dynamic=False) if args.compile else model.model
-        return body, make_optimizers(model, args.gentle)
-
-    body, optimizers = prepared()
+    body = torch.compile(model.model, dynamic=False) if args.compile else model.model
+    optimizers = make_optimizers(model)
     begin = last_saved = last_logged = time.monotonic()
     tokens, length, lengths = 0, CURRICULUM[0][0], RowLength()
     log: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -415,10 +379,6 @@ def train(args: argparse.Namespace, model: LanguageModel, data: Data) -> Languag
     # which wait for each other at every operation.
     with ThreadPoolExecutor(THREADS) as pool:
         for step, done in progress_steps(args):
-            if done >= args.grow_at and model.config != Config():
-                model = grown(model, Config())
-                # The last stretch is too short to pay for compiling the deeper model.
-                body, optimizers = model.model, make_optimizers(model, args.gentle)
             long = [data.long_batch(args.long_tokens, length, args.text_share) for _ in range(THREADS)]
             batches = [*long, *(data.short_batch(args.short_rows) for _ in range(THREADS))]
             results = list(pool.map(partial(gradients, model, body), batches))
@@ -449,7 +409,7 @@ def train(args: argparse.Namespace, model: LanguageModel, data: Data) -> Languag
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = value * group["pace"]
+            group["lr"] = value
 
 
 # --- evaluation and saving ---
@@ -551,16 +511,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="plain English text to learn from")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo")
     parser.add_argument("--init", type=Path, help="folder of an earlier run to start from")
-    parser.add_argument("--grow-at", type=float, default=0.6, help="share of the run with half of the layers")
-    parser.add_argument("--gentle", type=int, default=0, help="first layers that learn slowly")
     parser.add_argument("--seed", type=int, default=1)
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, default=40.0, help="wall-clock budget of the training loop")
+    budget.add_argument("--minutes", type=float, default=55.0, help="wall-clock budget of the training loop")
     budget.add_argument("--steps", type=int, help="budget in steps instead, for a reproducible run")
-    parser.add_argument("--lr", type=float, default=6e-3)
-    parser.add_argument("--short-rows", type=int, default=16)
-    parser.add_argument("--long-tokens", type=int, default=2304)
-    parser.add_argument("--text-share", type=float, default=0.25)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--short-rows", type=int, default=10)
+    parser.add_argument("--long-tokens", type=int, default=4608)
+    parser.add_argument("--text-share", type=float, default=0.1)
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--save-minutes", type=float, default=6.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder (needs a C++ compiler)")
@@ -572,12 +530,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
     text = args.text.read_text()
-    model = LanguageModel(replace(Config(), num_hidden_layers=Config.num_hidden_layers // 2))
+    model = LanguageModel(Config())
     if args.init:
         tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json"))
         weights = load_file(args.init / "model.safetensors")
-        layers = json.loads((args.init / "config.json").read_text())["num_hidden_layers"]
-        model = LanguageModel(replace(Config(), num_hidden_layers=layers))
         model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     else:
         tokenizer = train_tokenizer(text, Config.vocab_size)
