@@ -12,6 +12,7 @@ import msgspec
 import ray
 import zmq
 import zmq.asyncio
+from ray.serve.exceptions import RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from stagemesh.config.errors import ConfigError
@@ -134,7 +135,9 @@ class RayLaneClient:
 
     def _dropped(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, RequestCancelledError):  # that one is our own doing: the client has left
             logger.warning("%s: %s", type(error).__name__, str(error).splitlines()[-1:])
 
     def close(self) -> None:
