@@ -11,6 +11,7 @@ from stagemesh.stages.batch import StepBatch
 from stagemesh.stages.collectives import TensorShard
 from stagemesh.stages.layers.decoder import DecoderLayer
 from stagemesh.stages.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from stagemesh.stages.layers.linear import MakeMethod, dense_method
 from stagemesh.stages.layers.norm import RMSNorm
 from stagemesh.stages.weights import Checkpoint
 
@@ -29,9 +30,16 @@ class CausalLM:
     implements `make_layer`. Instances are made empty and filled by `load`.
     """
 
-    def __init__(self, config: ModelConfig, layers: tuple[int, int], tp: TensorShard) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: tuple[int, int],
+        tp: TensorShard,
+        make_method: MakeMethod = dense_method,
+    ) -> None:
         self.config = config
         self.tp = tp
+        self.make_method = make_method
         self.start, self.end = layers
         self.layers = [self.make_layer(i) for i in range(self.start, self.end)]
         vocab = (config.vocab_size, config.hidden_size, tp)

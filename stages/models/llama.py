@@ -23,7 +23,15 @@ class LlamaForCausalLM(CausalLM):
                 bias=config.attention_bias,
                 output_bias=config.attention_bias,
                 qk_norm=self.qk_norm,
+                make_method=self.make_method,
             ),
             RMSNorm(f"{name}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps),
-            GatedMLP(f"{name}.mlp", config.hidden_size, config.intermediate_size, self.tp, bias=config.mlp_bias),
+            GatedMLP(
+                f"{name}.mlp",
+                config.hidden_size,
+                config.intermediate_size,
+                self.tp,
+                bias=config.mlp_bias,
+                make_method=self.make_method,
+            ),
         )
