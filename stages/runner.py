@@ -15,13 +15,16 @@ from stagemesh.stages.batch import BatchMaker
 from stagemesh.stages.collectives import TensorGroup, TensorShard
 from stagemesh.stages.kv_cache import KVCache, host_memory_available
 from stagemesh.stages.layers.rotary import RotaryTable
-from stagemesh.stages.messages import StepPlan
+from stagemesh.stages.messages import StepPlan, StepResult, TokenLogprobs
 from stagemesh.stages.models.causal_lm import CausalLM
 from stagemesh.stages.models.registry import model_class
-from stagemesh.stages.sampler import sample
+from stagemesh.stages.sampler import sample, token_logprobs
 from stagemesh.stages.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+PROMPT_LOGPROBS_ROWS = 128
+"""Prompt tokens whose logits, over the whole vocabulary, are in memory at a time."""
 
 
 class ModelRunner:
@@ -140,16 +143,44 @@ class ModelRunner:
         return model.forward(hidden, batch, self._cache.layers)
 
     @torch.inference_mode()
-    def sample(self, plan: StepPlan, hidden: Tensor) -> list[int] | None:
-        """Last stage: the next token of each sequence that the plan has a SampleSpec for, in plan order.
+    def sample(self, plan: StepPlan, hidden: Tensor) -> StepResult | None:
+        """Last stage: the next token of each sequence that the plan has a SampleSpec for, in plan order, and the
+        log-probabilities that it asks for.
 
-        `hidden`: what `execute` returned for this plan. Token ids on tp rank 0, None on the other ranks.
+        `hidden`: what `execute` returned for this plan. A result on tp rank 0, None on the other ranks.
         """
+        result = StepResult(plan.epoch, plan.step, [])
+        if plan.prompt_logprobs:
+            result.prompt_logprobs = self._prompt_logprobs(plan, hidden)
         specs = [spec for spec in plan.samples if spec is not None]
-        if not specs:
-            return [] if self._tp.rank == 0 else None
-        logits = self.logits(plan, hidden)
-        return None if logits is None else sample(logits, specs)
+        logits = self.logits(plan, hidden) if specs else None
+        if logits is not None:
+            asked = {row: spec.num_logprobs for row, spec in enumerate(specs) if spec.num_logprobs is not None}
+            unedited = logits[list(asked)] if asked else None
+            result.token_ids = sample(logits, specs)
+            if unedited is not None:
+                token_ids = [result.token_ids[row] for row in asked]
+                found = token_logprobs(unedited, token_ids, list(asked.values()))
+                by_row = dict(zip(asked, found, strict=True))
+                result.logprobs = [by_row.get(row) for row in range(len(specs))]
+        return result if self._tp.rank == 0 else None
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> list[list[TokenLogprobs]]:
+        """One list per PromptLogprobsSpec on tp rank 0; nothing of use on the others, which must call it too."""
+        ends = np.cumsum(np.frombuffer(plan.query_lens, np.int32))
+        starts = ends - np.frombuffer(plan.query_lens, np.int32)
+        found = []
+        for spec in plan.prompt_logprobs:
+            start = int(starts[spec.sequence])
+            targets = np.frombuffer(spec.target_ids, np.int32).tolist()
+            report: list[TokenLogprobs] = []
+            for first in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
+                part = targets[first : first + PROMPT_LOGPROBS_ROWS]
+                logits = self._loaded().logits(hidden[start + first : start + first + len(part)])
+                if logits is not None:
+                    report += token_logprobs(logits, part, [spec.num_logprobs] * len(part))
+            found.append(report)
+        return found
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, hidden: Tensor, rows: Literal["sampled", "all"] = "sampled") -> Tensor | None:

@@ -171,7 +171,7 @@ class ThreadLane:
         hidden = self._forward(plan)
         everyone = self._on_ranks(self.stages[-1], lambda r, runner: runner.sample(plan, hidden[r]))
         assert all(result is None for result in everyone[1:])
-        token_ids: list[int] = everyone[0]
+        token_ids: list[int] = everyone[0].token_ids
         return token_ids
 
     def _forward(self, plan: StepPlan) -> list[Tensor]:
