@@ -17,6 +17,7 @@ from stagemesh.config.checkpoint import checkpoint_files
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.model import DType, ModelConfig
 from stagemesh.config.parallel import ParallelPlan
+from stagemesh.config.quantization import Quantization, QuantizationName, resolve_quantization
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 CPU_KV_CACHE_BYTES = 256 * 2**20
@@ -34,6 +35,10 @@ class EngineArgs(Settings):
     """Name, or names, that clients use for the model; by default what `model` says."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights, activations and KV cache; auto is that of the checkpoint."""
+    quantization: QuantizationName = "auto"
+    """Format of the linear layers; auto is that of the checkpoint, fp8 and int8 also quantize while loading."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of the KV cache; auto is dtype, fp8 (e4m3) holds twice to four times the tokens."""
     seed: int = 0
     """Seed of the engine itself; each request has its own."""
 
@@ -114,6 +119,8 @@ class EngineConfig:
     """At least one; the first is the one that answers carry."""
     plan: ParallelPlan
     dtype: DType
+    quantization: Quantization | None
+    """Format of the linear layers; None = dtype."""
     device: Literal["cpu", "cuda"]
     transport: Literal["nccl", "gloo", "object_store"]
     max_model_len: int
@@ -125,6 +132,10 @@ class EngineConfig:
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_dtype_bytes(self) -> int:
+        return 1 if self.args.kv_cache_dtype == "fp8" else self.dtype_bytes
 
     @classmethod
     def resolve(cls, args: EngineArgs) -> EngineConfig:
@@ -146,6 +157,7 @@ class EngineConfig:
             served_model_names=(names,) if isinstance(names, str) else tuple(names),
             plan=plan,
             dtype=model.torch_dtype if args.dtype == "auto" else args.dtype,
+            quantization=resolve_quantization(args.quantization, model.quantization),
             device=device,
             transport=_transport(args, device),
             max_model_len=args.max_model_len or model.max_position_embeddings,
@@ -201,7 +213,7 @@ def _check_limits(config: EngineConfig) -> None:
         reason = f"must be at least max_num_seqs={config.max_num_seqs}"
         raise ConfigError("max_num_batched_tokens", config.max_num_batched_tokens, reason)
     if (memory := config.kv_cache_memory_bytes) is not None:
-        fits = kv_tokens(config.model, config.plan, config.dtype_bytes, memory, config.args.block_size)
+        fits = kv_tokens(config.model, config.plan, config.kv_dtype_bytes, memory, config.args.block_size)
         if fits < config.max_model_len:
             reason = (
                 f"holds {fits:,} tokens of KV cache, fewer than max_model_len={config.max_model_len}, so the "

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from stagemesh.config.base import Settings
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.quantization import Quantization, read_quantization
 
 Architecture = Literal["LlamaForCausalLM", "Qwen3ForCausalLM"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -59,6 +60,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     """Ids that end an answer, from config.json and generation_config.json."""
     bos_token_id: int | None
+    quantization: Quantization | None = None
+    """How the checkpoint stores its linear layers; None = as floats."""
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
@@ -133,7 +136,7 @@ class _ConfigJson(Settings):
     rope_parameters: dict[str, Any] | None = None
     hidden_act: Literal["silu"] = "silu"
     use_sliding_window: Literal[False] | None = False
-    quantization_config: None = None
+    quantization_config: dict[str, Any] | None = None
 
     def resolve(self, eos_token_ids: list[int]) -> ModelConfig:
         heads = self.num_attention_heads
@@ -167,6 +170,7 @@ class _ConfigJson(Settings):
             torch_dtype=self.dtype or self.torch_dtype or "float32",
             eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
             bos_token_id=self.bos_token_id,
+            quantization=read_quantization(self.quantization_config),
         )
 
     def _architecture(self) -> Architecture:

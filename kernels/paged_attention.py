@@ -23,12 +23,12 @@ def paged_attention(
     """Attention output, [T, H, D] in the dtype of `q`.
 
     q: [T, H, D], sequences one after another; may be strided, the last dim is contiguous.
-    cache: [N, 2, K, B, D] with the tokens of this step already stored.
+    cache: [N, 2, K, B, D] with the tokens of this step already stored; dtype of `q`, or float8_e4m3fn.
     query_starts: int32 [S + 1], first token of each sequence, then T.
     context_lens: int32 [S].
     block_tables: int32 [S, max_blocks]; entries past the end of a sequence are not read.
     """
-    if q.is_cuda:
+    if q.is_cuda and q.dtype == cache.dtype:
         from stagemesh.kernels.paged_attention_triton import paged_attention_triton
 
         return paged_attention_triton(q, cache, query_starts, context_lens, block_tables, scale)

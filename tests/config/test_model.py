@@ -96,7 +96,7 @@ def test_linear_rope_scaling_needs_its_factor(write_model: WriteModel) -> None:
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': must be one of silu"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quant_method=None: not supported"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>': must be a token id"),
         ({"torch_dtype": "int8"}, "torch_dtype='int8': must be one of float32, bfloat16, float16"),
     ],
