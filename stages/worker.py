@@ -145,6 +145,11 @@ class Worker:
         if epoch == self._epoch:
             self._stop.set()
 
+    def close(self) -> None:
+        """Free the sockets; safe to call twice. `run` must have ended."""
+        self._disconnect()
+        self._context.term()
+
     def progress(self) -> Progress:
         step, phase, since = self._progress
         return Progress(self._stage, self._tp_rank, self._epoch, step, phase, time.monotonic() - since)
