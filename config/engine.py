@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from stagemesh.config import hub
 from stagemesh.config.base import Settings
 from stagemesh.config.capacity import DTYPE_BYTES, kv_tokens
 from stagemesh.config.checkpoint import checkpoint_files
@@ -30,7 +31,11 @@ class EngineArgs(Settings):
     """The `args` of a Serve YAML and the flags of `stagemesh serve`, under vLLM's names."""
 
     model: str
-    """Folder in Hugging Face layout; a relative path is tried from here, then from the package."""
+    """Folder in Hugging Face layout, or a hub id; a relative path is tried from here, then from the package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; by default main."""
+    download_dir: str | None = None
+    """Where models of the hub are kept; by default the hub library's own cache."""
     served_model_name: str | list[str] | None = None
     """Name, or names, that clients use for the model; by default what `model` says."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -114,7 +119,9 @@ class EngineConfig:
     """As asked, for what needs no resolving."""
     model: ModelConfig
     model_path: str
-    """Absolute folder."""
+    """Absolute folder, where the config was resolved."""
+    commit: str | None = None
+    """Of a model from the hub: every machine must use the same."""
     served_model_names: tuple[str, ...]
     """At least one; the first is the one that answers carry."""
     plan: ParallelPlan
@@ -128,6 +135,12 @@ class EngineConfig:
     max_num_batched_tokens: int
     kv_cache_memory_bytes: int | None
     """Per rank; None = measured on the GPU, from gpu_memory_utilization."""
+
+    def folder_here(self) -> Path:
+        """The model's folder on this machine, which need not be the one that resolved the config."""
+        if self.commit is None or Path(self.model_path).is_dir():
+            return Path(self.model_path)
+        return hub.fetch(self.args.model, self.commit, self.args.download_dir)
 
     @property
     def dtype_bytes(self) -> int:
@@ -143,7 +156,7 @@ class EngineConfig:
 
         Raises ConfigError with the first thing that cannot work.
         """
-        folder = find_model(args.model)
+        folder = find_model(args.model, args.revision, args.download_dir)
         model = ModelConfig.from_folder(folder)
         plan = ParallelPlan.resolve(
             model, args.tensor_parallel_size, args.pipeline_parallel_size, args.pipeline_layer_partition
@@ -154,6 +167,7 @@ class EngineConfig:
             args=args,
             model=model,
             model_path=str(folder),
+            commit=folder.name if local_folder(args.model) is None else None,
             served_model_names=(names,) if isinstance(names, str) else tuple(names),
             plan=plan,
             dtype=model.torch_dtype if args.dtype == "auto" else args.dtype,
@@ -175,15 +189,27 @@ class EngineConfig:
         return config
 
 
-def find_model(model: str) -> Path:
-    """The absolute folder that `model` names."""
+def find_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """The absolute folder that `model` names; a model of the hub is downloaded if need be."""
+    folder = local_folder(model)
+    if folder is None and hub.is_repo_id(model):
+        return hub.fetch(model, revision, download_dir)
+    if folder is None:
+        looked = " and ".join(map(str, _places(model)))
+        raise ConfigError("model", model, f"is not a folder (looked for {looked}) nor a hub id such as org/name")
+    if revision is not None:
+        raise ConfigError("revision", revision, f"only a model of the hub has revisions; {folder} is a folder")
+    return folder
+
+
+def local_folder(model: str) -> Path | None:
+    """The absolute folder of that name, if there is one."""
+    return next((place.resolve() for place in _places(model) if place.is_dir()), None)
+
+
+def _places(model: str) -> list[Path]:
     # The second place makes config/models/demo work from anywhere, also on a worker with another directory.
-    places = list(dict.fromkeys((Path.cwd() / Path(model).expanduser(), PACKAGE_ROOT / model)))
-    for place in places:
-        if place.is_dir():
-            return place.resolve()
-    looked = " and ".join(map(str, places))
-    raise ConfigError("model", model, f"is not a folder (looked for {looked})")
+    return list(dict.fromkeys((Path.cwd() / Path(model).expanduser(), PACKAGE_ROOT / model)))
 
 
 def _device(args: EngineArgs) -> Literal["cpu", "cuda"]:

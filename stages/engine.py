@@ -91,7 +91,7 @@ class Engine:
         self._lane = lane
         self._sink = sink
         self._on_failure = on_failure
-        self._grammars = GrammarFactory(config.model_path, config.model.eos_token_ids, config.model.vocab_size)
+        self._grammars = GrammarFactory(config.folder_here(), config.model.eos_token_ids, config.model.vocab_size)
         self._scheduler: Scheduler | None = None
         self._wired: _Wired | None = None
         self._requests: dict[str, _Request] = {}

@@ -53,7 +53,7 @@ class ModelRunner:
         model_config = self._config.model
         layers = self._config.plan.layer_ranges[self._stage]
         model = model_class(model_config.architecture)(model_config, layers, self._tp)
-        with Checkpoint(self._config.model_path, self._dtype, self._device) as checkpoint:
+        with Checkpoint(self._config.folder_here(), self._dtype, self._device) as checkpoint:
             unused = model.load(checkpoint)
         if unused and self._tp.rank == 0:
             logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), ", ".join(unused[:10]))
