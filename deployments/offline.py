@@ -29,8 +29,9 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.inference import Choice
 from stagemesh.stages.engine import Engine, TokenSink
-from stagemesh.stages.messages import LaneDigest, TokenDelta
-from stagemesh.stages.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from stagemesh.stages.logit_rules import bad_words_token_ids
+from stagemesh.stages.messages import LaneDigest, TokenDelta, TokenLogprobs
+from stagemesh.stages.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from stagemesh.stages.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -130,8 +131,7 @@ class LLM:
         advice = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if advice.get("do_sample") is False:
             return SamplingParams(temperature=0.0)
-        known = {name for name in GENERATION_DEFAULTS if name in SamplingParams.__struct_fields__}
-        return SamplingParams(**{name: advice[name] for name in known if advice.get(name) is not None})
+        return SamplingParams(**{name: advice[name] for name in GENERATION_DEFAULTS if advice.get(name) is not None})
 
     def generate(
         self,
@@ -215,7 +215,7 @@ class LLM:
                 num_left -= 1
                 if answer.is_finished:
                     bar.update()
-        return [answer.output() for answer in answers]
+        return [answer.output(self._tokenizer) for answer in answers]
 
     def _params_of_each(self, params: Any, count: int) -> list[SamplingParams]:
         if params is None:
@@ -228,9 +228,19 @@ class LLM:
         return each
 
     def _choices(self, id: str, prompt: list[int], params: SamplingParams) -> list[_Growing]:
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed % 2**64
-        params = msgspec.structs.replace(params, seed=seed)
-        return [_Growing(Choice(0, f"{id}-0", prompt, params, self._tokenizer.detokenizer()))]
+        """The `n` answers that a prompt gets, none begun."""
+        words = bad_words_token_ids(params.bad_words, self._encode_plain)
+        params = msgspec.structs.replace(params, bad_words_token_ids=words)
+        growing = []
+        for i in range(params.n):
+            seed = params.seed_of_choice(i)
+            own = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63) if seed is None else seed)
+            detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
+            growing.append(_Growing(Choice(i, f"{id}-{i}", prompt, own, detokenizer)))
+        return growing
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     @contextmanager
     def _requests(
@@ -259,23 +269,47 @@ class _Growing:
     choice: Choice
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None
     stop_token_id: int | None = None
 
     def accept(self, delta: TokenDelta) -> None:
         self.texts.append(self.choice.accept(delta))
         self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or ()
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.stop_token_id = delta.stop_token_id
 
-    def output(self) -> CompletionOutput:
-        choice = self.choice
-        stop_reason = self.stop_token_id if self.stop_token_id in choice.params.stop_token_ids else None
+    def output(self, tokenizer: Tokenizer) -> CompletionOutput:
+        choice, params = self.choice, self.choice.params
+        token_ids = self.token_ids[: choice.num_tokens]
+        reports = self.logprobs[: choice.num_tokens]
         return CompletionOutput(
             index=choice.index,
             text="".join(self.texts),
-            token_ids=self.token_ids[: choice.num_tokens],
+            token_ids=token_ids,
+            cumulative_logprob=None if params.logprobs is None else sum(report.logprob for report in reports),
+            logprobs=None if params.logprobs is None else [_by_token(report, tokenizer) for report in reports],
             finish_reason=choice.finish_reason,
-            stop_reason=stop_reason,
+            stop_reason=self._stop_reason(token_ids, tokenizer),
         )
+
+    def _stop_reason(self, token_ids: list[int], tokenizer: Tokenizer) -> int | str | None:
+        params = self.choice.params
+        if self.choice.finish_reason != "stop":
+            return None
+        if self.stop_token_id is not None:
+            return self.stop_token_id if self.stop_token_id in params.stop_token_ids else None
+        # A stop string, complete with the last token: the one that ends first, of two the longer.
+        before, whole = (
+            tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens) for ids in (token_ids[:-1], token_ids)
+        )
+        found = [
+            (start + len(stop), start, stop)
+            for stop in params.stop
+            if (start := whole.find(stop, max(0, len(before) - len(stop) + 1))) >= 0
+        ]
+        return min(found)[2] if found else None
 
 
 @dataclass
@@ -299,13 +333,14 @@ class _Answer:
         self.metrics.first_token_time = self.metrics.first_token_time or now
         self.metrics.finished_time = now if self.is_finished else None
 
-    def output(self) -> RequestOutput:
+    def output(self, tokenizer: Tokenizer) -> RequestOutput:
+        reports = self.choices[0].prompt_logprobs
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[growing.output() for growing in self.choices],
-            finished=True,
+            outputs=[growing.output(tokenizer) for growing in self.choices],
+            prompt_logprobs=None if reports is None else [None, *(_by_token(report, tokenizer) for report in reports)],
             metrics=self.metrics,
             num_cached_tokens=self.choices[0].choice.num_cached_tokens,
         )
@@ -378,6 +413,16 @@ def _close_from_anywhere(lane: OfflineLane) -> None:
         lane.close()
     else:
         threading.Thread(target=lane.close, name="close lane").start()
+
+
+def _by_token(report: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
+    """The token itself, then the likeliest ones."""
+    ranked = [(report.token_id, report.logprob, report.rank)]
+    ranked += zip(report.top_ids, report.top_logprobs, range(1, len(report.top_ids) + 1), strict=True)
+    return {
+        token_id: Logprob(logprob, rank, tokenizer.decode([token_id], skip_special_tokens=False))
+        for token_id, logprob, rank in ranked
+    }
 
 
 def _as_list(prompts: Any) -> list[Any]:

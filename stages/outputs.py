@@ -18,6 +18,16 @@ class RequestMetrics:
 
 
 @dataclass
+class Logprob:
+    """How likely the model found a token."""
+
+    logprob: float
+    rank: int | None = None
+    """1 for the likeliest."""
+    decoded_token: str | None = None
+
+
+@dataclass
 class CompletionOutput:
     """One answer."""
 
@@ -28,7 +38,8 @@ class CompletionOutput:
     """All generated tokens, the one that ended the answer included."""
     cumulative_logprob: float | None = None
     """Sum over the answer's tokens, where logprobs were asked for."""
-    logprobs: list[Any] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    """For each generated token: itself and the likeliest ones, by token id."""
     finish_reason: str | None = None
     """"stop" or "length"."""
     stop_reason: int | str | None = None
@@ -48,7 +59,8 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool = True
-    prompt_logprobs: list[Any] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """The same for each token of the prompt; None for the first, which nothing comes before."""
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""

@@ -134,6 +134,7 @@ def test_a_stop_string_ends_the_answer_before_it_and_the_request_in_the_engine(l
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason == "stop"
     assert list(cut.token_ids) == list(whole.token_ids[: len(cut.token_ids)]) and len(cut.token_ids) < 60
+    assert cut.stop_reason == stop
     digest = llm._lane.engine.digest().result(5)
     assert (digest.num_running, digest.num_waiting) == (0, 0)
 
@@ -144,6 +145,34 @@ def test_a_stop_token_is_the_reason_that_is_given(llm: LLM) -> None:
     answer = llm.generate("Hello", params)[0].outputs[0]
     assert (answer.finish_reason, answer.stop_reason) == ("stop", free.token_ids[3])
     assert answer.token_ids[-1] == free.token_ids[3]
+
+
+def test_n_answers_differ_and_each_is_what_its_own_seed_gives(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=11, max_tokens=12, n=3)
+    output = llm.generate("Hello", params, use_tqdm=False)[0]
+    assert [answer.index for answer in output.outputs] == [0, 1, 2]
+    alone = [
+        llm.generate("Hello", SamplingParams(temperature=1.0, seed=11 + i, max_tokens=12), use_tqdm=False)[0].outputs[0]
+        for i in range(3)
+    ]
+    assert [answer.token_ids for answer in output.outputs] == [answer.token_ids for answer in alone]
+    assert len({tuple(answer.token_ids) for answer in alone}) == 3
+
+
+def test_logprobs_come_by_token_with_rank_and_text(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=1)
+    output = llm.generate("The king said", params, use_tqdm=False)[0]
+    answer = output.outputs[0]
+    assert answer.logprobs is not None and len(answer.logprobs) == 6
+    for token_id, found in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert (found[token_id].rank, len(found)) == (1, 3), "the greedy token is the likeliest"
+        assert found[token_id].decoded_token == llm.get_tokenizer().decode([token_id])
+    chosen = [found[token_id].logprob for token_id, found in zip(answer.token_ids, answer.logprobs, strict=True)]
+    assert answer.cumulative_logprob == pytest.approx(sum(chosen)) and max(chosen) <= 0
+    assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    for token_id, given in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
+        assert given is not None and given[token_id].logprob <= 0
 
 
 @pytest.mark.parametrize(
