@@ -53,6 +53,8 @@ class EngineArgs(Settings):
     """Stages that the layers are spread over."""
     pipeline_layer_partition: tuple[int, ...] | None = None
     """Layers of each stage, e.g. 3,5,4; by default even."""
+    enable_expert_parallel: bool = False
+    """Spread the experts of a mixture over the ranks of a stage, whole, instead of cutting each of them."""
     data_parallel_size: int = Field(default=1, ge=1)
     """Lanes, each a whole copy of the model; fixed, so not together with autoscaling_config."""
     autoscaling_config: dict[str, Any] | None = None
@@ -159,7 +161,11 @@ class EngineConfig:
         folder = find_model(args.model, args.revision, args.download_dir)
         model = ModelConfig.from_folder(folder)
         plan = ParallelPlan.resolve(
-            model, args.tensor_parallel_size, args.pipeline_parallel_size, args.pipeline_layer_partition
+            model,
+            args.tensor_parallel_size,
+            args.pipeline_parallel_size,
+            args.pipeline_layer_partition,
+            expert_parallel=args.enable_expert_parallel,
         )
         device = _device(args)
         names = args.served_model_name or args.model
@@ -230,9 +236,10 @@ def _transport(args: EngineArgs, device: str) -> Literal["nccl", "gloo", "object
 
 
 def _check_limits(config: EngineConfig) -> None:
-    longest = config.model.max_position_embeddings
+    longest = config.model.longest_context
     if config.max_model_len > longest:
-        reason = f"must be within 1 and the model's max_position_embeddings={longest}"
+        what = "max_position_embeddings" if longest == config.model.max_position_embeddings else "longest context"
+        reason = f"must be within 1 and the model's {what}={longest}"
         raise ConfigError("max_model_len", config.max_model_len, reason)
     if config.max_num_batched_tokens < config.max_num_seqs:
         # Every running sequence needs one token of each step's budget, or it would starve.

@@ -14,10 +14,12 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.stages.batch import BatchMaker
 from stagemesh.stages.collectives import TensorGroup, TensorShard
 from stagemesh.stages.kv_cache import KVCache, host_memory_available
+from stagemesh.stages.layers.linear import MakeMethod
 from stagemesh.stages.layers.rotary import RotaryTable
 from stagemesh.stages.messages import StepPlan, StepResult, TokenLogprobs
 from stagemesh.stages.models.causal_lm import CausalLM
 from stagemesh.stages.models.registry import model_class
+from stagemesh.stages.quantization.methods import linear_methods
 from stagemesh.stages.sampler import sample, token_logprobs
 from stagemesh.stages.weights import Checkpoint
 
@@ -34,10 +36,20 @@ class ModelRunner:
     by `sample` on the last stage. One caller at a time.
     """
 
-    def __init__(self, config: EngineConfig, stage: int, tp_rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        stage: int,
+        tp_rank: int,
+        device: torch.device,
+        make_method: MakeMethod | None = None,
+    ) -> None:
+        """make_method: for the linear layers; by default that of the format which `config` names."""
         self._config = config
+        self._make_method = make_method or linear_methods(config.quantization)
         self._device = device
         self._dtype = getattr(torch, config.dtype)
+        self._kv_dtype = torch.float8_e4m3fn if config.args.kv_cache_dtype == "fp8" else self._dtype
         self._stage = stage
         self._tp = TensorShard(tp_rank, config.plan.tp_size)
         self._block_size = config.args.block_size
@@ -52,7 +64,9 @@ class ModelRunner:
         """Read this rank's weights from the model folder; ConfigError names what does not fit."""
         model_config = self._config.model
         layers = self._config.plan.layer_ranges[self._stage]
-        model = model_class(model_config.architecture)(model_config, layers, self._tp)
+        model = model_class(model_config.architecture)(
+            model_config, layers, self._tp, self._make_method, expert_parallel=self._config.plan.expert_parallel
+        )
         with Checkpoint(self._config.folder_here(), self._dtype, self._device) as checkpoint:
             unused = model.load(checkpoint)
         if unused and self._tp.rank == 0:
@@ -60,14 +74,15 @@ class ModelRunner:
         _, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
         rotary = RotaryTable(model_config.rope, head_dim, self._config.max_model_len, self._dtype, self._device)
         num_heads = model_config.num_heads // self._tp.size
-        self._batches = BatchMaker(rotary, num_heads, num_kv_heads, block_size, head_dim, self._dtype, self._device)
+        shape = (num_heads, num_kv_heads, block_size, head_dim)
+        self._batches = BatchMaker(rotary, *shape, self._dtype, self._device, model_config.sliding_window)
         self._model = model
 
     def kv_bytes_per_block(self) -> int:
         """Of the cache on this rank, over the layers of its stage."""
         model = self._loaded()
         shape = model.kv_block_shape(self._block_size)
-        return int(np.prod(shape)) * self._dtype.itemsize * len(model.layers)
+        return int(np.prod(shape)) * self._kv_dtype.itemsize * len(model.layers)
 
     def max_kv_blocks(self) -> int:
         """How many blocks this rank has room for, once its weights are loaded; ConfigError if not even one."""
@@ -114,7 +129,7 @@ class ModelRunner:
         model = self._loaded()
         self._cache = None
         self._cache = KVCache(
-            len(model.layers), num_blocks, model.kv_block_shape(self._block_size), self._dtype, self._device
+            len(model.layers), num_blocks, model.kv_block_shape(self._block_size), self._kv_dtype, self._device
         )
 
     def set_group(self, group: TensorGroup) -> None:
@@ -191,6 +206,10 @@ class ModelRunner:
             if len(wanted) < len(hidden):
                 hidden = hidden[torch.from_numpy(wanted).to(self._device)]
         return self._loaded().logits(hidden)
+
+    def expert_load(self) -> dict[int, list[int]]:
+        """Layer → tokens that each of its experts got in the last step; the same on every rank of the stage."""
+        return self._loaded().expert_load()
 
     def _loaded(self) -> CausalLM:
         assert self._model is not None, "load() comes first"

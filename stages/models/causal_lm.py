@@ -7,11 +7,13 @@ import re
 from torch import Tensor
 
 from stagemesh.config.model import ModelConfig
+from stagemesh.config.parallel import kv_heads
 from stagemesh.stages.batch import StepBatch
 from stagemesh.stages.collectives import TensorShard
 from stagemesh.stages.layers.decoder import DecoderLayer
 from stagemesh.stages.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from stagemesh.stages.layers.linear import MakeMethod, dense_method
+from stagemesh.stages.layers.moe import MixtureOfExperts
 from stagemesh.stages.layers.norm import RMSNorm
 from stagemesh.stages.weights import Checkpoint
 
@@ -36,8 +38,11 @@ class CausalLM:
         layers: tuple[int, int],
         tp: TensorShard,
         make_method: MakeMethod = dense_method,
+        *,
+        expert_parallel: bool = False,
     ) -> None:
         self.config = config
+        self.expert_parallel = expert_parallel
         self.tp = tp
         self.make_method = make_method
         self.start, self.end = layers
@@ -61,7 +66,7 @@ class CausalLM:
 
     def kv_block_shape(self, block_size: int) -> tuple[int, ...]:
         """Of one block of one layer's cache on this rank, as kernels/README.md describes it."""
-        num_kv_heads = max(1, self.config.num_kv_heads // self.tp.size)
+        num_kv_heads = len(kv_heads(self.config, self.tp.size, self.tp.rank))
         return (2, num_kv_heads, block_size, self.config.head_dim)
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
@@ -94,6 +99,14 @@ class CausalLM:
         for layer, cache in zip(self.layers, caches, strict=True):
             stream, update = layer(stream, update, batch, cache)
         return stream if update is None else stream + update
+
+    def expert_load(self) -> dict[int, list[int]]:
+        """Layer → tokens that each of its experts got in the last step, for the mixtures of this stage."""
+        return {
+            index: layer.feed_forward.tokens_per_expert.tolist()
+            for index, layer in enumerate(self.layers, self.start)
+            if isinstance(layer.feed_forward, MixtureOfExperts)
+        }
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Last stage only: [n, hidden] → [n, vocab_size] on tp rank 0, None on the others."""

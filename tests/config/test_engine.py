@@ -120,7 +120,7 @@ def test_broken_weights_are_refused_before_anything_starts(model_folder: Path) -
 def test_an_unsupported_architecture_is_refused(
     write_model: Callable[..., Path],
 ) -> None:
-    with pytest.raises(ConfigError, match="supported are LlamaForCausalLM, Qwen3ForCausalLM"):
+    with pytest.raises(ConfigError, match="supported are LlamaForCausalLM, MistralForCausalLM, Qwen2"):
         resolve(write_model(architectures=["MambaForCausalLM"]))
 
 
