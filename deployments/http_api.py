@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from stagemesh.deployments.errors import BodyTooLarge, ErrorReport, openai_error, report_error
-from stagemesh.deployments.inference import Generation, InferenceService
+from stagemesh.deployments.inference import Choice, Generation, InferenceService
 from stagemesh.deployments.openai_schema import (
     AssistantMessage,
     ChatChoice,
@@ -28,8 +28,17 @@ from stagemesh.deployments.openai_schema import (
     CompletionResponse,
     InferenceRequest,
     ModelList,
+    PromptLogprob,
+    PromptLogprobs,
 )
-from stagemesh.deployments.sse import ChatChunks, ChunkWriter, CompletionChunks, event
+from stagemesh.deployments.sse import (
+    ChatChunks,
+    ChunkWriter,
+    CompletionChunks,
+    chat_logprobs,
+    completion_logprobs,
+    event,
+)
 
 MAX_DISCARDED_BYTES = 32 << 20
 """How much of a body that is too large is read and thrown away before the connection is closed."""
@@ -243,7 +252,13 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
 
 def _completion_response(generation: Generation, texts: list[str]) -> CompletionResponse:
     choices = [
-        CompletionChoice(choice.index, text, choice.finish_reason)
+        CompletionChoice(
+            choice.index,
+            text,
+            choice.finish_reason,
+            completion_logprobs(choice.reports) if choice.params.logprobs is not None else None,
+            _prompt_logprobs(choice),
+        )
         for choice, text in zip(generation.choices, texts, strict=True)
     ]
     return CompletionResponse(generation.id, generation.created, generation.model, choices, generation.usage)
@@ -251,10 +266,42 @@ def _completion_response(generation: Generation, texts: list[str]) -> Completion
 
 def _chat_response(generation: Generation, texts: list[str]) -> ChatResponse:
     choices = [
-        ChatChoice(choice.index, AssistantMessage(text), choice.finish_reason)
+        ChatChoice(
+            choice.index,
+            _assistant_message(choice, text),
+            choice.finish_reason,
+            chat_logprobs(choice.reports) if choice.params.logprobs is not None else None,
+        )
         for choice, text in zip(generation.choices, texts, strict=True)
     ]
-    return ChatResponse(generation.id, generation.created, generation.model, choices, generation.usage)
+    prompt_logprobs = _prompt_logprobs(generation.choices[0])
+    return ChatResponse(
+        generation.id,
+        generation.created,
+        generation.model,
+        choices,
+        generation.usage,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _assistant_message(choice: Choice, text: str) -> AssistantMessage:
+    if not choice.tool_calls:
+        return AssistantMessage(text)
+    return AssistantMessage(text or None, tool_calls=choice.tool_calls)
+
+
+def _prompt_logprobs(choice: Choice) -> PromptLogprobs | msgspec.UnsetType:
+    reports = choice.prompt_reports()
+    if reports is None:
+        return msgspec.UNSET
+    entries: PromptLogprobs = [None]
+    for report in reports:
+        # The likeliest first, the prompt's own token where they end unless it is among them.
+        tokens = {entry.token_id: entry for entry in (report, *report.top)}
+        by_rank = sorted(tokens.values(), key=lambda entry: entry.rank or 0)
+        entries.append({e.token_id: PromptLogprob(e.logprob, e.rank, e.token) for e in by_rank})
+    return entries
 
 
 def _error_response(report: ErrorReport) -> Response:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.stages.collectives import SingleRank
-from stagemesh.stages.messages import SampleSpec, StepPlan
+from stagemesh.stages.messages import SampleSpec, StepPlan, StepResult
 from stagemesh.stages.runner import ModelRunner
 
 torch.set_num_threads(1)  # several ranks are threads of one process here
@@ -189,12 +189,14 @@ class ThreadLane:
         return logits
 
     def sample(self, *parts: Part) -> list[int]:
-        plan = make_plan(*parts)
+        return self.run(make_plan(*parts)).token_ids
+
+    def run(self, plan: StepPlan) -> StepResult:
         hidden = self._forward(plan)
         everyone = self._on_ranks(self.stages[-1], lambda r, runner: runner.sample(plan, hidden[r]))
         assert all(result is None for result in everyone[1:])
-        token_ids: list[int] = everyone[0].token_ids
-        return token_ids
+        result: StepResult = everyone[0]
+        return result
 
     def _forward(self, plan: StepPlan) -> list[Tensor]:
         hidden: list[Any] = [None] * self.tp
