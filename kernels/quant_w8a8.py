@@ -15,6 +15,8 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 INT8_MAX = 127.0
+"""As in vLLM. With 127.5, which compressed-tensors computes with, a row's most negative value lies halfway between
+-127 and -128, and the last bit of a float decides which it becomes."""
 MIN_SCALE = 1e-12
 """Of a row of zeros, whose scale would be 0."""
 
