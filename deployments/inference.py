@@ -388,7 +388,9 @@ class InferenceService:
                 token_ids = prompt
             prompts.append(self._checked_prompt(field, token_ids))
         max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-        return self._generation("cmpl-", model, request, prompts, max_tokens, request.form())
+        form = request.form()
+        await _check_form(form, request)
+        return self._generation("cmpl-", model, request, prompts, max_tokens, form)
 
     async def chat(self, request: ChatRequest) -> Generation:
         """Accept a chat request. Raises ConfigError naming the field that is wrong."""
@@ -397,6 +399,7 @@ class InferenceService:
         if not request.messages:
             raise ConfigError("messages", [], "must hold at least one message")
         form, make_parser = self._tool_use(request)
+        await _check_form(form, request)
         variables = dict(request.chat_template_kwargs or {})
         if (tools := request.tools_for_template()) is not None:
             variables["tools"] = tools
@@ -479,8 +482,6 @@ class InferenceService:
     ) -> Generation:
         id = prefix + uuid.uuid4().hex
         n = request.n or 1
-        if form is not None:
-            _check_form(form, request)
         choices: list[Choice] = []
         for prompt in prompts:
             # More than fits is no error: the answer ends with "length" where the model ends.
@@ -554,10 +555,13 @@ def _seed(params: SamplingParams, i: int) -> int:
     return random.getrandbits(63) if seed is None else seed
 
 
-def _check_form(form: StructuredOutputsParams, request: InferenceRequest) -> None:
+async def _check_form(form: StructuredOutputsParams | None, request: InferenceRequest) -> None:
     """Raises ConfigError naming the field that the form comes from."""
+    if form is None:
+        return
     try:
-        structured.check(form)
+        # On another thread: a large schema takes up to a second.
+        await asyncio.to_thread(structured.check, form)
     except ConfigError as error:
         if request.structured_outputs is not None:
             raise

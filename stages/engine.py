@@ -284,6 +284,7 @@ class Engine:
                     update.finish_reason,
                     update.stop_token_id,
                     update.num_cached_tokens,
+                    error=update.error,
                     logprobs=update.logprobs,
                     prompt_logprobs=update.prompt_logprobs,
                 )

@@ -52,6 +52,11 @@ class LogitRules:
             return None
         return cls(params, prompt_token_ids, grammar)
 
+    @property
+    def error(self) -> str:
+        """Why the answer had to end before it had its form; empty as long as all is well."""
+        return "" if self._grammar is None else self._grammar.error
+
     def edits(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> LogitEdits:
         """For the token that follows `output_token_ids`; `banned_token_ids` are those that may not come now."""
         if self._has_penalties:

@@ -110,7 +110,7 @@ class SequenceUpdate(NamedTuple):
     request_id: str
     token_ids: list[int]
     finish_reason: str | None
-    """"stop" or "length" when these were its last tokens."""
+    """"stop", "length" or "error" when these were its last tokens."""
     stop_token_id: int | None
     """The stop or EOS id that ended it, also the last of `token_ids`."""
     num_cached_tokens: int
@@ -119,6 +119,8 @@ class SequenceUpdate(NamedTuple):
     """One per token id, if the request asked for them."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """With the first token, if the request asked for them."""
+    error: str = ""
+    """With finish_reason "error": what went wrong."""
 
 
 class Scheduler:
@@ -283,6 +285,7 @@ class Scheduler:
                     sequence.num_cached_tokens,
                     None if logprob is None else [logprob],
                     self._prompt_logprobs_of(sequence),
+                    sequence.error,
                 )
             )
         return updates

@@ -32,6 +32,7 @@ class Sequence:
         "banned_token_ids",
         "block_hashes",
         "block_table",
+        "error",
         "finish_reason",
         "max_num_tokens",
         "num_cached_tokens",
@@ -88,6 +89,8 @@ class Sequence:
         self.was_admitted = False
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
+        self.error = ""
+        """With finish_reason "error": what went wrong."""
         self.stop_token_id: int | None = None
 
         eos, stop = set(eos_token_ids), set(params.stop_token_ids)
@@ -162,5 +165,7 @@ class Sequence:
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             self.finish_reason, self.stop_token_id = "stop", token_id
+            if self._rules is not None and self._rules.error:
+                self.finish_reason, self.error = "error", self._rules.error
         elif len(self.token_ids) >= self.max_num_tokens:
             self.finish_reason = "length"

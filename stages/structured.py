@@ -7,8 +7,8 @@ lane meanwhile; workers get one bit per token id. llguidance needs neither torch
 from __future__ import annotations
 
 import json
-import logging
 import threading
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,12 +18,11 @@ import numpy as np
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import StructuredOutputsParams
 
-logger = logging.getLogger(__name__)
-
-# Bounded, or an undecided model could go on with blanks for ever; room for one line end and its indentation.
+# On one line, as `json.dumps` writes it: where blanks are free, an undecided model spends most of its tokens on them.
 _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
-    "whitespace_flexible": True,
-    "whitespace_pattern": r"\n?[ \t]{0,16}",
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
 }
 
 
@@ -33,7 +32,9 @@ class Grammar:
     def __init__(self, matcher: llguidance.LLMatcher, eos_only: bytes) -> None:
         self._matcher = matcher
         self._eos_only = eos_only
-        self._consumed: list[int] = []
+        self._consumed = array("i")
+        self.error = ""
+        """Why no token may follow but EOS, although the answer does not have its form; empty if all is well."""
 
     def mask(self, output_token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """Which tokens may follow this answer: uint8, one bit per token id, the lowest first in each byte.
@@ -41,20 +42,20 @@ class Grammar:
         EOS is among them where the answer may end, and alone once it has to. Any answer may be asked for at any
         time; only the one that grows token by token is cheap.
         """
+        output = array("i", output_token_ids)
         num_consumed = len(self._consumed)
-        if list(output_token_ids[:num_consumed]) != self._consumed:
+        if output[:num_consumed] != self._consumed:
             self._matcher.reset()
-            self._consumed.clear()
             num_consumed = 0
-        new = list(output_token_ids[num_consumed:])
+        new = output[num_consumed:].tolist()
         if new and not self._is_over():
             self._matcher.consume_tokens(new)
-        self._consumed += new
+        self._consumed = output
         return np.frombuffer(self._eos_only if self._is_over() else self._matcher.compute_bitmask(), np.uint8)
 
     def _is_over(self) -> bool:
         if self._matcher.is_error():
-            logger.warning("a grammar ended its answer early: %s", self._matcher.get_error())
+            self.error = f"the answer could not be kept to its form: {self._matcher.get_error()}"
             return True
         return self._matcher.is_stopped()
 

@@ -28,12 +28,14 @@ def toy_logits(tokens: Sequence[int], vocab_size: int) -> Tensor:
 class Answer:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
 
     def take(self, update: SequenceUpdate) -> None:
         self.token_ids += update.token_ids
         self.finish_reason = update.finish_reason
+        self.error = update.error
         self.logprobs += update.logprobs or []
         if update.prompt_logprobs is not None:
             assert self.prompt_logprobs is None, "the prompt is reported once"
