@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stagemesh.config.pooling import PoolingParams as PoolingParams
     from stagemesh.config.sampling import SamplingParams as SamplingParams
     from stagemesh.deployments.offline import LLM as LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "PoolingParams", "SamplingParams"]
 
-_HOMES = {"LLM": "stagemesh.deployments.offline", "SamplingParams": "stagemesh.config.sampling"}
+_HOMES = {
+    "LLM": "stagemesh.deployments.offline",
+    "PoolingParams": "stagemesh.config.pooling",
+    "SamplingParams": "stagemesh.config.sampling",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.pooling import PoolingParams
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +98,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """The same for the prompt's tokens after the first, whose KV is then never taken from the prefix cache."""
     structured_outputs: StructuredOutputsParams | None = None
     """The form that the answer must have."""
+    pooling: PoolingParams | None = None
+    """The prompt's vector is wanted, and no token: set by `embed`, never by a generating request."""
 
     def seed_of_choice(self, i: int) -> int | None:
         """Seed of the i-th of n answers: counted up, so that they differ; None stays None."""

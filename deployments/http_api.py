@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from stagemesh.deployments.embeddings import EmbeddingRequest
 from stagemesh.deployments.errors import BodyTooLarge, ErrorReport, openai_error, report_error
 from stagemesh.deployments.inference import Choice, Generation, InferenceService
 from stagemesh.deployments.openai_schema import (
@@ -53,6 +54,7 @@ def build_http_app(service: InferenceService) -> Starlette:
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/v1/embeddings", api.embeddings, methods=["POST"]),
             Route("/v1/models", api.models, methods=["GET"]),
             Route("/v1/models/{name:path}", api.model, methods=["GET"]),
             Route("/health", api.health, methods=["GET"]),
@@ -83,6 +85,15 @@ class HttpApi:
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._accept(request, ChatRequest, self._service.chat, ChatChunks, _chat_response)
+
+    async def embeddings(self, request: Request) -> Response:
+        try:
+            body = EmbeddingRequest.read(await _read_body(request, self._service.max_body_bytes))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody is there to read it
+        except Exception as error:
+            return _error_response(report_error(error))
+        return EmbeddingAnswer(self._service, body)
 
     async def models(self, request: Request) -> Response:
         return JSON(ModelList(self._service.models()))
@@ -159,6 +170,28 @@ class WholeAnswer(Answer):
         try:
             texts = await self._generation.collect()
             response = JSON(self._whole(self._generation, texts))
+        except Exception as error:
+            response = _error_response(report_error(error))
+        await response(scope, receive, send)
+
+
+class EmbeddingAnswer(Response):
+    """Vectors as one JSON object. Stops computing them when the client leaves."""
+
+    def __init__(self, service: InferenceService, body: EmbeddingRequest) -> None:
+        super().__init__()
+        self._service = service
+        self._body = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _while_connected(receive, self._run(scope, receive, send))
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response: Response
+        try:
+            response = JSON(await self._service.embed(self._body))
+        except ExceptionGroup as group:  # the first is the one worth telling
+            response = _error_response(report_error(group.exceptions[0]))
         except Exception as error:
             response = _error_response(report_error(error))
         await response(scope, receive, send)

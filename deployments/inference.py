@@ -19,6 +19,7 @@ import msgspec
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
+from stagemesh.deployments.embeddings import EmbeddingRequest, EmbeddingResponse
 from stagemesh.deployments.errors import PromptTooLong, UnknownModel
 from stagemesh.deployments.lanes import LaneClient, LaneError
 from stagemesh.deployments.metrics import Metrics
@@ -439,6 +440,31 @@ class InferenceService:
             return StructuredOutputsParams(json=schema), partial(NamedParser, name)
         schema = forced_calls_schema(functions, parallel=parallel)
         return StructuredOutputsParams(json=schema), partial(ObjectsParser, before="[", between=",")
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        """One vector per input. Raises ConfigError naming the input that is wrong. Cancelling aborts what runs."""
+        model = self.model(request.model)
+        asked = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=request.params())
+        prompts = []
+        for i, given in enumerate(request.inputs()):
+            if isinstance(given, str):
+                token_ids = await self._encode(given, request.add_special_tokens is not False)
+            else:
+                token_ids = given
+            prompts.append(self._checked_prompt(f"input[{i}]", token_ids))
+        id = "embd-" + uuid.uuid4().hex
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._vector(prompt, asked, f"{id}-{i}")) for i, prompt in enumerate(prompts)]
+        vectors = [task.result() for task in tasks]
+        return EmbeddingResponse.of(vectors, model.id, sum(map(len, prompts)), request.encoding_format)
+
+    async def _vector(self, prompt: list[int], asked: SamplingParams, request_id: str) -> bytes:
+        async with aclosing(self._lanes.generate(prompt, asked, request_id)) as deltas:
+            async for delta in deltas:
+                if delta.embedding:
+                    return delta.embedding
+                raise LaneError("internal", delta.error or f"request {request_id}: the lane gave no vector")
+        raise LaneError("lost", "the lane ended the request before it was complete")
 
     async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) < _LONG_TEXT_CHARS:

@@ -21,17 +21,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from stagemesh.config.capacity import capacity_line
 from stagemesh.config.engine import EngineArgs, EngineConfig, find_model
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.inference import Choice
 from stagemesh.stages.engine import Engine, TokenSink
 from stagemesh.stages.logit_rules import bad_words_token_ids
 from stagemesh.stages.messages import LaneDigest, TokenDelta, TokenLogprobs
-from stagemesh.stages.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from stagemesh.stages.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestMetrics,
+    RequestOutput,
+)
 from stagemesh.stages.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +51,7 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 Message = Mapping[str, Any]
+Vector = npt.NDArray[np.float32]
 ProgressBar = Callable[..., Any]
 
 WITHOUT_EFFECT = {
@@ -169,6 +182,34 @@ class LLM:
         token_ids = [self._tokenizer.encode(text or "", add_special_tokens=False) for text in texts]
         return self._run(texts, token_ids, sampling_params, use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool | ProgressBar = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector per prompt, of length 1 unless `pooling_params` say otherwise."""
+        return [
+            EmbeddingRequestOutput(id, EmbeddingOutput(vector.tolist()), ids, num_cached_tokens=cached)
+            for id, vector, ids, cached in self._pool(prompts, pooling_params, use_tqdm)
+        ]
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool | ProgressBar = True,
+    ) -> list[PoolingRequestOutput]:
+        """What `embed` gives, as torch tensors."""
+        import torch
+
+        return [
+            PoolingRequestOutput(id, PoolingOutput(torch.from_numpy(vector)), ids, num_cached_tokens=cached)
+            for id, vector, ids, cached in self._pool(prompts, pooling_params, use_tqdm)
+        ]
+
     # -- one call ----------------------------------------------------------------------------------------
 
     def _tokenize(self, prompts: Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
@@ -216,6 +257,29 @@ class LLM:
                 if answer.is_finished:
                     bar.update()
         return [answer.output(self._tokenizer) for answer in answers]
+
+    def _pool(
+        self, prompts: Any, params: PoolingParams | None, use_tqdm: bool | ProgressBar
+    ) -> list[tuple[str, Vector, list[int], int]]:
+        """(request id, vector, token ids, cached tokens) of each prompt."""
+        _, token_ids = self._tokenize(_as_list(prompts))
+        for i, ids in enumerate(token_ids):
+            _check_prompt(i, ids, self.config, room_for_answer=0)
+        call = uuid.uuid4().hex[:12]
+        asked = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=params or PoolingParams())
+        starts = [(f"{call}-{i}", ids, asked) for i, ids in enumerate(token_ids)]
+        found: dict[str, TokenDelta] = {}
+        with _progress(use_tqdm, len(starts), "Processed prompts") as bar, self._requests(call, starts) as arriving:
+            while len(found) < len(starts):
+                delta = arriving.get()
+                if isinstance(delta, Exception):
+                    raise delta
+                found[delta.request_id] = delta
+                bar.update()
+        return [
+            (id, np.frombuffer(found[id].embedding, np.float32).copy(), ids, found[id].num_cached_tokens)
+            for id, ids, _ in starts
+        ]
 
     def _params_of_each(self, params: Any, count: int) -> list[SamplingParams]:
         if params is None:

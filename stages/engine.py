@@ -263,7 +263,9 @@ class Engine:
         flight = wired.in_flight.popleft()
         if flight.number != result.step:
             raise RuntimeError(f"result of step {result.step} came while step {flight.number} was due")
-        updates = self._scheduler.update(flight.step, result.token_ids, result.logprobs, result.prompt_logprobs)
+        updates = self._scheduler.update(
+            flight.step, result.token_ids, result.logprobs, result.prompt_logprobs, result.pooled
+        )
         self._hand_out(updates)
         self._digest_due = True
         self._clocks.num_steps += 1
@@ -287,6 +289,7 @@ class Engine:
                     error=update.error,
                     logprobs=update.logprobs,
                     prompt_logprobs=update.prompt_logprobs,
+                    embedding=update.embedding,
                 )
             )
             request.num_sent += len(update.token_ids)

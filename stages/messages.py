@@ -58,6 +58,20 @@ class PromptLogprobsSpec(msgspec.Struct, array_like=True, frozen=True):
     """As in SampleSpec."""
 
 
+class PoolSpec(msgspec.Struct, array_like=True, frozen=True):
+    """Make one vector of a sequence's prompt. A sequence has one in every step of its prompt."""
+
+    sequence: int
+    """Its index in the plan."""
+    pooling: str
+    """"last" or "mean"."""
+    normalize: bool
+    dimensions: int
+    """Leading dimensions to keep; 0 for all."""
+    is_whole: bool
+    """The prompt ends in this step, so that the vector is due."""
+
+
 class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     """One forward pass for every worker of a lane. S sequences, T tokens in all."""
 
@@ -78,6 +92,7 @@ class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     samples: list[SampleSpec | None]
     """[S]; None where the step ends inside the prompt (no token is sampled for that sequence)."""
     prompt_logprobs: list[PromptLogprobsSpec] = []
+    pools: list[PoolSpec] = []
 
 
 class StopRun(msgspec.Struct, array_like=True, tag="stop"):
@@ -109,6 +124,8 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
     """As long as token_ids, None where nobody asked; empty where nobody at all did."""
     prompt_logprobs: list[list[TokenLogprobs]] = []
     """One list per PromptLogprobsSpec of the plan."""
+    pooled: list[bytes] = []
+    """float32: one vector per PoolSpec of the plan whose prompt is whole."""
 
 
 class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
@@ -146,6 +163,8 @@ class TokenDelta(msgspec.Struct, array_like=True):
     """One per token id, if the request asked for them."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the prompt's tokens after the first; on the first delta of a request that asked for them."""
+    embedding: bytes = b""
+    """float32: the prompt's vector, in the only delta of a request for it, which has no tokens."""
 
 
 class TokenBatch(msgspec.Struct, array_like=True):

@@ -19,6 +19,7 @@ from stagemesh.stages.layers.rotary import RotaryTable
 from stagemesh.stages.messages import StepPlan, StepResult, TokenLogprobs
 from stagemesh.stages.models.causal_lm import CausalLM
 from stagemesh.stages.models.registry import model_class
+from stagemesh.stages.pooling import Pooler
 from stagemesh.stages.quantization.methods import linear_methods
 from stagemesh.stages.sampler import sample, token_logprobs
 from stagemesh.stages.weights import Checkpoint
@@ -56,6 +57,7 @@ class ModelRunner:
         self._model: CausalLM | None = None
         self._cache: KVCache | None = None
         self._batches: BatchMaker | None = None
+        self._pooler = Pooler()
 
     # -- before the first step ---------------------------------------------------------------------------
 
@@ -167,6 +169,10 @@ class ModelRunner:
         result = StepResult(plan.epoch, plan.step, [])
         if plan.prompt_logprobs:
             result.prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        if plan.pools and self._tp.rank == 0:
+            norm = self._loaded().norm
+            assert norm is not None
+            result.pooled = self._pooler.pool(plan, hidden, norm)
         specs = [spec for spec in plan.samples if spec is not None]
         logits = self.logits(plan, hidden) if specs else None
         if logits is not None:

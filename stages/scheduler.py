@@ -20,7 +20,7 @@ from typing import NamedTuple
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.blocks import BlockManager, require
-from stagemesh.stages.messages import PromptLogprobsSpec, SampleSpec, StepPlan, TokenLogprobs
+from stagemesh.stages.messages import PoolSpec, PromptLogprobsSpec, SampleSpec, StepPlan, TokenLogprobs
 from stagemesh.stages.sequence import Sequence, SequenceStatus
 from stagemesh.stages.structured import Grammar
 
@@ -76,7 +76,7 @@ class ScheduledStep:
         query_lens, context_lens, token_ids = array("i"), array("i"), array("i")
         tables: list[bytes] = []
         samples: list[SampleSpec | None] = []
-        prompt_logprobs = []
+        prompt_logprobs, pools = [], []
         for sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs in self.entries:
             end = start + num_tokens
             seq_ids.append(sequence.seq_id)
@@ -85,7 +85,11 @@ class ScheduledStep:
             token_ids.extend(sequence.token_ids[start:end])
             tables.append(table.tobytes())
             tables.append(_UNUSED * (max_blocks - len(table)))
-            samples.append(sequence.sample_spec(end) if is_sampled else None)
+            pooling = sequence.params.pooling
+            if pooling is not None:
+                wanted = (pooling.pooling, pooling.normalize, pooling.dimensions or 0)
+                pools.append(PoolSpec(len(samples), *wanted, is_whole=is_sampled))
+            samples.append(sequence.sample_spec(end) if is_sampled and pooling is None else None)
             if num_prompt_logprobs:
                 targets = sequence.token_ids[start + 1 : start + 1 + num_prompt_logprobs].tobytes()
                 assert sequence.params.prompt_logprobs is not None
@@ -101,6 +105,7 @@ class ScheduledStep:
             max_blocks=max_blocks,
             samples=samples,
             prompt_logprobs=prompt_logprobs,
+            pools=pools,
         )
 
 
@@ -181,7 +186,7 @@ class Scheduler:
             raise ConfigError("request_id", request_id, "a request with this id is still running")
         if num_prompt == 0:
             raise ConfigError("prompt", [], "must hold at least one token")
-        if num_prompt >= self.max_model_len:
+        if num_prompt + (params.pooling is None) > self.max_model_len:
             raise ConfigError(
                 "prompt",
                 "…",
@@ -253,6 +258,7 @@ class Scheduler:
         token_ids: SequenceOf[int],
         logprobs: SequenceOf[TokenLogprobs | None] = (),
         prompt_logprobs: SequenceOf[list[TokenLogprobs]] = (),
+        pooled: SequenceOf[bytes] = (),
     ) -> list[SequenceUpdate]:
         """Takes the result of the oldest step in flight: one token per sampled sequence, in plan order, and what
         was asked for beside it, as in StepResult.
@@ -266,8 +272,9 @@ class Scheduler:
         asked = [entry for entry in step.entries if entry.num_prompt_logprobs]
         for entry, report in zip(asked, prompt_logprobs, strict=True):
             entry.sequence.take_prompt_logprobs(entry.start + 1, report)
-        updates = []
-        sampled = [entry.sequence for entry in step.entries if entry.is_sampled]
+        ready = [entry.sequence for entry in step.entries if entry.is_sampled]
+        updates = self._embedded([sequence for sequence in ready if sequence.params.pooling is not None], pooled)
+        sampled = [sequence for sequence in ready if sequence.params.pooling is None]
         reports = logprobs or [None] * len(sampled)
         for sequence, token_id, logprob in zip(sampled, token_ids, reports, strict=True):
             if sequence.status is SequenceStatus.FINISHED:
@@ -288,6 +295,17 @@ class Scheduler:
                     sequence.error,
                 )
             )
+        return updates
+
+    def _embedded(self, sequences: SequenceOf[Sequence], vectors: SequenceOf[bytes]) -> list[SequenceUpdate]:
+        updates = []
+        for sequence, vector in zip(sequences, vectors, strict=True):
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            sequence.finish_reason = "stop"
+            self._finish(sequence)
+            cached = sequence.num_cached_tokens
+            updates.append(SequenceUpdate(sequence.request_id, [], "stop", None, cached, embedding=vector))
         return updates
 
     def _prompt_logprobs_of(self, sequence: Sequence) -> list[TokenLogprobs] | None:
@@ -368,8 +386,8 @@ class Scheduler:
         if num_spare >= self.max_num_seqs or not self.blocks.can_allocate(1 + num_spare):
             return False
         shared: list[int] = []
-        # Who wants log-probabilities of its prompt needs the hidden states of all of it, which are not cached.
-        if self.blocks.enable_prefix_caching and not sequence.needs_prompt_logprobs:
+        # The hidden states of cached tokens are not cached with them.
+        if self.blocks.enable_prefix_caching and not sequence.needs_all_hidden:
             # At least the last token is computed: sampling needs its hidden state, and that is not cached.
             hashes = sequence.hash_blocks((sequence.num_tokens - 1) // self.block_size, self.block_size)
             shared = self.blocks.find_prefix(hashes)

@@ -132,6 +132,12 @@ class Sequence:
         """Known tokens not scheduled yet. 0 while running means: its next token is being sampled."""
         return len(self.token_ids) - self.num_computed_tokens
 
+    @property
+    def needs_all_hidden(self) -> bool:
+        """Whether the hidden state of every token of its prompt is wanted, not only the last one's."""
+        pooling = self.params.pooling
+        return self.needs_prompt_logprobs or (pooling is not None and pooling.pooling == "mean")
+
     def hash_blocks(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Hashes of its first `num_blocks` blocks, all of which must be full of known tokens."""
         known = len(self.block_hashes)
