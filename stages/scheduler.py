@@ -126,6 +126,8 @@ class SequenceUpdate(NamedTuple):
     """With the first token, if the request asked for them."""
     error: str = ""
     """With finish_reason "error": what went wrong."""
+    embedding: bytes = b""
+    """float32: the prompt's vector, if the request asked for that instead of tokens."""
 
 
 class Scheduler:
