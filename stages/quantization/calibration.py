@@ -22,10 +22,11 @@ from stagemesh.stages.weights import Checkpoint
 BLOCK_SIZE = 16
 
 
-class RecordingMethod(DenseMethod):
-    """A dense layer that remembers what its inputs were like."""
+class RecordingMethod:
+    """A dense layer that remembers what its inputs were like. Not a DenseMethod: mixtures join those of experts."""
 
     def __init__(self) -> None:
+        self.dense = DenseMethod()
         self.matrices: dict[str, Tensor] = {}
         """Its weights, float32 [out, in], by name; they share the input."""
         self.num_tokens = 0
@@ -35,35 +36,37 @@ class RecordingMethod(DenseMethod):
         self._magnitude: Tensor | None = None
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
-        super().load(checkpoint, parts, with_bias)
+        self.dense.load(checkpoint, parts, with_bias)
         for part in parts:
             shape = (part.out_features, part.in_features)
             self.matrices[part.name] = checkpoint.read(f"{part.name}.weight", shape, dtype=torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         inputs = x.float()
+        if not len(inputs):
+            return self.dense(x)
         moment, magnitude = inputs.T @ inputs, inputs.abs().sum(0)
         self._moment = moment if self._moment is None else self._moment + moment
         self._magnitude = magnitude if self._magnitude is None else self._magnitude + magnitude
         self.largest = max(self.largest, float(inputs.abs().max()))
         self.num_tokens += len(x)
-        return super().__call__(x)
+        return self.dense(x)
 
     @property
     def moment(self) -> Tensor:
-        """Mean of x·xᵀ over the tokens, [in, in]."""
-        assert self._moment is not None, "nothing was recorded"
+        """Mean of x·xᵀ over the tokens, [in, in]; that of unrelated inputs for an expert that had no tokens."""
+        if self._moment is None:
+            return torch.eye(next(iter(self.matrices.values())).shape[1])
         return self._moment / self.num_tokens
 
     @property
     def magnitude(self) -> Tensor:
         """Mean of |x|, [in]."""
-        assert self._magnitude is not None, "nothing was recorded"
-        return self._magnitude / self.num_tokens
+        return self.moment.diagonal() if self._magnitude is None else self._magnitude / self.num_tokens
 
     def replace(self, matrices: dict[str, Tensor]) -> None:
         """Go on with other weights, as a whole run of the rounded model would."""
-        self.weight = pack_weight(torch.cat([matrices[name] for name in self.matrices]).to(self.weight.dtype))
+        self.dense.weight = pack_weight(torch.cat([matrices[name] for name in self.matrices]))
 
 
 def layers_with_inputs(model: str, samples: Sequence[Sequence[int]]) -> Iterator[list[RecordingMethod]]:
@@ -99,7 +102,7 @@ def layers_with_inputs(model: str, samples: Sequence[Sequence[int]]) -> Iterator
         runner.allocate_kv(-(-longest // BLOCK_SIZE))
         for plan, x in zip(plans, hidden, strict=True):
             runner.execute(plan, x)
-        yield methods
+        yield [method for method in methods if method.matrices]
         hidden = [runner.execute(plan, x) for plan, x in zip(plans, hidden, strict=True)]
 
 

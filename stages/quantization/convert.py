@@ -31,8 +31,15 @@ MIN_GROUP_SIZE = 8
 
 ROWS_ABSORB = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
 """AWQ divides the inputs of these layers by dividing the outputs of those."""
-NORM_ABSORBS = {"self_attn.q_proj": "input_layernorm", "mlp.gate_proj": "post_attention_layernorm"}
-"""Likewise the norm before all layers that share their input with these."""
+NORM_ABSORBS = {
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): "input_layernorm",
+    ("mlp.gate_proj", "mlp.up_proj"): "post_attention_layernorm",
+}
+"""Likewise for these layers, where they are all that read the norm. In a mixture the router reads it as well."""
+ROUTERS = "gate.weight"
+"""How the names of a mixture's routers end; they stay as they are."""
+DENSE = ("lm_head", "gate", "shared_expert_gate")
+"""Layers that are left out, by the last part of their name: the head and a mixture's routers."""
 NEVER_CLIPPED = ("q_proj", "k_proj")
 """Attention scores suffer from clipping more than the error of their inputs tells."""
 
@@ -77,13 +84,12 @@ def quantize_checkpoint(
     config = ModelConfig.from_folder(folder)
     _check(folder, config, recipe, out, bool(samples))
     source = _Source(folder)
+    shapes = source.linear_shapes()
+    group_size = fitting_group_size(recipe.group_size, shapes) if recipe.to in ("awq", "gptq") else 0
     out.mkdir(parents=True, exist_ok=True)
     writer = _ShardWriter(out, shard_bytes)
-    group_size = recipe.group_size
     with torch.inference_mode():
         layers = layers_with_inputs(str(folder), samples if recipe.needs_text else [])
-        if recipe.to in ("awq", "gptq"):
-            group_size = fitting_group_size(recipe.group_size, source.linear_shapes())
         for done, methods in enumerate(layers, start=1):
             tensors, replaced = _convert_layer(methods, recipe, group_size, source.read)
             source.done |= replaced
@@ -104,13 +110,13 @@ def quantization_config(recipe: Recipe, group_size: int) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     if recipe.to == "awq":
         settings = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
-        return settings | {"modules_to_not_convert": None}
+        return settings | {"modules_to_not_convert": list(DENSE)}
     if recipe.to == "gptq":
         settings = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": recipe.act_order}
         return settings | {"sym": True, "lm_head": False, "checkpoint_format": "gptq", "true_sequential": False}
     if recipe.scheme == "block":
         settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
-        return settings | {"weight_block_size": [FP8_BLOCK, FP8_BLOCK], "modules_to_not_convert": ["lm_head"]}
+        return settings | {"weight_block_size": [FP8_BLOCK, FP8_BLOCK], "modules_to_not_convert": list(DENSE)}
     kind = "float" if recipe.to == "fp8" else "int"
     values = {"num_bits": 8, "type": kind, "symmetric": True, "group_size": None, "observer": "minmax"}
     static = recipe.static_activations
@@ -125,7 +131,7 @@ def quantization_config(recipe: Recipe, group_size: int) -> dict[str, Any]:
         "format": f"{kind}-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": [f"re:(.*\\.)?{name}$" for name in DENSE],
         "kv_cache_scheme": None,
     }
 
@@ -146,8 +152,6 @@ def fitting_group_size(asked: int, shapes: dict[str, tuple[int, ...]]) -> int:
 def _check(folder: Path, config: ModelConfig, recipe: Recipe, out: Path, has_text: bool) -> None:
     if config.quantization is not None:
         raise ConfigError("model", str(folder), f"is quantized already ({config.quantization.description})")
-    if config.moe is not None:
-        raise ConfigError("model", str(folder), "mixtures of experts are not quantized yet")
     if recipe.needs_text and not has_text:
         what = recipe.to if recipe.to in ("awq", "gptq") else "static activation scales"
         raise ConfigError("calibration", None, f"{what} needs a text file like what the model is used for")
@@ -246,10 +250,10 @@ def _awq_layer(methods: list[RecordingMethod], group_size: int, read: Read) -> d
                 changed[f"{before}.bias"] = bias / factors
     for method in methods:
         names = list(method.matrices)
-        prefix, layer = _split(names[0])
-        norm = f"{prefix}.{NORM_ABSORBS.get(layer)}.weight"
-        if layer in NORM_ABSORBS and (values := read(norm)) is not None:
-            changed[norm] = values / rescale(names, method)
+        prefix = _split(names[0])[0]
+        absorbs = NORM_ABSORBS.get(tuple(_split(name)[1] for name in names))
+        if absorbs is not None and (values := read(f"{prefix}.{absorbs}.weight")) is not None:
+            changed[f"{prefix}.{absorbs}.weight"] = values / rescale(names, method)
 
     for name, weight in weights.items():
         clip = None if name.endswith(NEVER_CLIPPED) else moments[name]
@@ -290,11 +294,15 @@ class _Source:
         return (tensor.to(self._read(name).dtype) if is_changed else tensor).contiguous()
 
     def linear_shapes(self) -> dict[str, tuple[int, ...]]:
-        """[out, in] of the matrices within layers."""
-        shapes = {}
+        """[out, in] of the matrices within layers that are to be quantized."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for name in self._file_of:
-            if name.startswith("model.layers.") and name.endswith("_proj.weight"):
-                shapes[name.removesuffix(".weight")] = tuple(self._slice(name).get_shape())
+            if name.startswith("model.layers.") and name.endswith(".weight") and not name.endswith(ROUTERS):
+                shape = tuple(self._slice(name).get_shape())
+                if len(shape) == 2:
+                    shapes[name.removesuffix(".weight")] = shape
+            elif name.startswith("model.layers.") and len(self._slice(name).get_shape()) == 3:
+                raise ConfigError("model", name, "holds several experts in one tensor, which no quantized layout does")
         return shapes
 
     def rest(self) -> Iterator[tuple[str, Tensor]]:

@@ -196,3 +196,19 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     weight, _, moment = layer(0)
     moment[3], moment[:, 3] = 0, 0
     assert round_gptq(weight, moment, 16).values().isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("name", ["fp8", "int8", "awq", "gptq"])
+def test_a_mixture_is_quantized_expert_by_expert(tmp_path: Path, family: str, name: str) -> None:
+    sizes = {"num_local_experts": 4} if family == "Mixtral" else {"num_experts": 4, "moe_intermediate_size": 32}
+    source = make_checkpoint(tmp_path / "source", family, num_experts_per_tok=2, **sizes)
+    recipe, may_err = RECIPES[name]
+    quantize_checkpoint(str(source), tmp_path / "out", recipe, TEXT)
+    expected = reference_logits(source, IDS)
+    for tp in (1, 2):
+        ours = ThreadLane(tmp_path / "out", tp=tp).logits(Part(IDS, 0, TABLE))
+        assert 1e-4 < error(ours, expected) < may_err
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    plain = [n for n in names if n.endswith(".weight") and f"{n}_scale" not in names and "norm" not in n]
+    assert all(n.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight")) for n in plain)
