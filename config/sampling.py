@@ -11,6 +11,9 @@ import msgspec
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
 
+NO_LIMIT = 2**31 - 1
+"""max_tokens beyond any model's length."""
+
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
     """What form an answer must have: exactly one of the fields, named as in vLLM."""
@@ -54,7 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     """Answers per prompt. Each is a sequence of its own in a lane, choice i with seed + i (`seed_of_choice`)."""
     max_tokens: int = 16
-    """Most tokens to generate, at least 1. The engine also stops at max_model_len."""
+    """Most tokens to generate, at least 1. The engine also stops at max_model_len; None leaves it to that alone."""
     min_tokens: int = 0
     """Stop token ids and EOS are masked out until this many tokens exist."""
     temperature: float = 1.0
@@ -152,6 +155,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 msgspec.structs.force_setattr(self, name, (value,))
             elif isinstance(value, list) or (value is None and name != "allowed_token_ids"):
                 msgspec.structs.force_setattr(self, name, tuple(value or ()))
+        if self.max_tokens is None:
+            msgspec.structs.force_setattr(self, "max_tokens", NO_LIMIT)
         bias = {token_id: max(-100.0, min(100.0, value)) for token_id, value in (self.logit_bias or {}).items()}
         if bias != self.logit_bias:
             msgspec.structs.force_setattr(self, "logit_bias", bias)

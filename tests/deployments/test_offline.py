@@ -109,6 +109,12 @@ def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
         llm.generate(["Hello"] * 2, params, use_tqdm=False)
 
 
+def test_without_max_tokens_an_answer_goes_on_to_the_end_of_the_model(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)  # type: ignore[arg-type]
+    output = llm.generate("Hello", params, use_tqdm=False)[0]
+    assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == llm.config.max_model_len
+
+
 def test_a_seeded_answer_is_the_same_alone_and_among_others(llm: LLM) -> None:
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=24)
     together = [output.outputs[0].token_ids for output in llm.generate(QUESTIONS * 4, params, use_tqdm=False)]
