@@ -104,10 +104,10 @@ def compressed_config(kind: str, weights: str, static: bool = False) -> dict[str
 # -- 4 bits ----------------------------------------------------------------------------------------------
 
 
-def _word(nibbles: Sequence[int]) -> int:
-    """Value i at bits 4·i, as a signed 32-bit integer."""
-    word = sum(int(value) << (4 * i) for i, value in enumerate(nibbles))
-    return word - (1 << 32) if word >= 1 << 31 else word
+def _words(nibbles: Any) -> Tensor:
+    """[…, 8] values to […] words: value i at bits 4·i."""
+    words = sum(nibbles[..., i].astype(np.uint32) << np.uint32(4 * i) for i in range(8))
+    return torch.from_numpy(np.ascontiguousarray(words).view(np.int32))
 
 
 def _groups(weight: Tensor, group_of: list[int]) -> tuple[Any, Any, Any]:
@@ -135,9 +135,8 @@ def awq(group_size: int) -> Convert:
         group_of = [i // size for i in range(weight.shape[1])]
         stored, zeros, scales = _groups(weight, group_of)
 
-        def pack(rows: Any) -> Tensor:
-            words = [[_word([row[o + i] for i in AWQ_ORDER]) for o in range(0, len(row), 8)] for row in rows]
-            return torch.tensor(words, dtype=torch.int32)
+        def pack(values: Any) -> Tensor:
+            return _words(values.reshape(len(values), -1, 8)[:, :, AWQ_ORDER])
 
         parts = {"qweight": pack(stored), "qzeros": pack(zeros), "scales": torch.tensor(scales).half()}
         return parts, _value(stored, zeros, scales, group_of)
@@ -155,11 +154,9 @@ def gptq(group_size: int, *, act_order: bool = False, version: int = 1) -> Conve
             group_of = [group_of[i] for i in order]
         stored, zeros, scales = _groups(weight, group_of)
         less = 1 if version == 1 else 0
-        qweight = [[_word(stored[i : i + 8, o]) for o in range(stored.shape[1])] for i in range(0, inputs, 8)]
-        qzeros = [[_word(row[o : o + 8] - less) for o in range(0, len(row), 8)] for row in zeros]
         parts = {
-            "qweight": torch.tensor(qweight, dtype=torch.int32),
-            "qzeros": torch.tensor(qzeros, dtype=torch.int32),
+            "qweight": _words(stored.reshape(inputs // 8, 8, -1).swapaxes(1, 2)),
+            "qzeros": _words((zeros - less).reshape(len(zeros), -1, 8)),
             "scales": torch.tensor(scales).half(),
             "g_idx": torch.tensor(group_of, dtype=torch.int32),
         }

@@ -188,3 +188,38 @@ def test_an_fp8_cache_gives_nearly_the_same_answers_in_a_quarter_of_the_room(
     plain = ThreadLane(source, tp=tp, partition=partition).stages[0][0]
     small = ThreadLane(source, tp=tp, partition=partition, args={"kv_cache_dtype": "fp8"}).stages[0][0]
     assert plain.kv_bytes_per_block() == 4 * small.kv_bytes_per_block()
+
+
+MIXTURE = {"num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 6},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mixtral": MIXTURE | {"num_local_experts": 4},
+    "Qwen2Moe": MIXTURE
+    | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
+    "Qwen3Moe": MIXTURE | {"num_experts": 4, "moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", ["fp8-channel", "fp8-block", "int8-channel", "awq", "gptq-act-order"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_in_every_format_and_cut(tmp_path: Path, family: str, name: str) -> None:
+    convert, config = (EIGHT_BIT | FOUR_BIT)[name][:2]
+
+    def convert_all_but_routers(layer: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return ({"weight": weight}, weight) if layer.endswith("gate") else convert(layer, weight)
+
+    source = make_checkpoint(tmp_path / "source", family, **FAMILIES[family])
+    folder = write_quantized(source, tmp_path / "model", convert_all_but_routers, config)
+    expected = reference_logits(folder / "dense", IDS)
+    cuts: list[tuple[int, Any, bool]] = [(1, None, False), (2, (2, 1), False)]
+    if "num_experts_per_tok" in FAMILIES[family]:
+        cuts.append((2, None, True))
+    for tp, partition, by_experts in cuts:
+        ours = run(folder, tp, partition, enable_expert_parallel=by_experts)
+        if name in FOUR_BIT:
+            torch.testing.assert_close(ours, expected, atol=2e-4, rtol=0)
+        else:
+            assert 1e-3 < error(ours, expected) < 0.4
