@@ -24,7 +24,10 @@ Architecture = Literal[
     "MixtralForCausalLM",
     "Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
 ]
+DEEPSEEK = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 DType = Literal["float32", "bfloat16", "float16"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
@@ -62,9 +65,40 @@ class MoeConfig:
     norm_topk_prob: bool
     """Whether the weights of a token's experts are scaled to add up to 1."""
     shared_intermediate_size: int
-    """Of the expert that every token goes through, behind a gate of its own; 0 = there is none."""
+    """Of the expert that every token goes through; 0 = there is none."""
     layers: frozenset[int]
     """Which layers; the others have a plain MLP of the model's intermediate_size."""
+    shared_gate: bool = False
+    """Whether a gate of its own weighs the shared expert (Qwen2-MoE)."""
+    sigmoid: bool = False
+    """Experts are scored one by one, with a bias that only matters to the choice (DeepSeek-V3); else by softmax."""
+    num_groups: int = 1
+    """The experts are in so many groups of which only the best top_groups are chosen from (DeepSeek)."""
+    top_groups: int = 1
+    weight_scale: float = 1.0
+    """What all weights are multiplied with in the end."""
+    float32_router: bool = False
+    """Whether the router computes in float32 whatever the model's dtype is (DeepSeek)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlaConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are projections of a short
+    vector, and that is what the cache holds.
+    """
+
+    q_lora_rank: int | None
+    """Width of the latent that queries are projected from; None = straight from the hidden state."""
+    kv_lora_rank: int
+    """Width of the latent of keys and values."""
+    qk_nope_head_dim: int
+    """Features of a key without position; qk_rope_head_dim ones with it come behind, the same for all heads."""
+    qk_rope_head_dim: int
+    v_head_dim: int
+    scale: float
+    """What scores are multiplied with before the softmax."""
+    rope_interleave: bool
+    """Whether rotary pairs are neighbours in the checkpoint, not half the dim apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +128,9 @@ class ModelConfig:
     """Tokens that a query attends to, itself included (Mistral); None = all before it."""
     moe: MoeConfig | None
     """None = every layer has a plain MLP."""
+    mla: MlaConfig | None
+    """Latent attention. Its cache has one KV head, of head_dim = kv_lora_rank + qk_rope_head_dim features, which is
+    key and value in one. None = grouped-query attention."""
     torch_dtype: DType
     """What the weights are stored in; float32 where config.json does not say."""
     eos_token_ids: tuple[int, ...]
@@ -101,6 +138,16 @@ class ModelConfig:
     bos_token_id: int | None
     quantization: Quantization | None = None
     """How the checkpoint stores its linear layers; None = as floats."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that turn with the position."""
+        return self.mla.qk_rope_head_dim if self.mla else self.head_dim
+
+    @property
+    def kv_sides(self) -> int:
+        """Vectors per token and KV head in the cache: key and value, or one that is both."""
+        return 1 if self.mla else 2
 
     @property
     def longest_context(self) -> int:
@@ -226,6 +273,20 @@ class _ConfigJson(Settings):
     norm_topk_prob: bool = False
     decoder_sparse_step: int = Field(default=1, ge=1)
     mlp_only_layers: list[int] | None = None
+    n_routed_experts: int | None = Field(default=None, ge=1)
+    n_shared_experts: int | None = Field(default=None, ge=0)
+    n_group: int | None = Field(default=None, ge=1)
+    topk_group: int | None = Field(default=None, ge=1)
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "greedy"
+    routed_scaling_factor: float = 1.0
+    first_k_dense_replace: int = Field(default=0, ge=0)
+    moe_layer_freq: Literal[1] = 1
+    q_lora_rank: int | None = Field(default=None, ge=1)
+    kv_lora_rank: int | None = Field(default=None, ge=1)
+    qk_nope_head_dim: int | None = Field(default=None, ge=1)
+    qk_rope_head_dim: int | None = Field(default=None, ge=2)
+    v_head_dim: int | None = Field(default=None, ge=1)
+    rope_interleave: bool = True
     quantization_config: dict[str, Any] | None = None
 
     def resolve(self, eos_token_ids: list[int]) -> ModelConfig:
@@ -241,6 +302,10 @@ class _ConfigJson(Settings):
         head_dim = self.head_dim or self.hidden_size // heads
         if head_dim % 2:
             raise ConfigError("head_dim", head_dim, "must be even: rotary embedding turns pairs")
+        rope = self._rope(architecture)
+        mla = self._mla(architecture, rope)
+        if mla is not None:
+            kv_heads, head_dim = 1, mla.kv_lora_rank + mla.qk_rope_head_dim
         is_qwen2 = architecture in ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
         return ModelConfig(
             architecture=architecture,
@@ -252,7 +317,7 @@ class _ConfigJson(Settings):
             head_dim=head_dim,
             vocab_size=self.vocab_size,
             rms_norm_eps=self.rms_norm_eps,
-            rope=self._rope(architecture),
+            rope=rope,
             max_position_embeddings=self.max_position_embeddings,
             tie_word_embeddings=self.tie_word_embeddings,
             qkv_bias=self.qkv_bias if is_qwen2 else self.attention_bias,
@@ -261,6 +326,7 @@ class _ConfigJson(Settings):
             qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
             sliding_window=self._sliding_window(architecture),
             moe=self._moe(architecture),
+            mla=mla,
             torch_dtype=self.dtype or self.torch_dtype or "float32",
             eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
             bos_token_id=self.bos_token_id,
@@ -291,6 +357,8 @@ class _ConfigJson(Settings):
                 shared_intermediate_size=0,
                 layers=frozenset(range(self.num_hidden_layers)),
             )
+        if architecture in DEEPSEEK:
+            return self._deepseek_moe(architecture)
         if architecture not in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"):
             return None
         num_experts = self.num_experts or self._required("num_local_experts")  # transformers 5 renamed it
@@ -305,6 +373,50 @@ class _ConfigJson(Settings):
                 self._required("shared_expert_intermediate_size") if architecture == "Qwen2MoeForCausalLM" else 0
             ),
             layers=frozenset(i for i in range(self.num_hidden_layers) if i not in dense and (i + 1) % step == 0),
+            shared_gate=architecture == "Qwen2MoeForCausalLM",
+        )
+
+    def _deepseek_moe(self, architecture: Architecture) -> MoeConfig:
+        num_experts = self.n_routed_experts or self._required("num_local_experts")
+        is_v3 = architecture == "DeepseekV3ForCausalLM"
+        if self.norm_topk_prob and not is_v3:
+            raise ConfigError("norm_topk_prob", True, f"not supported with {architecture}")
+        grouped = is_v3 or self.topk_method == "group_limited_greedy"
+        num_groups = (self.n_group or 1) if grouped else 1
+        top_groups = (self.topk_group or 1) if grouped else 1
+        if num_experts % num_groups or top_groups > num_groups:
+            raise ConfigError("n_group", num_groups, f"must divide the {num_experts} experts and be >= topk_group")
+        if is_v3 and num_experts // num_groups < 2:
+            raise ConfigError("n_group", num_groups, "leaves one expert in a group, which is rated by its best two")
+        width = self._required("moe_intermediate_size")
+        return MoeConfig(
+            num_experts=num_experts,
+            top_k=self._top_k(num_experts // num_groups * top_groups),
+            intermediate_size=width,
+            norm_topk_prob=self.norm_topk_prob,
+            shared_intermediate_size=width * (self.n_shared_experts or 0),
+            layers=frozenset(range(self.first_k_dense_replace, self.num_hidden_layers)),
+            sigmoid=is_v3,
+            num_groups=num_groups,
+            top_groups=top_groups,
+            weight_scale=self.routed_scaling_factor,
+            float32_router=True,
+        )
+
+    def _mla(self, architecture: Architecture, rope: RopeConfig) -> MlaConfig | None:
+        if architecture not in DEEPSEEK:
+            return None
+        nope, turning = self._required("qk_nope_head_dim"), self._required("qk_rope_head_dim")
+        given = self.rope_parameters or self.rope_scaling or {}
+        sharper = yarn_mscale(rope.factor, given.get("mscale_all_dim") or 0.0) if rope.kind != "default" else 1.0
+        return MlaConfig(
+            q_lora_rank=self.q_lora_rank,
+            kv_lora_rank=self._required("kv_lora_rank"),
+            qk_nope_head_dim=nope,
+            qk_rope_head_dim=turning,
+            v_head_dim=self._required("v_head_dim"),
+            scale=(nope + turning) ** -0.5 * sharper**2,
+            rope_interleave=self.rope_interleave or architecture == "DeepseekV2ForCausalLM",
         )
 
     def _top_k(self, num_experts: int) -> int:

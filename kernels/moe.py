@@ -28,6 +28,22 @@ def top_k_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple
     return weights, expert_ids
 
 
+def top_k_in_groups(
+    scores: Tensor, bias: Tensor | None, top_k: int, num_groups: int, top_groups: int
+) -> tuple[Tensor, Tensor]:
+    """The best top_k of the experts in the best top_groups groups (arXiv:2405.04434, 2.2.2; 2412.19437, 2.1.2).
+
+    scores: float32 [T, E], all positive. With `bias` [E] the choice is made by score + bias and a group is as good
+    as its best two, without it as its best one. Returns the chosen scores, without bias, and expert_ids, [T, top_k].
+    """
+    choice = scores if bias is None else scores + bias
+    by_group = choice.unflatten(1, (num_groups, -1))
+    of_groups = by_group.topk(1 if bias is None else 2, -1).values.sum(-1)
+    chosen = torch.zeros_like(of_groups, dtype=torch.bool).scatter_(1, of_groups.topk(top_groups, -1).indices, True)
+    expert_ids = by_group.masked_fill(~chosen[..., None], float("-inf")).flatten(1).topk(top_k, -1).indices
+    return scores.gather(1, expert_ids), expert_ids
+
+
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
     """The weighted sum of each token's experts, [T, hidden] in the dtype of `x`.
 

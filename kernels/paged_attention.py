@@ -31,12 +31,13 @@ def paged_attention(
 
     q: [T, H, D], sequences one after another; may be strided, the last dim is contiguous.
     cache: [N, 2, K, B, D] with the tokens of this step already stored; dtype of `q`, or float8_e4m3fn.
+        A cache [N, 1, K, B, D] holds vectors that are key and value in one.
     query_starts: int32 [S + 1], first token of each sequence, then T.
     context_lens: int32 [S].
     block_tables: int32 [S, max_blocks]; entries past the end of a sequence are not read.
     window: slots that a query sees, its own included; None = all.
     """
-    if q.is_cuda and q.dtype == cache.dtype:
+    if q.is_cuda and q.dtype == cache.dtype and cache.shape[1] == 2:
         from stagemesh.kernels.paged_attention_triton import paged_attention_triton
 
         return paged_attention_triton(q, cache, query_starts, context_lens, block_tables, scale, window)
@@ -52,7 +53,7 @@ def paged_attention_torch(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    _, _, num_kv_heads, block_size, head_dim = cache.shape
+    _, sides, num_kv_heads, block_size, head_dim = cache.shape
     group = q.shape[1] // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     starts = query_starts.tolist()
@@ -60,8 +61,9 @@ def paged_attention_torch(
         start, end = starts[s], starts[s + 1]
         total = context_len + end - start
         blocks = block_tables[s, : -(-total // block_size)].long()
-        kv = cache[blocks].permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, :total]
-        key, value = kv.float().repeat_interleave(group, 1)  # [H, L, D]
+        kv = cache[blocks].permute(1, 2, 0, 3, 4).reshape(sides, num_kv_heads, -1, head_dim)[:, :, :total]
+        heads = kv.float().repeat_interleave(group, 1)
+        key, value = heads[0], heads[-1]  # [H, L, D]
         scores = q[start:end].transpose(0, 1).float() @ key.transpose(1, 2) * scale  # [H, query, L]
         visible = torch.ones(end - start, total, dtype=torch.bool, device=q.device).tril(context_len)
         if window is not None:

@@ -164,20 +164,23 @@ class CpuPagedAttention:
         head_dim: int,
         dtype: torch.dtype,
         window: int | None = None,
+        sides: int = 2,
     ) -> None:
+        """sides: 2 for caches of keys and values, 1 for vectors that are both, [N, 1, num_kv_heads, …]."""
         self._num_heads = num_heads
         self._num_kv_heads = num_kv_heads
         self._block_size = block_size
         self._head_dim = head_dim
         self._dtype = dtype
         self._window = window
-        self._sides = np.arange(2 * num_kv_heads)
+        self._num_sides = sides
+        self._sides = np.arange(sides * num_kv_heads)
         """Key heads, then value heads."""
         self._workspace = torch.empty(0, block_size * head_dim, dtype=dtype)
         square = torch.full((MAX_TILE, MAX_TILE), float("-inf"), dtype=dtype).triu_(1)
         self._square_mask = square[:, None, :]
         self._old_mask = square.t()[:, None, :]
-        bytes_per_block = 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+        bytes_per_block = sides * num_kv_heads * block_size * head_dim * dtype.itemsize
         self._max_group_blocks = MAX_GROUP_BYTES // bytes_per_block
 
     def prepare(self, query_lens: Ints, context_lens: Ints, block_tables: Ints, slots: Ints) -> CpuAttentionStep:
@@ -260,10 +263,11 @@ class CpuPagedAttention:
     def _gather(self, tables: Ints) -> _Gather:
         """For block tables [S, blocks]: keys of all sequences and heads, then values, head before block."""
         num_sequences, width = tables.shape
-        rows = (tables.astype(np.int64) * len(self._sides))[:, None, :] + self._sides.reshape(2, 1, -1, 1)
+        rows = (tables.astype(np.int64) * len(self._sides))[:, None, :] + self._sides.reshape(self._num_sides, 1, -1, 1)
         out = self._workspace[: rows.size]
-        shape = (2, num_sequences * self._num_kv_heads, width * self._block_size, self._head_dim)
-        key, value = out.view(shape)
+        shape = (self._num_sides, num_sequences * self._num_kv_heads, width * self._block_size, self._head_dim)
+        sides = out.view(shape)
+        key, value = sides[0], sides[-1]
         return _Gather(torch.from_numpy(rows.ravel()), out, key.transpose(1, 2), value)
 
     def _grow(self, num_blocks: int) -> None:

@@ -24,15 +24,15 @@ def store_kv(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
 
 
 def store_kv_torch(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
-    _, _, num_kv_heads, block_size, head_dim = cache.shape
-    rows = slot_rows(slots, num_kv_heads, block_size)
+    _, sides, num_kv_heads, block_size, _ = cache.shape
+    rows = slot_rows(slots, sides * num_kv_heads, block_size)
     store_kv_rows(kv, cache, rows)
 
 
-def slot_rows(slots: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
-    """int64 [T, 2·K]: where each head of each token lies when the cache is seen as rows [N·2·K·B, D]."""
-    heads = torch.arange(2 * num_kv_heads, device=slots.device)
-    block = slots.div(block_size, rounding_mode="floor") * (2 * num_kv_heads)
+def slot_rows(slots: Tensor, num_heads: int, block_size: int) -> Tensor:
+    """int64 [T, num_heads]: where each of a block's heads of each token lies when the cache is seen as rows of D."""
+    heads = torch.arange(num_heads, device=slots.device)
+    block = slots.div(block_size, rounding_mode="floor") * num_heads
     return (block[:, None] + heads) * block_size + (slots % block_size)[:, None]
 
 

@@ -43,13 +43,14 @@ class BatchMaker:
         dtype: torch.dtype,
         device: torch.device,
         window: int | None = None,
+        sides: int = 2,
     ) -> None:
         self._rotary = rotary
         self._block_size = block_size
         self._device = device
         self._window = window
         shape = (num_heads, num_kv_heads, block_size, head_dim)
-        self._cpu = CpuPagedAttention(*shape, dtype, window) if device.type == "cpu" else None
+        self._cpu = CpuPagedAttention(*shape, dtype, window, sides) if device.type == "cpu" else None
 
     def make(self, plan: StepPlan) -> StepBatch:
         query_lens = np.frombuffer(plan.query_lens, np.int32)

@@ -73,11 +73,13 @@ class ModelRunner:
             unused = model.load(checkpoint)
         if unused and self._tp.rank == 0:
             logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), ", ".join(unused[:10]))
-        _, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
-        rotary = RotaryTable(model_config.rope, head_dim, self._config.max_model_len, self._dtype, self._device)
+        sides, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
+        rotary = RotaryTable(
+            model_config.rope, model_config.rotary_dim, self._config.max_model_len, self._dtype, self._device
+        )
         num_heads = model_config.num_heads // self._tp.size
         shape = (num_heads, num_kv_heads, block_size, head_dim)
-        self._batches = BatchMaker(rotary, *shape, self._dtype, self._device, model_config.sliding_window)
+        self._batches = BatchMaker(rotary, *shape, self._dtype, self._device, model_config.sliding_window, sides)
         self._model = model
 
     def kv_bytes_per_block(self) -> int:

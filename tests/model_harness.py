@@ -51,6 +51,9 @@ def make_checkpoint(folder: Path, family: str = "Llama", *, max_shard_size: str 
             noise = torch.randn(parameter.shape, generator=generator)
             # Norm weights spread around 1; every bias and matrix large enough to leave a trace in the logits.
             parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 

@@ -67,7 +67,7 @@ class CausalLM:
     def kv_block_shape(self, block_size: int) -> tuple[int, ...]:
         """Of one block of one layer's cache on this rank, as kernels/README.md describes it."""
         num_kv_heads = len(kv_heads(self.config, self.tp.size, self.tp.rank))
-        return (2, num_kv_heads, block_size, self.config.head_dim)
+        return (self.config.kv_sides, num_kv_heads, block_size, self.config.head_dim)
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Read this rank's weights; returns the checkpoint's tensors that no stage of this model uses."""

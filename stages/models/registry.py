@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.stages.models.causal_lm import CausalLM
+from stagemesh.stages.models.deepseek import DeepseekForCausalLM
 from stagemesh.stages.models.llama import LlamaForCausalLM
 from stagemesh.stages.models.mixture import MixtralForCausalLM, QwenMoeForCausalLM
 
@@ -15,6 +16,8 @@ _MODELS: dict[str, type[CausalLM]] = {
     "MixtralForCausalLM": MixtralForCausalLM,
     "Qwen2MoeForCausalLM": QwenMoeForCausalLM,
     "Qwen3MoeForCausalLM": QwenMoeForCausalLM,
+    "DeepseekV2ForCausalLM": DeepseekForCausalLM,
+    "DeepseekV3ForCausalLM": DeepseekForCausalLM,
 }
 
 

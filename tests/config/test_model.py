@@ -146,9 +146,54 @@ def test_the_experts_of_every_family_are_read(write_model: WriteModel) -> None:
     assert shared is not None and shared.shared_intermediate_size == 48
 
 
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 8,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "q_lora_rank": None,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+}
+
+
+def test_deepseek_is_read(write_model: WriteModel) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
+    model = ModelConfig.from_folder(write_model(**DEEPSEEK, rope_scaling=yarn))
+    assert (model.num_kv_heads, model.head_dim, model.rotary_dim, model.kv_sides) == (1, 44, 4, 1)
+    assert model.rope.attention_factor == 1.0
+    assert model.mla is not None and model.mla.scale == pytest.approx((0.1 * math.log(4) + 1) ** 2 / 4)
+    assert model.moe == MoeConfig(
+        num_experts=16,
+        top_k=4,
+        intermediate_size=32,
+        norm_topk_prob=True,
+        shared_intermediate_size=64,
+        layers=frozenset(range(3, 8)),
+        sigmoid=True,
+        num_groups=4,
+        top_groups=2,
+        weight_scale=2.5,
+        float32_router=True,
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({**DEEPSEEK, "n_group": 3}, "n_group=3: must divide the 16 experts"),
+        ({**DEEPSEEK, "n_group": 16}, "n_group=16: leaves one expert in a group"),
+        ({**DEEPSEEK, "kv_lora_rank": None}, "kv_lora_rank=None: is required by DeepseekV3ForCausalLM"),
+        ({**DEEPSEEK, "moe_layer_freq": 2}, "moe_layer_freq=2"),
         (
             {"architectures": ["Qwen3MoeForCausalLM"], **QWEN_MOE, "num_experts_per_tok": 7},
             "num_experts_per_tok=7: must be at most the 6 experts",

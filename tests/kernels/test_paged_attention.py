@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -187,6 +187,21 @@ def test_a_window_across_several_tiles_of_a_prefill(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(paged_attention_cpu, "MAX_TILE", 32)
     case = make_case(BATCHES["a long prefill"], SHAPES["gqa"], 4, torch.float32, window)
     assert_close(run_cpu(case), case.expected, **tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_a_cache_of_one_side_is_key_and_value_in_one(batch: list[tuple[int, int]]) -> None:
+    two_sided = make_case(batch, (6, 1, 16), 4, torch.float32)
+    two_sided.cache[:, 1] = two_sided.cache[:, 0]
+    two_sided.kv[:, 1] = two_sided.kv[:, 0]
+    one_sided = replace(two_sided, kv=two_sided.kv[:, :1], cache=two_sided.cache[:, :1].contiguous())
+    expected = run_step(two_sided, torch.device("cpu"))
+
+    attention = CpuPagedAttention(6, 1, 4, 16, torch.float32, sides=1)
+    lens_and_tables = (one_sided.query_lens, one_sided.context_lens, one_sided.block_tables, one_sided.slots)
+    step = attention.prepare(*lens_and_tables)
+    assert_close(step(one_sided.q, one_sided.kv, one_sided.cache.clone(), one_sided.scale), expected)
+    assert_close(run_step(one_sided, torch.device("cpu")), expected)
 
 
 def test_padding_reads_nothing_of_other_sequences() -> None:

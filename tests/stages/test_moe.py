@@ -24,11 +24,36 @@ from torch.nn.functional import silu
 from torch.testing import assert_close
 
 from stagemesh.config.model import MoeConfig
-from stagemesh.kernels.moe import moe_experts, top_k_softmax
+from stagemesh.kernels.moe import moe_experts, top_k_in_groups, top_k_softmax
 from stagemesh.stages.collectives import TensorShard
 from stagemesh.stages.layers import moe as moe_layer
 from stagemesh.stages.layers.moe import MixtureOfExperts, MoeNames
 
+DEEPSEEK: dict[str, Any] = {
+    "head_dim": 8,  # what transformers takes for qk_rope_head_dim
+    "num_key_value_heads": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "routed_scaling_factor": 1.7,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+    "beta_slow": 0.5,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+}
 QWEN = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"family": "Mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 11},
@@ -44,6 +69,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3-moe": {"family": "Qwen3Moe", **QWEN, "norm_topk_prob": True},
     "qwen3-moe-every-other": {"family": "Qwen3Moe", **QWEN, "decoder_sparse_step": 2},
+    "deepseek-v2": {
+        "family": "DeepseekV2",
+        **DEEPSEEK,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_parameters": YARN,
+    },
+    "deepseek-v2-lite": {"family": "DeepseekV2", **DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek-v3": {
+        "family": "DeepseekV3",
+        **DEEPSEEK,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "rope_parameters": YARN,
+        "num_mtp_layers": 0,
+    },
 }
 
 
@@ -90,6 +133,13 @@ def test_a_rank_reads_its_own_experts_and_misses_none(checkpoint: Any, caplog: p
     folder = checkpoint("mixtral-5-experts")
     ThreadLane(folder, tp=2, partition=(2, 1), args={"enable_expert_parallel": True})
     assert "not used" not in caplog.text
+
+
+def test_the_cache_of_latent_attention_holds_one_vector_per_token(checkpoint: Any) -> None:
+    folder = checkpoint("deepseek-v3")
+    for tp in (1, 2):
+        (ranks,) = ThreadLane(folder, tp=tp).stages
+        assert {rank.kv_bytes_per_block() for rank in ranks} == {3 * 4 * (20 + 8) * 4}  # layers, tokens, latent, bytes
 
 
 def test_a_runner_reports_how_many_tokens_each_expert_got(checkpoint: Any) -> None:
@@ -141,7 +191,9 @@ ROUTINGS: list[Callable[[int, int], Tensor]] = [all_to_one, only_the_first_two, 
 class FakeCheckpoint:
     """Random tensors by name, the same on every rank."""
 
-    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), dtype: torch.dtype | None = None
+    ) -> Tensor:
         seed = torch.Generator().manual_seed(sum(name.encode()) * len(name))
         return torch.randn(shape, generator=seed)[part].clone()
 
@@ -224,3 +276,13 @@ def test_top_k_softmax_normalizes_over_all_experts_or_over_the_chosen() -> None:
     assert expert_ids.tolist() == [[1, 2]]
     assert_close(weights, logits.softmax(-1)[:, [1, 2]])
     assert_close(top_k_softmax(logits, 2, True)[0], torch.tensor([[2.0, 1.0]]).softmax(-1))
+
+
+def test_only_the_best_groups_are_chosen_from() -> None:
+    scores = torch.tensor([[0.5, 0.4, 0.9, 0.1, 0.6, 0.7]])
+    weights, expert_ids = top_k_in_groups(scores, None, 2, 3, 1)  # the group with the best expert
+    assert expert_ids.tolist() == [[2, 3]] and weights.tolist() == scores[:, [2, 3]].tolist()
+    # By their best two the last group leads; the bias moves the choice, not the weights.
+    assert top_k_in_groups(scores, torch.zeros(6), 2, 3, 1)[1].tolist() == [[5, 4]]
+    weights, expert_ids = top_k_in_groups(scores, torch.tensor([1.0, 0, 0, 0, 0, 0]), 2, 3, 2)
+    assert expert_ids.tolist() == [[0, 5]] and weights.tolist() == scores[:, [0, 5]].tolist()
