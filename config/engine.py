@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from stagemesh.config import hub
 from stagemesh.config.base import Settings
 from stagemesh.config.capacity import DTYPE_BYTES, kv_tokens
 from stagemesh.config.checkpoint import checkpoint_files
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.model import DType, ModelConfig
 from stagemesh.config.parallel import ParallelPlan
+from stagemesh.config.quantization import Quantization, QuantizationName, resolve_quantization
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 CPU_KV_CACHE_BYTES = 256 * 2**20
@@ -29,11 +31,19 @@ class EngineArgs(Settings):
     """The `args` of a Serve YAML and the flags of `stagemesh serve`, under vLLM's names."""
 
     model: str
-    """Folder in Hugging Face layout; a relative path is tried from here, then from the package."""
+    """Folder in Hugging Face layout, or a hub id; a relative path is tried from here, then from the package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; by default main."""
+    download_dir: str | None = None
+    """Where models of the hub are kept; by default the hub library's own cache."""
     served_model_name: str | list[str] | None = None
     """Name, or names, that clients use for the model; by default what `model` says."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights, activations and KV cache; auto is that of the checkpoint."""
+    quantization: QuantizationName = "auto"
+    """Format of the linear layers; auto is that of the checkpoint, fp8 and int8 also quantize while loading."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of the KV cache; auto is dtype, fp8 (e4m3) holds twice to four times the tokens."""
     seed: int = 0
     """Seed of the engine itself; each request has its own."""
 
@@ -43,6 +53,8 @@ class EngineArgs(Settings):
     """Stages that the layers are spread over."""
     pipeline_layer_partition: tuple[int, ...] | None = None
     """Layers of each stage, e.g. 3,5,4; by default even."""
+    enable_expert_parallel: bool = False
+    """Spread the experts of a mixture over the ranks of a stage, whole, instead of cutting each of them."""
     data_parallel_size: int = Field(default=1, ge=1)
     """Lanes, each a whole copy of the model; fixed, so not together with autoscaling_config."""
     autoscaling_config: dict[str, Any] | None = None
@@ -109,11 +121,15 @@ class EngineConfig:
     """As asked, for what needs no resolving."""
     model: ModelConfig
     model_path: str
-    """Absolute folder."""
+    """Absolute folder, where the config was resolved."""
+    commit: str | None = None
+    """Of a model from the hub: every machine must use the same."""
     served_model_names: tuple[str, ...]
     """At least one; the first is the one that answers carry."""
     plan: ParallelPlan
     dtype: DType
+    quantization: Quantization | None
+    """Format of the linear layers; None = dtype."""
     device: Literal["cpu", "cuda"]
     transport: Literal["nccl", "gloo", "object_store"]
     max_model_len: int
@@ -122,9 +138,19 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None
     """Per rank; None = measured on the GPU, from gpu_memory_utilization."""
 
+    def folder_here(self) -> Path:
+        """The model's folder on this machine, which need not be the one that resolved the config."""
+        if self.commit is None or Path(self.model_path).is_dir():
+            return Path(self.model_path)
+        return hub.fetch(self.args.model, self.commit, self.args.download_dir)
+
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_dtype_bytes(self) -> int:
+        return 1 if self.args.kv_cache_dtype == "fp8" else self.dtype_bytes
 
     @classmethod
     def resolve(cls, args: EngineArgs) -> EngineConfig:
@@ -132,10 +158,14 @@ class EngineConfig:
 
         Raises ConfigError with the first thing that cannot work.
         """
-        folder = find_model(args.model)
+        folder = find_model(args.model, args.revision, args.download_dir)
         model = ModelConfig.from_folder(folder)
         plan = ParallelPlan.resolve(
-            model, args.tensor_parallel_size, args.pipeline_parallel_size, args.pipeline_layer_partition
+            model,
+            args.tensor_parallel_size,
+            args.pipeline_parallel_size,
+            args.pipeline_layer_partition,
+            expert_parallel=args.enable_expert_parallel,
         )
         device = _device(args)
         names = args.served_model_name or args.model
@@ -143,9 +173,11 @@ class EngineConfig:
             args=args,
             model=model,
             model_path=str(folder),
+            commit=folder.name if local_folder(args.model) is None else None,
             served_model_names=(names,) if isinstance(names, str) else tuple(names),
             plan=plan,
             dtype=model.torch_dtype if args.dtype == "auto" else args.dtype,
+            quantization=resolve_quantization(args.quantization, model.quantization),
             device=device,
             transport=_transport(args, device),
             max_model_len=args.max_model_len or model.max_position_embeddings,
@@ -163,15 +195,27 @@ class EngineConfig:
         return config
 
 
-def find_model(model: str) -> Path:
-    """The absolute folder that `model` names."""
+def find_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """The absolute folder that `model` names; a model of the hub is downloaded if need be."""
+    folder = local_folder(model)
+    if folder is None and hub.is_repo_id(model):
+        return hub.fetch(model, revision, download_dir)
+    if folder is None:
+        looked = " and ".join(map(str, _places(model)))
+        raise ConfigError("model", model, f"is not a folder (looked for {looked}) nor a hub id such as org/name")
+    if revision is not None:
+        raise ConfigError("revision", revision, f"only a model of the hub has revisions; {folder} is a folder")
+    return folder
+
+
+def local_folder(model: str) -> Path | None:
+    """The absolute folder of that name, if there is one."""
+    return next((place.resolve() for place in _places(model) if place.is_dir()), None)
+
+
+def _places(model: str) -> list[Path]:
     # The second place makes config/models/demo work from anywhere, also on a worker with another directory.
-    places = list(dict.fromkeys((Path.cwd() / Path(model).expanduser(), PACKAGE_ROOT / model)))
-    for place in places:
-        if place.is_dir():
-            return place.resolve()
-    looked = " and ".join(map(str, places))
-    raise ConfigError("model", model, f"is not a folder (looked for {looked})")
+    return list(dict.fromkeys((Path.cwd() / Path(model).expanduser(), PACKAGE_ROOT / model)))
 
 
 def _device(args: EngineArgs) -> Literal["cpu", "cuda"]:
@@ -192,16 +236,17 @@ def _transport(args: EngineArgs, device: str) -> Literal["nccl", "gloo", "object
 
 
 def _check_limits(config: EngineConfig) -> None:
-    longest = config.model.max_position_embeddings
+    longest = config.model.longest_context
     if config.max_model_len > longest:
-        reason = f"must be within 1 and the model's max_position_embeddings={longest}"
+        what = "max_position_embeddings" if longest == config.model.max_position_embeddings else "longest context"
+        reason = f"must be within 1 and the model's {what}={longest}"
         raise ConfigError("max_model_len", config.max_model_len, reason)
     if config.max_num_batched_tokens < config.max_num_seqs:
         # Every running sequence needs one token of each step's budget, or it would starve.
         reason = f"must be at least max_num_seqs={config.max_num_seqs}"
         raise ConfigError("max_num_batched_tokens", config.max_num_batched_tokens, reason)
     if (memory := config.kv_cache_memory_bytes) is not None:
-        fits = kv_tokens(config.model, config.plan, config.dtype_bytes, memory, config.args.block_size)
+        fits = kv_tokens(config.model, config.plan, config.kv_dtype_bytes, memory, config.args.block_size)
         if fits < config.max_model_len:
             reason = (
                 f"holds {fits:,} tokens of KV cache, fewer than max_model_len={config.max_model_len}, so the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,9 @@ class ParallelPlan:
     """[start, end) of each stage's layers."""
     kv_heads_per_rank: int
     kv_replication: int
-    """How many ranks hold a copy of the same KV head; above 1 when there are more ranks than KV heads."""
+    """Copies of each KV head in a stage; above 1 where the ranks cannot share the KV heads out (see kv_heads)."""
+    expert_parallel: bool = False
+    """Whether a rank holds whole experts (see expert_range) and not its part of every expert."""
 
     @property
     def world_size(self) -> int:
@@ -35,17 +38,27 @@ class ParallelPlan:
 
     @classmethod
     def resolve(
-        cls, model: ModelConfig, tp_size: int, pp_size: int, partition: Sequence[int] | None = None
+        cls,
+        model: ModelConfig,
+        tp_size: int,
+        pp_size: int,
+        partition: Sequence[int] | None = None,
+        *,
+        expert_parallel: bool = False,
     ) -> ParallelPlan:
         """Cut `model`, or raise ConfigError with the reason and the nearest layouts that work.
 
         `partition`: layers per stage; None splits evenly (see `even_partition`).
         """
-        if (reason := _tp_problem(model, tp_size)) is not None:
-            raise ConfigError("tensor_parallel_size", tp_size, reason + _suggest(model, tp_size, pp_size))
+        if expert_parallel and model.moe is None:
+            raise ConfigError("enable_expert_parallel", True, f"{model.architecture} has no experts")
+        if (reason := _tp_problem(model, tp_size, expert_parallel)) is not None:
+            nearest = _suggest(model, tp_size, pp_size, expert_parallel)
+            raise ConfigError("tensor_parallel_size", tp_size, reason + nearest)
         if not 1 <= pp_size <= model.num_layers:
             reason = f"must be within 1 and num_hidden_layers={model.num_layers}"
-            raise ConfigError("pipeline_parallel_size", pp_size, reason + _suggest(model, tp_size, pp_size))
+            nearest = _suggest(model, tp_size, pp_size, expert_parallel)
+            raise ConfigError("pipeline_parallel_size", pp_size, reason + nearest)
         layers = even_partition(model.num_layers, pp_size) if partition is None else tuple(partition)
         _check_partition(layers, model.num_layers, pp_size)
         starts = [sum(layers[:stage]) for stage in range(pp_size + 1)]
@@ -53,9 +66,31 @@ class ParallelPlan:
             tp_size=tp_size,
             pp_size=pp_size,
             layer_ranges=tuple(zip(starts, starts[1:], strict=False)),
-            kv_heads_per_rank=max(1, model.num_kv_heads // tp_size),
-            kv_replication=max(1, tp_size // model.num_kv_heads),
+            kv_heads_per_rank=(per_rank := len(kv_heads(model, tp_size, 0))),
+            kv_replication=per_rank * tp_size // model.num_kv_heads,
+            expert_parallel=expert_parallel,
         )
+
+
+def kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> tuple[int, ...]:
+    """KV heads that a rank holds, in the order in which its query heads read them.
+
+    Rank r has the query heads r·h to (r + 1)·h. Attention wants every local KV head to serve equally many of
+    them, so one serves the largest run that never straddles two KV heads: gcd(h, G), G query heads per KV head.
+    That is a split where tp_size divides the KV heads, copies where they divide tp_size. In between a rank may
+    hold a KV head twice: 6 query and 3 KV heads on 2 ranks are (0, 0, 1) and (1, 2, 2).
+    """
+    heads = model.num_heads // tp_size
+    group = model.num_heads // model.num_kv_heads
+    run = math.gcd(heads, group)
+    return tuple((tp_rank * heads + i) // group for i in range(0, heads, run))
+
+
+def expert_range(num_experts: int, size: int, rank: int) -> range:
+    """Experts of a rank under expert parallelism: contiguous, the first ranks hold one more than the last."""
+    each, left_over = divmod(num_experts, size)
+    start = rank * each + min(rank, left_over)
+    return range(start, start + each + (rank < left_over))
 
 
 def even_partition(num_layers: int, pp_size: int) -> tuple[int, ...]:
@@ -84,26 +119,33 @@ def _check_partition(layers: tuple[int, ...], num_layers: int, pp_size: int) -> 
     raise ConfigError("pipeline_layer_partition", list(layers), f"{reason}; {fits} would work")
 
 
-def _tp_problem(model: ModelConfig, tp_size: int) -> str | None:
+def _tp_problem(model: ModelConfig, tp_size: int, expert_parallel: bool) -> str | None:
     """Why the layers cannot be shared by `tp_size` ranks, or None when they can."""
     if tp_size < 1:
         return "must be at least 1"
-    if model.num_heads % tp_size:
-        return f"does not divide num_attention_heads={model.num_heads}"
-    if max(model.num_kv_heads, tp_size) % min(model.num_kv_heads, tp_size):
-        return f"neither divides num_key_value_heads={model.num_kv_heads} nor is a multiple of it"
-    if model.intermediate_size % tp_size:
-        return f"does not divide intermediate_size={model.intermediate_size}"
+    sizes = {"num_attention_heads": model.num_heads}
+    moe = model.moe
+    if moe is None or len(moe.layers) < model.num_layers:
+        sizes["intermediate_size"] = model.intermediate_size
+    if moe is not None:
+        if expert_parallel and tp_size > moe.num_experts:
+            return f"is more than the {moe.num_experts} experts, with expert parallelism each rank needs one"
+        if not expert_parallel:
+            sizes["intermediate size of an expert"] = moe.intermediate_size
+        sizes["intermediate size of the shared expert"] = moe.shared_intermediate_size
+    for name, size in sizes.items():
+        if size % tp_size:
+            return f"does not divide {name}={size}"
     return None
 
 
-def _suggest(model: ModelConfig, tp_size: int, pp_size: int) -> str:
+def _suggest(model: ModelConfig, tp_size: int, pp_size: int, expert_parallel: bool) -> str:
     """The working layouts nearest in number of devices, then in tensor parallel size."""
     wanted = tp_size * pp_size
     works = [
         (tp, pp)
         for tp in range(1, model.num_heads + 1)
-        if _tp_problem(model, tp) is None
+        if _tp_problem(model, tp, expert_parallel) is None
         for pp in range(1, model.num_layers + 1)
     ]
     works.sort(key=lambda layout: (abs(layout[0] * layout[1] - wanted), abs(layout[0] - tp_size)))

@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import msgspec
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.pooling import PoolingParams
+
+NO_LIMIT = 2**31 - 1
+"""max_tokens beyond any model's length."""
+
+
+class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
+    """What form an answer must have: exactly one of the fields, named as in vLLM."""
+
+    json: str | dict[str, Any] | None = None
+    """A JSON schema, as text or as an object."""
+    regex: str | None = None
+    """A regular expression that the whole answer matches."""
+    choice: tuple[str, ...] | None = None
+    """The answer is one of these texts."""
+    grammar: str | None = None
+    """A context-free grammar in Lark's notation, or in GBNF's (`root ::= …`)."""
+    json_object: bool | None = None
+    """Any JSON object."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choice, list):
+            msgspec.structs.force_setattr(self, "choice", tuple(self.choice))
+        if self.json_object is False:
+            msgspec.structs.force_setattr(self, "json_object", None)
+        given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
+        _check("structured_outputs", given, len(given) == 1, "must have exactly one of its fields")
+        if self.choice is not None:
+            ok = len(self.choice) > 0 and all(isinstance(text, str) and text for text in self.choice)
+            _check("structured_outputs.choice", self.choice, ok, "must hold at least one text, none empty")
+
+    @property
+    def json_schema(self) -> str:
+        """The JSON schema as text. Only where `json` is given."""
+        return self.json if isinstance(self.json, str) else json.dumps(self.json)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,8 +54,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     be moved to another lane without a change in its answer.
     """
 
+    n: int = 1
+    """Answers per prompt. Each is a sequence of its own in a lane, choice i with seed + i (`seed_of_choice`)."""
     max_tokens: int = 16
-    """Most tokens to generate, at least 1. The engine also stops at max_model_len."""
+    """Most tokens to generate, at least 1. The engine also stops at max_model_len; None leaves it to that alone."""
     min_tokens: int = 0
     """Stop token ids and EOS are masked out until this many tokens exist."""
     temperature: float = 1.0
@@ -37,8 +76,41 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids that end the answer, beside the model's own EOS ids."""
     ignore_eos: bool = False
     """Go on past the model's EOS ids (explicit stop_token_ids still stop)."""
+    include_stop_str_in_output: bool = False
+    """The text that ended the answer, a stop string or a stop token's, is part of it."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the answer already holds, in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit once for each time that the answer holds it, in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that prompt or answer hold; above 0, 1 is off."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits of these token ids; cut to [-100, 100] as in vLLM."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only token ids that may come; None for all."""
+    bad_words: tuple[str, ...] = ()
+    """Texts whose last token is never generated right after the tokens before it."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """`bad_words` as token ids, filled in by whoever tokenizes the prompt (`stages.logit_rules`)."""
+    logprobs: int | None = None
+    """Log-probabilities of each generated token and of this many likeliest ones; -1 for all. They are those of
+    the model itself, before penalties, masks and temperature."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens after the first, whose KV is then never taken from the prefix cache."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """The form that the answer must have."""
+    pooling: PoolingParams | None = None
+    """The prompt's vector is wanted, and no token: set by `embed`, never by a generating request."""
+
+    def seed_of_choice(self, i: int) -> int | None:
+        """Seed of the i-th of n answers: counted up, so that they differ; None stays None."""
+        return None if self.seed is None else (self.seed + i) % 2**64
 
     def __post_init__(self) -> None:
+        self._tidy()
+        _check("n", self.n, self.n >= 1, "must be at least 1")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "must be at least 1")
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "must be at least 0")
         _check(
@@ -60,6 +132,34 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "must fit 64 bits")
         for text in self.stop:
             _check("stop", text, len(text) > 0, "must not hold an empty string")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), -2.0 <= getattr(self, name) <= 2.0, "must be within [-2, 2]")
+        positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0
+        _check("repetition_penalty", self.repetition_penalty, positive, "must be above 0")
+        for token_id, bias in self.logit_bias.items():
+            _check("logit_bias", {token_id: bias}, token_id >= 0 and not math.isnan(bias), "is no token id and bias")
+        if self.allowed_token_ids is not None:
+            ok = len(self.allowed_token_ids) > 0 and min(self.allowed_token_ids) >= 0
+            _check("allowed_token_ids", self.allowed_token_ids, ok, "must hold at least one token id, none negative")
+        for word in self.bad_words:
+            _check("bad_words", word, word.strip() != "", "must not hold an empty string")
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, name)
+            _check(name, number, number is None or number >= -1, "must be at least 0, or -1 for all")
+
+    def _tidy(self) -> None:
+        """Lists, single strings and None, which scripts written for vLLM pass, become what the fields say."""
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                msgspec.structs.force_setattr(self, name, (value,))
+            elif isinstance(value, list) or (value is None and name != "allowed_token_ids"):
+                msgspec.structs.force_setattr(self, name, tuple(value or ()))
+        if self.max_tokens is None:
+            msgspec.structs.force_setattr(self, "max_tokens", NO_LIMIT)
+        bias = {token_id: max(-100.0, min(100.0, value)) for token_id, value in (self.logit_bias or {}).items()}
+        if bias != self.logit_bias:
+            msgspec.structs.force_setattr(self, "logit_bias", bias)
 
 
 def _check(field: str, value: object, ok: bool, reason: str) -> None:

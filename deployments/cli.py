@@ -1,4 +1,5 @@
-"""The command line: `stagemesh serve MODEL --flags`, and `stagemesh run FILE` for a Serve config file.
+"""The command line: `stagemesh serve MODEL --flags`, `stagemesh run FILE` for a Serve config file, and
+`stagemesh quantize MODEL --to FORMAT --out DIR`.
 
 The flags of `serve` are the fields of EngineArgs: names, defaults and help exist once, in config/engine.py.
 """
@@ -16,10 +17,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from stagemesh.config.base import did_you_mean
-from stagemesh.config.engine import EngineArgs, find_model
+from stagemesh.config.engine import EngineArgs, find_model, local_folder
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.hub import is_repo_id
 from stagemesh.config.serve_yaml import render
 from stagemesh.deployments.launch import launch
+from stagemesh.deployments.quantize import quantize
 
 SHORT_FLAGS = {
     "tensor_parallel_size": ("-tp",),
@@ -52,7 +55,7 @@ def run(config: Annotated[Path, typer.Argument(help="A Serve config file, e.g. c
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder in Hugging Face layout.")],
+    model: Annotated[str, typer.Argument(help="Folder in Hugging Face layout, or a hub id.")],
     host: Annotated[str, typer.Option(help="Address that HTTP listens on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the HTTP API.", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Port of the gRPC API.", min=1, max=65535)] = 9000,
@@ -83,7 +86,8 @@ def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
     EngineArgs.parse(args)
     # Replicas have another working directory, and clients should not have to know ours.
     args.setdefault("served_model_name", model)
-    args["model"] = str(find_model(model))
+    if (folder := local_folder(model)) is not None or not is_repo_id(model):
+        args["model"] = str(folder or find_model(model))
     return args
 
 
@@ -132,6 +136,7 @@ def _with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_with_engine_options(serve))
+cli.command()(quantize)
 
 if __name__ == "__main__":
     main()

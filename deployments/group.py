@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stagemesh.config.engine import EngineConfig
@@ -48,12 +49,15 @@ class _Rank:
 
 
 class WorkerGroup:
-    """Makes the workers inside the replica's placement group, loads them, and replaces those that die.
+    """Makes the workers inside a placement group, loads them, and replaces those that die.
 
     Survivors of a death keep their weights: only the dead rank is made and loaded again.
     """
 
-    def __init__(self, config: EngineConfig, stage: int) -> None:
+    def __init__(self, config: EngineConfig, stage: int, placement: PlacementGroup | None = None) -> None:
+        """`placement`: one bundle per rank; None for that of the replica that this runs in, whose first bundle
+        is the replica's own."""
+        self._placement = placement
         self._config = config
         self._stage = stage
         self._ranks = [_Rank() for _ in range(config.plan.tp_size)]
@@ -111,8 +115,8 @@ class WorkerGroup:
     def _spawn(self, tp_rank: int) -> ActorHandle:
         args = self._config.args
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group=ray.util.get_current_placement_group(),
-            placement_group_bundle_index=1 + tp_rank,  # bundle 0 is the replica's own
+            placement_group=self._placement or ray.util.get_current_placement_group(),
+            placement_group_bundle_index=tp_rank if self._placement else 1 + tp_rank,
         )
         return ShardWorker.options(  # type: ignore[attr-defined]  # ray.remote adds it
             num_cpus=args.num_cpus_per_worker,

@@ -11,7 +11,8 @@ traceback for every mistyped request.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import json
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -24,9 +25,10 @@ from grpc_health.v1.health_pb2 import (
     HealthListResponse,
 )
 
+from stagemesh.config.errors import ConfigError
 from stagemesh.deployments import openai_schema
 from stagemesh.deployments.errors import report_error
-from stagemesh.deployments.inference import Generation, InferenceService
+from stagemesh.deployments.inference import Generation, InferenceService, TokenReport
 from stagemesh.deployments.proto import inference_pb2 as pb
 
 HEALTH_POLL_S = 0.5
@@ -56,7 +58,13 @@ class GrpcApi:
             _fail(grpc_context, error)
             return pb.GenerateResponse()
         choices = [
-            pb.GenerateChoice(index=choice.index, text=text, finish_reason=choice.finish_reason)
+            pb.GenerateChoice(
+                index=choice.index,
+                text=text,
+                finish_reason=choice.finish_reason,
+                logprobs=_logprobs(choice.reports),
+                prompt_logprobs=_logprobs(choice.prompt_reports() or ()),
+            )
             for choice, text in zip(generation.choices, texts, strict=True)
         ]
         return pb.GenerateResponse(
@@ -79,6 +87,7 @@ class GrpcApi:
                         index=piece.index,
                         text=piece.text,
                         finish_reason=piece.finish_reason or "",
+                        logprobs=_logprobs(piece.logprobs),
                     )
             yield pb.GenerateChunk(id=generation.id, usage=_usage(generation))
         except Exception as error:
@@ -94,8 +103,17 @@ class GrpcApi:
         choices = [
             pb.ChatChoice(
                 index=choice.index,
-                message=pb.ChatMessage(role="assistant", content=text),
+                message=pb.ChatMessage(
+                    role="assistant",
+                    content=text,
+                    tool_calls=[
+                        pb.ToolCall(index=i, id=call.id, name=call.function.name, arguments=call.function.arguments)
+                        for i, call in enumerate(choice.tool_calls)
+                    ],
+                ),
                 finish_reason=choice.finish_reason,
+                logprobs=_logprobs(choice.reports),
+                prompt_logprobs=_logprobs(choice.prompt_reports() or ()),
             )
             for choice, text in zip(generation.choices, texts, strict=True)
         ]
@@ -119,6 +137,13 @@ class GrpcApi:
                         index=piece.index,
                         content=piece.text,
                         finish_reason=piece.finish_reason or "",
+                        logprobs=_logprobs(piece.logprobs),
+                        tool_calls=[
+                            pb.ToolCall(
+                                index=delta.index, id=delta.id or "", name=delta.name or "", arguments=delta.arguments
+                            )
+                            for delta in piece.tool_calls
+                        ],
                     )
             yield pb.ChatChunk(id=generation.id, usage=_usage(generation))
         except Exception as error:
@@ -170,7 +195,17 @@ class GrpcApi:
 
     async def _accept_chat(self, request: pb.ChatRequest) -> Generation:
         fields = _sampling_fields(request.model, request.sampling)
-        fields["messages"] = [{"role": m.role, "content": m.content} for m in request.messages]
+        fields["messages"] = [_message(message) for message in request.messages]
+        if (count := fields.pop("logprobs", None)) is not None:
+            fields["logprobs"], fields["top_logprobs"] = True, count
+        if request.tools:
+            fields["tools"] = [_tool(i, tool) for i, tool in enumerate(request.tools)]
+        if request.tool_choice in ("auto", "none", "required"):
+            fields["tool_choice"] = request.tool_choice
+        elif request.tool_choice:
+            fields["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}
+        if request.HasField("parallel_tool_calls"):
+            fields["parallel_tool_calls"] = request.parallel_tool_calls
         if request.HasField("chat_template_kwargs"):
             fields["chat_template_kwargs"] = json_format.MessageToDict(request.chat_template_kwargs)
         body = openai_schema.ChatRequest.parse(fields)
@@ -181,8 +216,52 @@ def _sampling_fields(model: str, sampling: pb.Sampling) -> dict[str, Any]:
     """The fields that are set, by the names that HTTP uses, which are the same."""
     fields: dict[str, Any] = {"model": model} if model else {}
     for descriptor, value in sampling.ListFields():
-        fields[descriptor.name] = value if isinstance(value, (bool, int, float)) else list(value)
+        if descriptor.name == "logit_bias":
+            fields["logit_bias"] = {str(token_id): bias for token_id, bias in value.items()}
+        elif descriptor.name == "structured_outputs":
+            form = value.WhichOneof("form")
+            given = list(value.choice.texts) if form == "choice" else getattr(value, form or "json")
+            fields["structured_outputs"] = {form: given} if form else {}
+        else:
+            fields[descriptor.name] = value if isinstance(value, (bool, int, float)) else list(value)
     return fields
+
+
+def _message(message: pb.ChatMessage) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        fields["tool_call_id"] = message.tool_call_id
+    return fields
+
+
+def _tool(i: int, tool: pb.Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.parameters:
+        try:
+            function["parameters"] = json.loads(tool.parameters)
+        except ValueError as error:
+            raise ConfigError(f"tools[{i}].parameters", tool.parameters, f"is not valid JSON: {error}") from error
+    return {"type": "function", "function": function}
+
+
+def _logprobs(reports: Sequence[TokenReport]) -> list[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(
+            token_id=report.token_id,
+            text=bytes(report.bytes),
+            logprob=report.logprob,
+            rank=report.rank or 0,
+            top=_logprobs(report.top),
+        )
+        for report in reports
+    ]
 
 
 def _usage(generation: Generation) -> pb.Usage:

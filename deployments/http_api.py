@@ -16,8 +16,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from stagemesh.deployments.embeddings import EmbeddingRequest
 from stagemesh.deployments.errors import BodyTooLarge, ErrorReport, openai_error, report_error
-from stagemesh.deployments.inference import Generation, InferenceService
+from stagemesh.deployments.inference import Choice, Generation, InferenceService
 from stagemesh.deployments.openai_schema import (
     AssistantMessage,
     ChatChoice,
@@ -28,8 +29,17 @@ from stagemesh.deployments.openai_schema import (
     CompletionResponse,
     InferenceRequest,
     ModelList,
+    PromptLogprob,
+    PromptLogprobs,
 )
-from stagemesh.deployments.sse import ChatChunks, ChunkWriter, CompletionChunks, event
+from stagemesh.deployments.sse import (
+    ChatChunks,
+    ChunkWriter,
+    CompletionChunks,
+    chat_logprobs,
+    completion_logprobs,
+    event,
+)
 
 MAX_DISCARDED_BYTES = 32 << 20
 """How much of a body that is too large is read and thrown away before the connection is closed."""
@@ -44,6 +54,7 @@ def build_http_app(service: InferenceService) -> Starlette:
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/v1/embeddings", api.embeddings, methods=["POST"]),
             Route("/v1/models", api.models, methods=["GET"]),
             Route("/v1/models/{name:path}", api.model, methods=["GET"]),
             Route("/health", api.health, methods=["GET"]),
@@ -74,6 +85,15 @@ class HttpApi:
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._accept(request, ChatRequest, self._service.chat, ChatChunks, _chat_response)
+
+    async def embeddings(self, request: Request) -> Response:
+        try:
+            body = EmbeddingRequest.read(await _read_body(request, self._service.max_body_bytes))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody is there to read it
+        except Exception as error:
+            return _error_response(report_error(error))
+        return EmbeddingAnswer(self._service, body)
 
     async def models(self, request: Request) -> Response:
         return JSON(ModelList(self._service.models()))
@@ -150,6 +170,28 @@ class WholeAnswer(Answer):
         try:
             texts = await self._generation.collect()
             response = JSON(self._whole(self._generation, texts))
+        except Exception as error:
+            response = _error_response(report_error(error))
+        await response(scope, receive, send)
+
+
+class EmbeddingAnswer(Response):
+    """Vectors as one JSON object. Stops computing them when the client leaves."""
+
+    def __init__(self, service: InferenceService, body: EmbeddingRequest) -> None:
+        super().__init__()
+        self._service = service
+        self._body = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _while_connected(receive, self._run(scope, receive, send))
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response: Response
+        try:
+            response = JSON(await self._service.embed(self._body))
+        except ExceptionGroup as group:  # the first is the one worth telling
+            response = _error_response(report_error(group.exceptions[0]))
         except Exception as error:
             response = _error_response(report_error(error))
         await response(scope, receive, send)
@@ -243,7 +285,13 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
 
 def _completion_response(generation: Generation, texts: list[str]) -> CompletionResponse:
     choices = [
-        CompletionChoice(choice.index, text, choice.finish_reason)
+        CompletionChoice(
+            choice.index,
+            text,
+            choice.finish_reason,
+            completion_logprobs(choice.reports) if choice.params.logprobs is not None else None,
+            _prompt_logprobs(choice),
+        )
         for choice, text in zip(generation.choices, texts, strict=True)
     ]
     return CompletionResponse(generation.id, generation.created, generation.model, choices, generation.usage)
@@ -251,10 +299,42 @@ def _completion_response(generation: Generation, texts: list[str]) -> Completion
 
 def _chat_response(generation: Generation, texts: list[str]) -> ChatResponse:
     choices = [
-        ChatChoice(choice.index, AssistantMessage(text), choice.finish_reason)
+        ChatChoice(
+            choice.index,
+            _assistant_message(choice, text),
+            choice.finish_reason,
+            chat_logprobs(choice.reports) if choice.params.logprobs is not None else None,
+        )
         for choice, text in zip(generation.choices, texts, strict=True)
     ]
-    return ChatResponse(generation.id, generation.created, generation.model, choices, generation.usage)
+    prompt_logprobs = _prompt_logprobs(generation.choices[0])
+    return ChatResponse(
+        generation.id,
+        generation.created,
+        generation.model,
+        choices,
+        generation.usage,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _assistant_message(choice: Choice, text: str) -> AssistantMessage:
+    if not choice.tool_calls:
+        return AssistantMessage(text)
+    return AssistantMessage(text or None, tool_calls=choice.tool_calls)
+
+
+def _prompt_logprobs(choice: Choice) -> PromptLogprobs | msgspec.UnsetType:
+    reports = choice.prompt_reports()
+    if reports is None:
+        return msgspec.UNSET
+    entries: PromptLogprobs = [None]
+    for report in reports:
+        # The likeliest first, the prompt's own token where they end unless it is among them.
+        tokens = {entry.token_id: entry for entry in (report, *report.top)}
+        by_rank = sorted(tokens.values(), key=lambda entry: entry.rank or 0)
+        entries.append({e.token_id: PromptLogprob(e.logprob, e.rank, e.token) for e in by_rank})
+    return entries
 
 
 def _error_response(report: ErrorReport) -> Response:

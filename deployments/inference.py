@@ -10,27 +10,44 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.sampling import SamplingParams
+from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
+from stagemesh.deployments.embeddings import EmbeddingRequest, EmbeddingResponse
 from stagemesh.deployments.errors import PromptTooLong, UnknownModel
 from stagemesh.deployments.lanes import LaneClient, LaneError
 from stagemesh.deployments.metrics import Metrics
 from stagemesh.deployments.openai_schema import (
     ChatRequest,
     CompletionRequest,
+    FunctionCall,
     InferenceRequest,
     ModelCard,
+    NamedTool,
     PromptTokensDetails,
+    ToolCall,
     Usage,
 )
+from stagemesh.deployments.tool_calls import (
+    NO_PARAMETERS,
+    NamedParser,
+    ObjectsParser,
+    ToolCallDelta,
+    ToolParser,
+    forced_calls_schema,
+    format_of,
+    free_parser,
+)
+from stagemesh.stages import structured
 from stagemesh.stages.detokenizer import IncrementalDetokenizer, StopStrings
-from stagemesh.stages.messages import TokenDelta
+from stagemesh.stages.logit_rules import bad_words_token_ids
+from stagemesh.stages.messages import TokenDelta, TokenLogprobs
 from stagemesh.stages.tokenizer import Tokenizer
 
 MAX_CHOICES = 256
@@ -39,8 +56,66 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 DEFAULT_COMPLETION_TOKENS = 16
 """max_tokens of /v1/completions when not given, as OpenAI has it."""
+MAX_LOGPROBS = 20
+"""Likeliest tokens reported per token, as vLLM's `max_logprobs` and OpenAI have it."""
+MAX_BAD_WORDS = 128
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not know; vLLM's number."""
 _LONG_TEXT_CHARS = 16_384
-_SAMPLING_FIELDS = ("min_tokens", "temperature", "top_p", "top_k", "min_p", "ignore_eos")
+_SAMPLING_FIELDS = (
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "prompt_logprobs",
+)
+
+
+class TokenReport(msgspec.Struct, frozen=True):
+    """How likely the model found a token, with its text."""
+
+    token_id: int
+    token: str
+    """U+FFFD where it is part of a character only."""
+    bytes: list[int]
+    logprob: float
+    rank: int | None
+    """1 for the likeliest token."""
+    top: list[TokenReport] = []
+    """The likeliest tokens, falling."""
+    offset: int = 0
+    """Characters of the answer before it."""
+
+
+class TokenReporter:
+    """Puts text to the log-probabilities of one answer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._offset = 0
+
+    def report(self, logprobs: Sequence[TokenLogprobs]) -> list[TokenReport]:
+        reports = []
+        for entry in logprobs:
+            top = [
+                self._report(token_id, logprob, rank)
+                for rank, (token_id, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), 1)
+            ]
+            reports.append(self._report(entry.token_id, entry.logprob, entry.rank, top))
+            self._offset += len(reports[-1].token)
+        return reports
+
+    def _report(self, token_id: int, logprob: float, rank: int, top: Sequence[TokenReport] = ()) -> TokenReport:
+        data = self._tokenizer.token_bytes(token_id)
+        text = data.decode("utf-8", "replace")
+        return TokenReport(token_id, text, list(data), max(logprob, LEAST_LOGPROB), rank, list(top), self._offset)
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -49,7 +124,10 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     index: int
     text: str
     finish_reason: str | None = None
-    """"stop" or "length" on the last piece of the choice, which may have no text."""
+    """"stop", "length" or "tool_calls" on the last piece of the choice, which may have no text."""
+    logprobs: list[TokenReport] = []
+    """Of the tokens that came, if the request asked; their text may still be held back."""
+    tool_calls: list[ToolCallDelta] = []
 
 
 class Choice:
@@ -62,7 +140,10 @@ class Choice:
         prompt_token_ids: list[int],
         params: SamplingParams,
         detokenizer: IncrementalDetokenizer,
+        reporter: TokenReporter | None = None,
+        tools: ToolParser | None = None,
     ) -> None:
+        """reporter: puts text to log-probabilities, where the request asks for them. tools: reads tool calls."""
         self.index = index
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -71,8 +152,18 @@ class Choice:
         """Generated tokens, up to the one that completed a stop string."""
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
+        self.logprobs: list[TokenLogprobs] = []
+        """One per generated token, if `params` asks for them."""
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        """One per prompt token after the first, if `params` asks for them."""
+        self.reports: list[TokenReport] = []
+        """`logprobs` with their text, as far as they were handed out in pieces."""
+        self.tool_calls: list[ToolCall] = []
+        """Whole once the pieces are exhausted."""
         self._detokenizer = detokenizer
-        self._stops = StopStrings(params.stop) if params.stop else None
+        self._reporter = reporter
+        self._tools = tools
+        self._stops = StopStrings(params.stop, keep=params.include_stop_str_in_output) if params.stop else None
 
     async def pieces(self, lanes: LaneClient, metrics: Metrics) -> AsyncGenerator[Piece, None]:
         """Generate. Closing this, or leaving it by an error, aborts the sequence in its lane."""
@@ -92,14 +183,15 @@ class Choice:
                     text = self.accept(delta)
                     if self.finish_reason is not None:
                         break
-                    if text:
-                        yield Piece(self.index, text)
+                    piece = self._piece(text)
+                    if piece.text or piece.logprobs or piece.tool_calls:
+                        yield piece
                 else:
                     raise LaneError("lost", "the lane ended the answer before it was complete")
             # The lane is released before a slow client takes the last piece.
             metrics.e2e_latency.observe(last - started)
             outcome = self.finish_reason
-            yield Piece(self.index, text, self.finish_reason)
+            yield self._piece(text)
         except Exception:
             outcome = "error"
             raise
@@ -119,7 +211,11 @@ class Choice:
             raise LaneError("lost", delta.error or "the lane gave the request up")
         if not self.num_tokens:
             self.num_cached_tokens = delta.num_cached_tokens
+            self.prompt_logprobs = delta.prompt_logprobs
         text = self._text_of(delta)
+        if delta.logprobs is not None:
+            self.logprobs += delta.logprobs
+            del self.logprobs[self.num_tokens :]
         if self._stops is not None and self._stops.hit:
             self.finish_reason = "stop"
         elif delta.finish_reason is not None:
@@ -129,8 +225,9 @@ class Choice:
 
     def _text_of(self, delta: TokenDelta) -> str:
         token_ids = delta.token_ids
-        # The token that ended the answer is counted, and its text is not part of it.
-        shown = token_ids if delta.stop_token_id is None else token_ids[:-1]
+        # The token that ended the answer is counted, and its text is not part of it unless that was asked for.
+        is_shown = delta.stop_token_id is None or self.params.include_stop_str_in_output
+        shown = token_ids if is_shown else token_ids[:-1]
         if self._stops is None:
             self.num_tokens += len(token_ids)
             return self._detokenizer.feed(shown)
@@ -143,6 +240,36 @@ class Choice:
                 return text
         self.num_tokens += len(token_ids) - len(shown)
         return text
+
+    def prompt_reports(self) -> list[TokenReport] | None:
+        """`prompt_logprobs` with their text."""
+        if self.prompt_logprobs is None or self._reporter is None:
+            return None
+        return self._reporter.report(self.prompt_logprobs)
+
+    def _piece(self, text: str) -> Piece:
+        """Of text that has just become certain; the last one if finish_reason is set."""
+        reports: list[TokenReport] = []
+        if self._reporter is not None and len(self.logprobs) > len(self.reports):
+            reports = self._reporter.report(self.logprobs[len(self.reports) :])
+            self.reports += reports
+        if self._tools is None:
+            return Piece(self.index, text, self.finish_reason, reports)
+        text, deltas = self._tools.feed(text)
+        if self.finish_reason is not None:
+            rest = self._tools.finish()
+            text, deltas = text + rest.content, deltas + rest.calls
+        for delta in deltas:
+            if delta.name is not None and delta.id is not None:
+                self.tool_calls.append(ToolCall(delta.id, FunctionCall(delta.name, delta.arguments)))
+            else:
+                call = self.tool_calls[-1]
+                function = FunctionCall(call.function.name, call.function.arguments + delta.arguments)
+                self.tool_calls[-1] = ToolCall(call.id, function)
+        # A caller who names the function knows what comes: OpenAI says "stop" there.
+        if self.finish_reason == "stop" and self.tool_calls and not isinstance(self._tools, NamedParser):
+            self.finish_reason = "tool_calls"
+        return Piece(self.index, text, self.finish_reason, reports, deltas)
 
     def _rest(self) -> str:
         rest = self._detokenizer.finish()
@@ -262,7 +389,9 @@ class InferenceService:
                 token_ids = prompt
             prompts.append(self._checked_prompt(field, token_ids))
         max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-        return self._generation("cmpl-", model, request, prompts, max_tokens)
+        form = request.form()
+        await _check_form(form, request)
+        return self._generation("cmpl-", model, request, prompts, max_tokens, form)
 
     async def chat(self, request: ChatRequest) -> Generation:
         """Accept a chat request. Raises ConfigError naming the field that is wrong."""
@@ -270,10 +399,15 @@ class InferenceService:
         self._check_num_choices(1, request.n)
         if not request.messages:
             raise ConfigError("messages", [], "must hold at least one message")
+        form, make_parser = self._tool_use(request)
+        await _check_form(form, request)
+        variables = dict(request.chat_template_kwargs or {})
+        if (tools := request.tools_for_template()) is not None:
+            variables["tools"] = tools
         text = self._tokenizer.render_chat(
             [message.for_template() for message in request.messages],
             add_generation_prompt=request.add_generation_prompt is not False,
-            **(request.chat_template_kwargs or {}),
+            **variables,
         )
         prompt = self._checked_prompt("messages", await self._encode(text, False))
         max_tokens = self.max_model_len if request.max_tokens is None else request.max_tokens
@@ -281,7 +415,56 @@ class InferenceService:
             max_tokens = request.max_completion_tokens
             if max_tokens < 1:
                 raise ConfigError("max_completion_tokens", max_tokens, "must be at least 1")
-        return self._generation("chatcmpl-", model, request, [prompt], max_tokens)
+        return self._generation("chatcmpl-", model, request, [prompt], max_tokens, form, make_parser)
+
+    def _tool_use(self, request: ChatRequest) -> tuple[StructuredOutputsParams | None, Callable[[], ToolParser] | None]:
+        """The form of the answer, and who finds the calls in it. Raises ConfigError."""
+        form = request.form()
+        functions = request.functions()
+        if not functions:
+            return form, None
+        parallel = request.parallel_tool_calls is not False
+        if request.tool_choice in (None, "auto"):
+            template = self._tokenizer.chat_template
+            format = None if template is None else format_of(template.source)
+            if format is None:
+                names = [function["name"] for function in functions]
+                raise ConfigError("tools", names, "this model's chat template has no format for calling them freely")
+            return form, partial(free_parser, format, parallel=parallel)
+        if form is not None:
+            raise ConfigError("tool_choice", "required", "leaves no room for another form of the answer")
+        if isinstance(request.tool_choice, NamedTool):
+            name = request.tool_choice.function.name
+            (function,) = (function for function in functions if function["name"] == name)
+            schema = function.get("parameters") or NO_PARAMETERS
+            return StructuredOutputsParams(json=schema), partial(NamedParser, name)
+        schema = forced_calls_schema(functions, parallel=parallel)
+        return StructuredOutputsParams(json=schema), partial(ObjectsParser, before="[", between=",")
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        """One vector per input. Raises ConfigError naming the input that is wrong. Cancelling aborts what runs."""
+        model = self.model(request.model)
+        asked = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=request.params())
+        prompts = []
+        for i, given in enumerate(request.inputs()):
+            if isinstance(given, str):
+                token_ids = await self._encode(given, request.add_special_tokens is not False)
+            else:
+                token_ids = given
+            prompts.append(self._checked_prompt(f"input[{i}]", token_ids))
+        id = "embd-" + uuid.uuid4().hex
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._vector(prompt, asked, f"{id}-{i}")) for i, prompt in enumerate(prompts)]
+        vectors = [task.result() for task in tasks]
+        return EmbeddingResponse.of(vectors, model.id, sum(map(len, prompts)), request.encoding_format)
+
+    async def _vector(self, prompt: list[int], asked: SamplingParams, request_id: str) -> bytes:
+        async with aclosing(self._lanes.generate(prompt, asked, request_id)) as deltas:
+            async for delta in deltas:
+                if delta.embedding:
+                    return delta.embedding
+                raise LaneError("internal", delta.error or f"request {request_id}: the lane gave no vector")
+        raise LaneError("lost", "the lane ended the request before it was complete")
 
     async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) < _LONG_TEXT_CHARS:
@@ -320,14 +503,16 @@ class InferenceService:
         request: InferenceRequest,
         prompts: list[list[int]],
         max_tokens: int,
+        form: StructuredOutputsParams | None,
+        make_parser: Callable[[], ToolParser] | None = None,
     ) -> Generation:
         id = prefix + uuid.uuid4().hex
         n = request.n or 1
-        skip_special_tokens = request.skip_special_tokens is not False
         choices: list[Choice] = []
         for prompt in prompts:
             # More than fits is no error: the answer ends with "length" where the model ends.
-            params = self._sampling_params(request, min(max_tokens, self.max_model_len - len(prompt)))
+            params = self._sampling_params(request, min(max_tokens, self.max_model_len - len(prompt)), form)
+            has_reports = params.logprobs is not None or params.prompt_logprobs is not None
             for i in range(n):
                 index = len(choices)
                 choices.append(
@@ -335,13 +520,17 @@ class InferenceService:
                         index,
                         f"{id}-{index}",
                         prompt,
-                        msgspec.structs.replace(params, seed=_seed(params.seed, i)),
-                        self._tokenizer.detokenizer(skip_special_tokens=skip_special_tokens),
+                        msgspec.structs.replace(params, seed=_seed(params, i)),
+                        self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens),
+                        TokenReporter(self._tokenizer) if has_reports else None,
+                        None if make_parser is None else make_parser(),
                     )
                 )
         return Generation(id, model.id, sum(map(len, prompts)), choices, n, self._lanes, self.metrics)
 
-    def _sampling_params(self, request: InferenceRequest, max_tokens: int) -> SamplingParams:
+    def _sampling_params(
+        self, request: InferenceRequest, max_tokens: int, form: StructuredOutputsParams | None
+    ) -> SamplingParams:
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         if len(stop) > MAX_STOPS:
@@ -351,18 +540,60 @@ class InferenceService:
                 raise ConfigError("stop", text, f"must not be longer than {MAX_STOP_CHARS} characters")
         if request.stop_token_ids:
             self._check_token_ids("stop_token_ids", request.stop_token_ids)
+        if request.allowed_token_ids:
+            self._check_token_ids("allowed_token_ids", request.allowed_token_ids)
+        bad_words = request.bad_words or []
+        if len(bad_words) > MAX_BAD_WORDS:
+            raise ConfigError("bad_words", len(bad_words), f"must not hold more than {MAX_BAD_WORDS} words")
+        for name, number in (("logprobs", request.num_logprobs), ("prompt_logprobs", request.prompt_logprobs)):
+            if number is not None and not 0 <= number <= MAX_LOGPROBS:
+                raise ConfigError(name, number, f"must be within [0, {MAX_LOGPROBS}]")
         return SamplingParams(
             **(self._sampling_defaults | given),
             max_tokens=max_tokens,
             seed=request.seed,
             stop=tuple(stop),
             stop_token_ids=tuple(request.stop_token_ids or ()),
+            logit_bias=self._logit_bias(request.logit_bias or {}),
+            # OpenAI's clients write an empty list where they mean nothing.
+            allowed_token_ids=tuple(request.allowed_token_ids) if request.allowed_token_ids else None,
+            bad_words=tuple(bad_words),
+            bad_words_token_ids=bad_words_token_ids(
+                bad_words, partial(self._tokenizer.encode, add_special_tokens=False)
+            ),
+            logprobs=request.num_logprobs,
+            structured_outputs=form,
         )
 
+    def _logit_bias(self, given: Mapping[str, float]) -> dict[int, float]:
+        bias = {}
+        for key, value in given.items():
+            if not key.isdecimal():
+                raise ConfigError("logit_bias", key, "its keys must be token ids")
+            self._check_token_ids("logit_bias", [int(key)])
+            bias[int(key)] = value
+        return bias
 
-def _seed(seed: int | None, i: int) -> int:
+
+def _seed(params: SamplingParams, i: int) -> int:
     """Seed of the i-th choice, unsigned 64-bit: the given one counted up, else a fresh one for each."""
-    return random.getrandbits(63) if seed is None else (seed + i) % 2**64
+    seed = params.seed_of_choice(i)
+    return random.getrandbits(63) if seed is None else seed
+
+
+async def _check_form(form: StructuredOutputsParams | None, request: InferenceRequest) -> None:
+    """Raises ConfigError naming the field that the form comes from."""
+    if form is None:
+        return
+    try:
+        # On another thread: a large schema takes up to a second.
+        await asyncio.to_thread(structured.check, form)
+    except ConfigError as error:
+        if request.structured_outputs is not None:
+            raise
+        is_format = request.response_format is not None and request.response_format.json_schema is not None
+        field = "response_format.json_schema" if is_format else "tools"
+        raise ConfigError(field, form.json, error.reason) from error
 
 
 async def _merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import ray
@@ -138,7 +138,7 @@ class Lane:
                 with timed(f"lane {self._lane}", f"rendezvous of epoch {self._epoch}"):
                     channel = await self._wire(workers, min(state.num_blocks for state in states))
                 runs = {
-                    rank: asyncio.ensure_future(_as_coroutine(worker.run.remote())) for rank, worker in workers.items()
+                    rank: asyncio.ensure_future(as_coroutine(worker.run.remote())) for rank, worker in workers.items()
                 }
                 await asyncio.wrap_future(self._engine.attach(channel, self._epoch, self.num_blocks))
                 await asyncio.wrap_future(self._engine.set_state("serving"))
@@ -156,35 +156,10 @@ class Lane:
             await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _wire(self, workers: dict[Rank, Any], num_blocks: int) -> HeadChannel:
-        """Open sockets on every rank, then let all of them meet; returns the head's connected end."""
-        timeout_s = self._config.args.startup_timeout_s
-        endpoints = await every_rank(
-            "open", {rank: worker.open.remote(self._epoch) for rank, worker in workers.items()}, timeout_s
-        )
-        channel = HeadChannel(self._context, self._host)
         # The number of blocks is fixed by the first wiring: the scheduler's tables outlive an epoch.
-        self.num_blocks = self.num_blocks or num_blocks
-        first = endpoints[0, 0]
-        wiring = Wiring(
-            epoch=self._epoch,
-            store_host=first.plan_address.removeprefix("tcp://").rpartition(":")[0],
-            store_port=first.store_port or 0,
-            results_to=channel.address,
-            num_blocks=self.num_blocks,
-        )
-        try:
-            await every_rank(
-                "rendezvous",
-                {
-                    (stage, tp_rank): worker.connect.remote(wiring, workers.get((stage + 1, tp_rank)))
-                    for (stage, tp_rank), worker in workers.items()
-                },
-                timeout_s,
-            )
-        except PhaseError:
-            channel.close()
-            raise
-        channel.connect([endpoints[rank].plan_address for rank in workers])
+        num_blocks = self.num_blocks or num_blocks
+        channel = await wire(self._config, self._context, self._host, self._epoch, workers, num_blocks)
+        self.num_blocks = num_blocks
         return channel
 
     async def _until_broken(self, states: list[GroupState], runs: dict[Rank, asyncio.Task[None]]) -> str:
@@ -233,7 +208,7 @@ class Lane:
     async def _kill_stuck(self, workers: dict[Rank, Any]) -> None:
         """Name and kill the rank that a step waits for: one that does not answer, else the one that has
         been in the model for longest (the others wait for its activations or its part of a sum)."""
-        asked = {rank: asyncio.ensure_future(_as_coroutine(w.progress.remote())) for rank, w in workers.items()}
+        asked = {rank: asyncio.ensure_future(as_coroutine(w.progress.remote())) for rank, w in workers.items()}
         await asyncio.wait(asked.values(), timeout=PROGRESS_TIMEOUT_S)
         silent = [rank for rank, task in asked.items() if not task.done()]
         answers = {r: t.result() for r, t in asked.items() if t.done() and t.exception() is None}
@@ -254,5 +229,46 @@ class Lane:
         return ", ".join(down) or self._last_error or "the rendezvous"
 
 
-async def _as_coroutine(ref: Any) -> Any:
+async def wire(
+    config: EngineConfig,
+    context: zmq.Context[zmq.Socket[bytes]],
+    host: str,
+    epoch: int,
+    workers: Mapping[Rank, Any],
+    num_blocks: int,
+) -> HeadChannel:
+    """Open sockets on every rank, then let all of them meet; returns the head's connected end.
+
+    workers: the ShardWorker actors, all of them loaded and none running. Raises PhaseError.
+    """
+    timeout_s = config.args.startup_timeout_s
+    endpoints = await every_rank(
+        "open", {rank: worker.open.remote(epoch) for rank, worker in workers.items()}, timeout_s
+    )
+    channel = HeadChannel(context, host)
+    first = endpoints[0, 0]
+    wiring = Wiring(
+        epoch=epoch,
+        store_host=first.plan_address.removeprefix("tcp://").rpartition(":")[0],
+        store_port=first.store_port or 0,
+        results_to=channel.address,
+        num_blocks=num_blocks,
+    )
+    try:
+        await every_rank(
+            "rendezvous",
+            {
+                (stage, tp_rank): worker.connect.remote(wiring, workers.get((stage + 1, tp_rank)))
+                for (stage, tp_rank), worker in workers.items()
+            },
+            timeout_s,
+        )
+    except PhaseError:
+        channel.close()
+        raise
+    channel.connect([endpoints[rank].plan_address for rank in workers])
+    return channel
+
+
+async def as_coroutine(ref: Any) -> Any:
     return await ref

@@ -8,6 +8,7 @@ well, as by OpenAI. A null means the default.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -15,48 +16,34 @@ import msgspec
 import pydantic
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import StructuredOutputsParams
 
 # Neutral values of fields that are known and not supported; None is neutral everywhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
     "best_of": (1,),
     "cache_salt": (),
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "audio": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
@@ -82,6 +69,36 @@ class StreamOptions(pydantic.BaseModel):
     """OpenAI's padding against traffic analysis; accepted, not done."""
 
 
+class JsonSchemaFormat(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = pydantic.Field(default=None, alias="schema")
+    """None allows any object."""
+    strict: bool | None = None
+    """The schema is kept either way."""
+
+
+class ResponseFormat(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(pydantic.BaseModel):
+    """vLLM's field; the meaning is that of `config.sampling.StructuredOutputsParams`."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    json_: str | dict[str, Any] | None = pydantic.Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class InferenceRequest(pydantic.BaseModel):
     """What both kinds of request share. None means not given."""
 
@@ -100,6 +117,17 @@ class InferenceRequest(pydantic.BaseModel):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    """By token id, which JSON writes as a string."""
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -115,7 +143,29 @@ class InferenceRequest(pydantic.BaseModel):
         request._check_extra_fields()
         if request.stream_options is not None and not request.stream:
             raise ConfigError("stream_options", "given", "is only allowed with stream=true")
+        if request.prompt_logprobs is not None and request.stream:
+            raise ConfigError("prompt_logprobs", request.prompt_logprobs, "is not allowed with stream=true")
         return request
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to report beside each generated one; None for no report."""
+        raise NotImplementedError
+
+    def form(self) -> StructuredOutputsParams | None:
+        """The form that the answer must have. Raises ConfigError."""
+        form = self.structured_outputs
+        given = self.response_format
+        if given is None or given.type == "text":
+            return None if form is None else StructuredOutputsParams(**form.model_dump(by_alias=True))
+        if form is not None:
+            raise ConfigError("response_format", given.type, "must not be given together with structured_outputs")
+        if given.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if given.json_schema is None:
+            raise ConfigError("response_format.json_schema", None, "is required")
+        schema = given.json_schema.json_schema
+        return StructuredOutputsParams(json={"type": "object"} if schema is None else schema)
 
     def _check_extra_fields(self) -> None:
         for name, value in (self.model_extra or {}).items():
@@ -135,6 +185,12 @@ class CompletionRequest(InferenceRequest):
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds its special tokens (BOS) to text prompts; default true."""
+    logprobs: int | None = None
+    """Likeliest tokens to report beside each generated one."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, one or many, all of one kind. Raises ConfigError."""
@@ -169,7 +225,40 @@ class ChatMessage(pydantic.BaseModel):
         content = self.content
         if isinstance(content, list):
             content = "\n".join(part.text for part in content)
-        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+        message = {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_call_for_template(call) for call in message["tool_calls"]]
+        return message
+
+
+class FunctionTool(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments; None takes none."""
+    strict: bool | None = None
+
+
+class Tool(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
+
+    name: str
+
+
+class NamedTool(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(InferenceRequest):
@@ -182,6 +271,48 @@ class ChatRequest(InferenceRequest):
     """Whether the template opens the assistant's turn; default true."""
     chat_template_kwargs: dict[str, Any] | None = None
     """More variables for the template, e.g. {"enable_thinking": false}."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """Default: auto where tools are given."""
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may hold more than one call; default true."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise ConfigError("top_logprobs", self.top_logprobs, "needs logprobs=true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def functions(self) -> list[dict[str, Any]]:
+        """The functions that may be called now: none for tool_choice "none". Raises ConfigError."""
+        tools = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
+        names = [tool["name"] for tool in tools]
+        if len(set(names)) < len(names):
+            raise ConfigError("tools", names, "must not hold two functions of the same name")
+        if not tools and self.tool_choice not in (None, "none", "auto"):
+            raise ConfigError("tool_choice", self._tool_choice_text(), "needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ConfigError("tool_choice", self.tool_choice.function.name, "is not one of the tools")
+        return [] if self.tool_choice == "none" else tools
+
+    def tools_for_template(self) -> list[dict[str, Any]] | None:
+        if not self.functions():
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+
+    def _tool_choice_text(self) -> str | None:
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+
+
+def _call_for_template(call: Any) -> Any:
+    """Templates write arguments with `tojson`, so they get them as an object, not as OpenAI's JSON text."""
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call  # whatever it is, the template judges it
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _all_of(kind: type, values: list[Any]) -> bool:
@@ -233,11 +364,64 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
 
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """Lists as long as there are tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    """The likeliest tokens and, beside them, the chosen one."""
+    text_offset: list[int]
+    """Characters of the answer before each token."""
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    content: list[ChatTokenLogprob]
+
+
+class PromptLogprob(msgspec.Struct, frozen=True):
+    logprob: float
+    rank: int | None
+    """1 for the likeliest token."""
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""vLLM's shape, by token id: for each prompt token itself and the likeliest ones; null for the first."""
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str
+    """JSON text."""
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
 class CompletionChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
+    """Only where asked for."""
 
 
 class CompletionResponse(msgspec.Struct, frozen=True):
@@ -250,16 +434,18 @@ class CompletionResponse(msgspec.Struct, frozen=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    content: str
+    content: str | None
+    """None where the answer is tool calls and nothing else."""
     role: str = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: AssistantMessage
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatResponse(msgspec.Struct, frozen=True):
@@ -269,6 +455,7 @@ class ChatResponse(msgspec.Struct, frozen=True):
     choices: list[ChatChoice]
     usage: Usage
     object: str = "chat.completion"
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True):

@@ -9,12 +9,20 @@ from typing import Any
 
 import msgspec
 
-from stagemesh.deployments.inference import Generation, Piece
+from stagemesh.deployments.inference import Generation, Piece, TokenReport
+from stagemesh.deployments.openai_schema import (
+    ChatLogprobs,
+    ChatTokenLogprob,
+    CompletionLogprobs,
+    TopLogprob,
+)
+from stagemesh.deployments.tool_calls import ToolCallDelta
 
 _json = msgspec.json.encode
 
 DONE = b"data: [DONE]\n\n"
-_FINISH = {reason: b',"logprobs":null,"finish_reason":' + _json(reason) + b"}" for reason in (None, "stop", "length")}
+_FINISH = {reason: b',"finish_reason":' + _json(reason) + b"}" for reason in (None, "stop", "length", "tool_calls")}
+_NO_LOGPROBS = b',"logprobs":null'
 
 
 def event(content: Any) -> bytes:
@@ -42,7 +50,8 @@ class ChunkWriter:
 
     def piece(self, piece: Piece) -> bytes:
         """The event for new text of one choice."""
-        choice = b'{"index":%d,%s%s' % (piece.index, self._content(piece), _FINISH[piece.finish_reason])
+        logprobs = b',"logprobs":' + self._logprobs(piece.logprobs) if piece.logprobs else _NO_LOGPROBS
+        choice = b'{"index":%d,%s%s%s' % (piece.index, self._content(piece), logprobs, _FINISH[piece.finish_reason])
         return self._head + choice + self._tail
 
     def end(self) -> bytes:
@@ -54,12 +63,18 @@ class ChunkWriter:
     def _content(self, piece: Piece) -> bytes:
         raise NotImplementedError
 
+    def _logprobs(self, reports: list[TokenReport]) -> bytes:
+        raise NotImplementedError
+
 
 class CompletionChunks(ChunkWriter):
     object = "text_completion"
 
     def _content(self, piece: Piece) -> bytes:
         return b'"text":' + _json(piece.text)
+
+    def _logprobs(self, reports: list[TokenReport]) -> bytes:
+        return _json(completion_logprobs(reports))
 
 
 class ChatChunks(ChunkWriter):
@@ -74,10 +89,47 @@ class ChatChunks(ChunkWriter):
         if self._opened[piece.index]:
             return super().piece(piece)
         self._opened[piece.index] = True
-        opening = b'{"index":%d,"delta":{"role":"assistant","content":""}%s' % (piece.index, _FINISH[None])
+        delta = b'{"index":%d,"delta":{"role":"assistant","content":""}%s%s'
+        opening = delta % (piece.index, _NO_LOGPROBS, _FINISH[None])
         return self._head + opening + self._tail + super().piece(piece)
 
     def _content(self, piece: Piece) -> bytes:
-        if not piece.text:
-            return b'"delta":{}'
-        return b'"delta":{"content":' + _json(piece.text) + b"}"
+        parts = []
+        if piece.text:
+            parts.append(b'"content":' + _json(piece.text))
+        if piece.tool_calls:
+            parts.append(b'"tool_calls":' + _json([_tool_call(delta) for delta in piece.tool_calls]))
+        return b'"delta":{' + b",".join(parts) + b"}"
+
+    def _logprobs(self, reports: list[TokenReport]) -> bytes:
+        return _json(chat_logprobs(reports))
+
+
+def completion_logprobs(reports: list[TokenReport]) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=[report.token for report in reports],
+        token_logprobs=[report.logprob for report in reports],
+        top_logprobs=[{entry.token: entry.logprob for entry in (*report.top, report)} for report in reports],
+        text_offset=[report.offset for report in reports],
+    )
+
+
+def chat_logprobs(reports: list[TokenReport]) -> ChatLogprobs:
+    return ChatLogprobs(
+        [
+            ChatTokenLogprob(
+                report.token,
+                report.logprob,
+                report.bytes,
+                [TopLogprob(entry.token, entry.logprob, entry.bytes) for entry in report.top],
+            )
+            for report in reports
+        ]
+    )
+
+
+def _tool_call(delta: ToolCallDelta) -> dict[str, Any]:
+    function: dict[str, Any] = {"arguments": delta.arguments}
+    if delta.name is None:
+        return {"index": delta.index, "function": function}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": {"name": delta.name, **function}}

@@ -3,7 +3,10 @@
 `CpuPagedAttention.prepare` looks at the lengths and block tables of a step and returns a `CpuAttentionStep`,
 which every layer then calls with its own cache. Keys and values are gathered into dense matrices; scores and
 output are one batched matrix product each. The G query heads of a KV head are rows of the same product, so
-grouped-query attention copies no keys. Two kinds of work:
+grouped-query attention copies no keys.
+
+Blocks that have fallen out of a sliding window are dropped from the tables first, so a long sequence costs no
+more than the window. Two kinds of work:
 
 - Decode (one query token): sequences of similar length go together, padded to a common number of blocks.
 - Prefill chunk (several query tokens): one sequence at a time, in tiles of queries. A tile sees the keys up
@@ -24,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stagemesh.kernels.quant_w8a8 import fp8_values
 from stagemesh.kernels.store_kv import store_kv_rows
 
 Ints = npt.NDArray[np.integer]
@@ -51,7 +55,11 @@ class _Gather:
         blocks = cache.view(-1, self.out.shape[1])
         # Into memory that all layers reuse: a fresh allocation of this size costs more in page faults than
         # the gather itself (measured: 3.6 ms against 0.2 ms for 6 MB).
-        torch.index_select(blocks, 0, self.rows, out=self.out)
+        if blocks.dtype == self.out.dtype:
+            torch.index_select(blocks, 0, self.rows, out=self.out)
+        else:
+            chosen = torch.index_select(blocks.view(torch.uint8), 0, self.rows)
+            self.out.copy_(fp8_values(chosen.view(blocks.dtype), self.out.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,9 @@ class _PrefillChunk:
     tile: int
     gather: _Gather
     mask: Tensor
-    """[tile, 1, tile]: 0 on and below the diagonal, else -inf."""
+    """[tile, 1, tile]: 0 on and below the diagonal, else -inf; `old_mask`: 0 on and above, else -inf."""
+    old_mask: Tensor
+    window: int | None
 
     def __call__(self, q: Tensor, cache: Tensor, scale: float) -> Tensor:
         """q [T, H, D] of the whole step → [end - start, H, D]."""
@@ -95,16 +105,24 @@ class _PrefillChunk:
         for first in range(0, length, self.tile):
             last = min(first + self.tile, length)
             visible = self.context_len + last
+            # The slots that have left the window when the tile begins; below 0 it takes that many more queries
+            # until the first one leaves. Each further query of the tile loses one more.
+            gone = 0 if self.window is None else self.context_len + first + 1 - self.window
+            oldest = max(0, gone)
             scores = torch.baddbmm(
                 q.new_empty(1, 1, 1),  # not read: beta is 0
                 queries[:, first:last].flatten(1, 2),
-                self.gather.key[:, :, :visible],
+                self.gather.key[:, :, oldest:visible],
                 beta=0,
                 alpha=scale,
             )
-            square = scores.view(num_kv_heads, last - first, group, visible)[..., visible - (last - first) :]
+            by_query = scores.view(num_kv_heads, last - first, group, visible - oldest)
+            square = by_query[..., first - last :]
             square += self.mask[: last - first, :, : last - first]
-            weighted = torch.bmm(scores.softmax(-1), self.gather.value[:, :visible])
+            if self.window is not None and (losing := last - first - (oldest - gone)) > 0:
+                corner = by_query[:, oldest - gone :, :, :losing]
+                corner += self.old_mask[:losing, :, :losing]
+            weighted = torch.bmm(scores.softmax(-1), self.gather.value[:, oldest:visible])
             out[:, first:last] = weighted.view(num_kv_heads, last - first, group, head_dim)
         return out.transpose(0, 1).flatten(1, 2)
 
@@ -138,18 +156,31 @@ class CpuPagedAttention:
     Owns the workspace, so the step prepared last is the only one that may be called. One caller at a time.
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        window: int | None = None,
+        sides: int = 2,
+    ) -> None:
+        """sides: 2 for caches of keys and values, 1 for vectors that are both, [N, 1, num_kv_heads, …]."""
         self._num_heads = num_heads
         self._num_kv_heads = num_kv_heads
         self._block_size = block_size
         self._head_dim = head_dim
         self._dtype = dtype
-        self._sides = np.arange(2 * num_kv_heads)
+        self._window = window
+        self._num_sides = sides
+        self._sides = np.arange(sides * num_kv_heads)
         """Key heads, then value heads."""
         self._workspace = torch.empty(0, block_size * head_dim, dtype=dtype)
         square = torch.full((MAX_TILE, MAX_TILE), float("-inf"), dtype=dtype).triu_(1)
         self._square_mask = square[:, None, :]
-        bytes_per_block = 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+        self._old_mask = square.t()[:, None, :]
+        bytes_per_block = sides * num_kv_heads * block_size * head_dim * dtype.itemsize
         self._max_group_blocks = MAX_GROUP_BYTES // bytes_per_block
 
     def prepare(self, query_lens: Ints, context_lens: Ints, block_tables: Ints, slots: Ints) -> CpuAttentionStep:
@@ -157,6 +188,8 @@ class CpuPagedAttention:
 
         query_lens, context_lens: [S]; block_tables: [S, max_blocks]; slots: [T] as in store_kv.
         """
+        if self._window is not None:
+            context_lens, block_tables = self._drop_old_blocks(context_lens, block_tables, self._window)
         totals = context_lens + query_lens
         num_blocks = -(-totals // self._block_size)
         if len(slots) == len(query_lens):
@@ -177,6 +210,12 @@ class CpuPagedAttention:
             for s in prefills
         ]
         return CpuAttentionStep(self._rows_to_store(slots), groups, chunks)
+
+    def _drop_old_blocks(self, context_lens: Ints, block_tables: Ints, window: int) -> tuple[Ints, Ints]:
+        """The same without the blocks that no query of the step sees, as if the sequences began behind them."""
+        dropped = np.maximum(context_lens + 1 - window, 0) // self._block_size
+        columns = np.minimum(np.arange(block_tables.shape[1]) + dropped[:, None], block_tables.shape[1] - 1)
+        return context_lens - dropped * self._block_size, np.take_along_axis(block_tables, columns, 1)
 
     def _group_decodes(self, sequences: Ints, num_blocks: Ints) -> list[Ints]:
         """Groups whose padding at most doubles the work and whose gathered blocks fit MAX_GROUP_BYTES."""
@@ -200,7 +239,11 @@ class CpuPagedAttention:
         # A shorter sequence reads block 0 behind the end of its table; the mask hides it.
         tables = np.where(np.arange(width) < num_blocks[:, None], block_tables[:, :width], 0)
         gather = self._gather(tables)
-        mask = np.where(np.arange(width * self._block_size) < totals[:, None], np.float32(0), -np.inf)
+        slots = np.arange(width * self._block_size)
+        visible = slots < totals[:, None]
+        if self._window is not None:
+            visible &= slots >= totals[:, None] - self._window
+        mask = np.where(visible, np.float32(0), -np.inf)
         masks = torch.from_numpy(mask.repeat(self._num_kv_heads, 0)).to(self._dtype)
         return _DecodeGroup(torch.from_numpy(tokens), gather, masks[:, None])
 
@@ -209,7 +252,8 @@ class CpuPagedAttention:
         gather = self._gather(block_table[None, : -(-total // self._block_size)])
         tile = MAX_SCORE_BYTES // (self._num_heads * total * self._dtype.itemsize)
         tile = min(max(tile, MIN_TILE), MAX_TILE)
-        return _PrefillChunk(end - query_len, end, context_len, tile, gather, self._square_mask)
+        masks = (self._square_mask, self._old_mask)
+        return _PrefillChunk(end - query_len, end, context_len, tile, gather, *masks, self._window)
 
     def _rows_to_store(self, slots: Ints) -> Tensor:
         """[T] → int64 [T, 2·K], for store_kv_rows."""
@@ -219,10 +263,11 @@ class CpuPagedAttention:
     def _gather(self, tables: Ints) -> _Gather:
         """For block tables [S, blocks]: keys of all sequences and heads, then values, head before block."""
         num_sequences, width = tables.shape
-        rows = (tables.astype(np.int64) * len(self._sides))[:, None, :] + self._sides.reshape(2, 1, -1, 1)
+        rows = (tables.astype(np.int64) * len(self._sides))[:, None, :] + self._sides.reshape(self._num_sides, 1, -1, 1)
         out = self._workspace[: rows.size]
-        shape = (2, num_sequences * self._num_kv_heads, width * self._block_size, self._head_dim)
-        key, value = out.view(shape)
+        shape = (self._num_sides, num_sequences * self._num_kv_heads, width * self._block_size, self._head_dim)
+        sides = out.view(shape)
+        key, value = sides[0], sides[-1]
         return _Gather(torch.from_numpy(rows.ravel()), out, key.transpose(1, 2), value)
 
     def _grow(self, num_blocks: int) -> None:

@@ -36,6 +36,7 @@ def _paged_attention_kernel(
     q_token_stride,
     q_head_stride,
     table_stride,
+    WINDOW: tl.constexpr,  # 0 = none
     K: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
@@ -78,7 +79,10 @@ def _paged_attention_kernel(
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_out = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for slot in range(0, visible, BLOCK_N):
+    oldest = 0  # that the first query of the tile sees
+    if WINDOW:
+        oldest = tl.maximum(context_len + first + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+    for slot in range(oldest, visible, BLOCK_N):
         o_n = slot + tl.arange(0, BLOCK_N)
         m_n = o_n < visible
         block = tl.load(block_tables_ptr + low * table_stride + o_n // B, mask=m_n, other=0).to(tl.int64)
@@ -89,16 +93,21 @@ def _paged_attention_kernel(
 
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
         m_visible = m_n[None, :] & (o_n[None, :] <= (context_len + o_query)[:, None])
+        if WINDOW:
+            m_visible = m_visible & (o_n[None, :] > (context_len + o_query - WINDOW)[:, None])
         b_scores = tl.where(m_visible, b_scores, float("-inf"))
-        # Slot 0 is visible to every row, so the maximum is finite from the first iteration on.
         b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))
+        if WINDOW:
+            # Slot 0 is visible to every row only without a window: a later row of the tile may have seen nothing
+            # so far, and -inf - -inf is no number.
+            b_new_max = tl.maximum(b_new_max, -1e30)
         b_weights = tl.exp(b_scores - b_new_max[:, None])
         b_decay = tl.exp(b_max - b_new_max)
         b_sum = b_sum * b_decay + tl.sum(b_weights, axis=1)
         b_out = b_out * b_decay[:, None] + tl.dot(b_weights.to(b_v.dtype), b_v, input_precision="ieee")
         b_max = b_new_max
 
-    b_out = b_out / b_sum[:, None]
+    b_out = b_out / tl.maximum(b_sum, 1e-30)[:, None]  # rows behind the end of the sequence may have seen nothing
     tl.store(
         out_ptr + (o_token * (K * G) + o_head)[:, None] * D + o_d[None, :],
         b_out.to(out_ptr.dtype.element_ty),
@@ -107,7 +116,13 @@ def _paged_attention_kernel(
 
 
 def paged_attention_triton(
-    q: Tensor, cache: Tensor, query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, scale: float
+    q: Tensor,
+    cache: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = cache.shape
@@ -132,6 +147,7 @@ def paged_attention_triton(
             q.stride(0),
             q.stride(1),
             block_tables.stride(0),
+            WINDOW=window or 0,
             K=num_kv_heads,
             G=group,
             B=block_size,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stagemesh.kernels.quant_w8a8 import FP8_MAX
+
 
 def store_kv(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Put token t of `kv` into slot `slots[t]` of `cache`.
 
     kv: [T, 2·K, D], the K key heads before the K value heads; may be strided, the last dim is contiguous.
-    cache: [N, 2, K, B, D], contiguous, same dtype.
+    cache: [N, 2, K, B, D], contiguous, same dtype or float8_e4m3fn, which holds values up to ±448.
     slots: int64 [T], block · B + offset in the block; all different.
     """
-    if kv.is_cuda:
+    if kv.is_cuda and kv.dtype == cache.dtype:
         from stagemesh.kernels.store_kv_triton import store_kv_triton
 
         store_kv_triton(kv, cache, slots)
@@ -22,18 +24,22 @@ def store_kv(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
 
 
 def store_kv_torch(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
-    _, _, num_kv_heads, block_size, head_dim = cache.shape
-    rows = slot_rows(slots, num_kv_heads, block_size)
+    _, sides, num_kv_heads, block_size, _ = cache.shape
+    rows = slot_rows(slots, sides * num_kv_heads, block_size)
     store_kv_rows(kv, cache, rows)
 
 
-def slot_rows(slots: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
-    """int64 [T, 2·K]: where each head of each token lies when the cache is seen as rows [N·2·K·B, D]."""
-    heads = torch.arange(2 * num_kv_heads, device=slots.device)
-    block = slots.div(block_size, rounding_mode="floor") * (2 * num_kv_heads)
+def slot_rows(slots: Tensor, num_heads: int, block_size: int) -> Tensor:
+    """int64 [T, num_heads]: where each of a block's heads of each token lies when the cache is seen as rows of D."""
+    heads = torch.arange(num_heads, device=slots.device)
+    block = slots.div(block_size, rounding_mode="floor") * num_heads
     return (block[:, None] + heads) * block_size + (slots % block_size)[:, None]
 
 
 def store_kv_rows(kv: Tensor, cache: Tensor, rows: Tensor) -> None:
     """store_kv with the arithmetic done: `rows` as from slot_rows, computed once per step for all layers."""
+    if kv.dtype != cache.dtype:
+        # Out of range would become NaN. torch indexes fp8 tensors as bytes only.
+        kv = kv.clamp(-FP8_MAX, FP8_MAX).to(cache.dtype).view(torch.uint8)
+        cache = cache.view(torch.uint8)
     cache.view(-1, cache.shape[-1]).index_put_((rows,), kv)

@@ -33,7 +33,7 @@ def _store_kv_kernel(
 def store_kv_triton(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
     num_tokens, num_sides, head_dim = kv.shape
     assert cache.is_contiguous() and kv.stride(2) == 1
-    assert (num_sides, head_dim) == (2 * cache.shape[2], cache.shape[4])
+    assert (num_sides, head_dim) == (cache.shape[1] * cache.shape[2], cache.shape[4])
     if num_tokens:
         _store_kv_kernel[(num_tokens,)](
             kv,

@@ -42,13 +42,15 @@ class BatchMaker:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        window: int | None = None,
+        sides: int = 2,
     ) -> None:
         self._rotary = rotary
         self._block_size = block_size
         self._device = device
-        self._cpu = (
-            CpuPagedAttention(num_heads, num_kv_heads, block_size, head_dim, dtype) if device.type == "cpu" else None
-        )
+        self._window = window
+        shape = (num_heads, num_kv_heads, block_size, head_dim)
+        self._cpu = CpuPagedAttention(*shape, dtype, window, sides) if device.type == "cpu" else None
 
     def make(self, plan: StepPlan) -> StepBatch:
         query_lens = np.frombuffer(plan.query_lens, np.int32)
@@ -67,5 +69,7 @@ class BatchMaker:
 
         cos, sin = self._rotary.at(torch.from_numpy(positions.astype(np.int64)).to(self._device))
         step = (query_lens, context_lens, block_tables, slots)
-        attend = self._cpu.prepare(*step) if self._cpu else PagedAttentionStep.on_device(*step, self._device)
+        attend = (
+            self._cpu.prepare(*step) if self._cpu else PagedAttentionStep.on_device(*step, self._device, self._window)
+        )
         return StepBatch(torch.from_numpy(token_ids.astype(np.int64)).to(self._device), cos, sin, attend)

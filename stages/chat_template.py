@@ -27,6 +27,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ConfigError("chat_template", source, f"cannot be compiled: {error}") from error
         self._variables = dict(variables)
+        self.source = source
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -37,14 +38,10 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                self._variables
+                {"tools": None, "documents": None}
+                | self._variables
                 | variables
-                | {
-                    "messages": messages,
-                    "add_generation_prompt": add_generation_prompt,
-                    "tools": None,
-                    "documents": None,
-                }
+                | {"messages": messages, "add_generation_prompt": add_generation_prompt}
             )
         except Exception as error:
             # A template is a program: on input that it did not foresee it may raise anything.

@@ -7,6 +7,7 @@ is wired anew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,6 +34,11 @@ class TensorGroup(Protocol):
     def gather_to_rank0(self, x: Tensor, dim: int) -> Tensor | None:
         """As all_gather on rank 0; None on the others."""
 
+    def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
+        """The first send_rows[0] rows of `x` to rank 0, the next to rank 1, …; returns what the ranks sent here,
+        receive_rows[r] rows from rank r, in rank order.
+        """
+
 
 class SingleRank:
     """The group of a stage that is not split."""
@@ -47,6 +53,9 @@ class SingleRank:
         return x
 
     def gather_to_rank0(self, x: Tensor, dim: int) -> Tensor | None:
+        return x
+
+    def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
         return x
 
 
@@ -72,6 +81,11 @@ class DistGroup:
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
         return torch.cat(parts, dim) if parts else None
+
+    def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
+        received = x.new_empty(sum(receive_rows), *x.shape[1:])
+        dist.all_to_all_single(received, x.contiguous(), list(receive_rows), list(send_rows), group=self._group)
+        return received
 
 
 @dataclass

@@ -72,14 +72,16 @@ class StopStrings:
     wins; of two that are complete at the same character, the longer.
     """
 
-    __slots__ = ("_held", "_longest", "_stops", "hit")
+    __slots__ = ("_held", "_keep", "_longest", "_stops", "hit")
 
-    def __init__(self, stops: Iterable[str]) -> None:
+    def __init__(self, stops: Iterable[str], *, keep: bool = False) -> None:
+        """keep: the text ends behind the stop string instead of before it."""
         self._stops = tuple(stops)
+        self._keep = keep
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.hit = False
-        """A stop string was found; everything from its first character on was dropped."""
+        """A stop string was found; everything from its first character on (behind its last) was dropped."""
 
     def feed(self, text: str) -> str:
         """Text that is certainly before any stop string, possibly empty."""
@@ -90,7 +92,8 @@ class StopStrings:
         if found:
             self.hit = True
             self._held = ""
-            return text[: min(found)[1]]
+            end, start = min(found)
+            return text[: end if self._keep else start]
         safe = self._first_possible_start(text)
         self._held = text[safe:]
         return text[:safe]

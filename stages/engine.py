@@ -25,6 +25,7 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.channel import ChannelClosed, HeadChannel
 from stagemesh.stages.messages import GenerateSummary, LaneDigest, StepResult, StopRun, TokenDelta
 from stagemesh.stages.scheduler import ScheduledStep, Scheduler, SequenceUpdate
+from stagemesh.stages.structured import GrammarFactory
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Engine:
         self._lane = lane
         self._sink = sink
         self._on_failure = on_failure
+        self._grammars = GrammarFactory(config.folder_here(), config.model.eos_token_ids, config.model.vocab_size)
         self._scheduler: Scheduler | None = None
         self._wired: _Wired | None = None
         self._requests: dict[str, _Request] = {}
@@ -128,12 +130,20 @@ class Engine:
     ) -> Future[GenerateSummary]:
         """Start a request; the future ends with it (ConfigError if it is refused)."""
         done: Future[GenerateSummary] = Future()
+        grammar = None
+        if params.structured_outputs is not None:
+            try:
+                # In the caller's thread: a large one takes a while, and running answers must not wait for it.
+                grammar = self._grammars.make(params.structured_outputs)
+            except ConfigError as error:
+                done.set_exception(error)
+                return done
 
         def add() -> None:
             try:
                 if self._scheduler is None:
                     raise ConfigError("", None, "the lane is not wired yet")
-                self._scheduler.add(request_id, prompt_token_ids, params)
+                self._scheduler.add(request_id, prompt_token_ids, params, grammar)
             except BaseException as error:
                 done.set_exception(error)
                 return
@@ -171,6 +181,8 @@ class Engine:
         self._closed = True
         os.eventfd_write(self._wake, 1)
         self._thread.join(timeout=10)
+        if not self._thread.is_alive():
+            os.close(self._wake)  # not by the thread, which may have ended before the write above
 
     # -- in the engine's thread --------------------------------------------------------------------------
 
@@ -188,7 +200,6 @@ class Engine:
             self._run_commands()
             for request in self._requests.values():
                 request.done.set_exception(RuntimeError(SHUT_DOWN))
-            os.close(self._wake)
 
     def _run_commands(self) -> None:
         while self._commands:
@@ -252,7 +263,9 @@ class Engine:
         flight = wired.in_flight.popleft()
         if flight.number != result.step:
             raise RuntimeError(f"result of step {result.step} came while step {flight.number} was due")
-        updates = self._scheduler.update(flight.step, result.token_ids)
+        updates = self._scheduler.update(
+            flight.step, result.token_ids, result.logprobs, result.prompt_logprobs, result.pooled
+        )
         self._hand_out(updates)
         self._digest_due = True
         self._clocks.num_steps += 1
@@ -273,6 +286,10 @@ class Engine:
                     update.finish_reason,
                     update.stop_token_id,
                     update.num_cached_tokens,
+                    error=update.error,
+                    logprobs=update.logprobs,
+                    prompt_logprobs=update.prompt_logprobs,
+                    embedding=update.embedding,
                 )
             )
             request.num_sent += len(update.token_ids)

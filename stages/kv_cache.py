@@ -11,6 +11,7 @@ from torch import Tensor
 class KVCache:
     """`layers[i]`: [num_blocks, *block_shape], the cache of the stage's i-th layer.
 
+    With an fp8 dtype (e4m3) values are stored as they are, without a scale, and larger ones as ±448.
     Zeroed, because a slot that a mask hides must still hold a finite number. Which block belongs to whom is
     the head's business; here they are only memory.
     """

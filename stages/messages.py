@@ -9,6 +9,25 @@ from __future__ import annotations
 import msgspec
 
 
+class LogitEdits(msgspec.Struct, array_like=True, frozen=True):
+    """What a request changes about the model's logits for one token, in this order. A pure function of the
+    request and the tokens so far; the head works it out, so that a worker keeps no state for it."""
+
+    allowed: bytes = b""
+    """One bit per token id, the lowest first in each byte; ids past its end are not allowed. Empty allows all."""
+    bias_ids: bytes = b""
+    """int32: token ids whose logits `bias` (float32, as many) is added to."""
+    bias: bytes = b""
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    prompt_ids: bytes = b""
+    """int32: distinct token ids of the prompt; empty unless repetition_penalty needs them."""
+    output_ids: bytes = b""
+    """int32: distinct token ids generated so far; `output_counts` (int32) says how often each."""
+    output_counts: bytes = b""
+
+
 class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
     """How to choose the next token of one sequence in this step."""
 
@@ -22,6 +41,35 @@ class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
     """Position of the token to be sampled; with `seed` it fixes the randomness."""
     banned_token_ids: list[int]
     """Never chosen in this step (EOS and stop ids while min_tokens is not reached)."""
+    edits: LogitEdits | None = None
+    """None for most requests, which cost nothing for it."""
+    num_logprobs: int | None = None
+    """How many likeliest tokens to report beside the chosen one; -1 for all, None for no report."""
+
+
+class PromptLogprobsSpec(msgspec.Struct, array_like=True, frozen=True):
+    """Report how likely the model found the prompt tokens that follow those of this step."""
+
+    sequence: int
+    """Its index in the plan."""
+    target_ids: bytes
+    """int32: the token that follows each of the sequence's first tokens in this step."""
+    num_logprobs: int
+    """As in SampleSpec."""
+
+
+class PoolSpec(msgspec.Struct, array_like=True, frozen=True):
+    """Make one vector of a sequence's prompt. A sequence has one in every step of its prompt."""
+
+    sequence: int
+    """Its index in the plan."""
+    pooling: str
+    """"last" or "mean"."""
+    normalize: bool
+    dimensions: int
+    """Leading dimensions to keep; 0 for all."""
+    is_whole: bool
+    """The prompt ends in this step, so that the vector is due."""
 
 
 class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
@@ -43,12 +91,26 @@ class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     max_blocks: int
     samples: list[SampleSpec | None]
     """[S]; None where the step ends inside the prompt (no token is sampled for that sequence)."""
+    prompt_logprobs: list[PromptLogprobsSpec] = []
+    pools: list[PoolSpec] = []
 
 
 class StopRun(msgspec.Struct, array_like=True, tag="stop"):
     """Ends a worker's run loop cleanly (drain, re-wiring)."""
 
     epoch: int
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """How likely the model itself found one token: natural logarithms, before penalties, masks, temperature."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the likeliest token."""
+    top_ids: list[int]
+    """The likeliest tokens, falling, as many as were asked for."""
+    top_logprobs: list[float]
 
 
 class StepResult(msgspec.Struct, array_like=True, tag="result"):
@@ -58,6 +120,12 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
     step: int
     token_ids: list[int]
     """One per sequence of the plan that had a SampleSpec, in plan order."""
+    logprobs: list[TokenLogprobs | None] = []
+    """As long as token_ids, None where nobody asked; empty where nobody at all did."""
+    prompt_logprobs: list[list[TokenLogprobs]] = []
+    """One list per PromptLogprobsSpec of the plan."""
+    pooled: list[bytes] = []
+    """float32: one vector per PoolSpec of the plan whose prompt is whole."""
 
 
 class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
@@ -91,6 +159,12 @@ class TokenDelta(msgspec.Struct, array_like=True):
     """Prompt tokens taken from the prefix cache; set on the first delta of a request."""
     error: str = ""
     """With finish_reason "error": what went wrong."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One per token id, if the request asked for them."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt's tokens after the first; on the first delta of a request that asked for them."""
+    embedding: bytes = b""
+    """float32: the prompt's vector, in the only delta of a request for it, which has no tokens."""
 
 
 class TokenBatch(msgspec.Struct, array_like=True):

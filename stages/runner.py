@@ -14,14 +14,20 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.stages.batch import BatchMaker
 from stagemesh.stages.collectives import TensorGroup, TensorShard
 from stagemesh.stages.kv_cache import KVCache, host_memory_available
+from stagemesh.stages.layers.linear import MakeMethod
 from stagemesh.stages.layers.rotary import RotaryTable
-from stagemesh.stages.messages import StepPlan
+from stagemesh.stages.messages import StepPlan, StepResult, TokenLogprobs
 from stagemesh.stages.models.causal_lm import CausalLM
 from stagemesh.stages.models.registry import model_class
-from stagemesh.stages.sampler import sample
+from stagemesh.stages.pooling import Pooler
+from stagemesh.stages.quantization.methods import linear_methods
+from stagemesh.stages.sampler import sample, token_logprobs
 from stagemesh.stages.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+PROMPT_LOGPROBS_ROWS = 128
+"""Prompt tokens whose logits, over the whole vocabulary, are in memory at a time."""
 
 
 class ModelRunner:
@@ -31,16 +37,27 @@ class ModelRunner:
     by `sample` on the last stage. One caller at a time.
     """
 
-    def __init__(self, config: EngineConfig, stage: int, tp_rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        stage: int,
+        tp_rank: int,
+        device: torch.device,
+        make_method: MakeMethod | None = None,
+    ) -> None:
+        """make_method: for the linear layers; by default that of the format which `config` names."""
         self._config = config
+        self._make_method = make_method or linear_methods(config.quantization)
         self._device = device
         self._dtype = getattr(torch, config.dtype)
+        self._kv_dtype = torch.float8_e4m3fn if config.args.kv_cache_dtype == "fp8" else self._dtype
         self._stage = stage
         self._tp = TensorShard(tp_rank, config.plan.tp_size)
         self._block_size = config.args.block_size
         self._model: CausalLM | None = None
         self._cache: KVCache | None = None
         self._batches: BatchMaker | None = None
+        self._pooler = Pooler()
 
     # -- before the first step ---------------------------------------------------------------------------
 
@@ -49,22 +66,27 @@ class ModelRunner:
         """Read this rank's weights from the model folder; ConfigError names what does not fit."""
         model_config = self._config.model
         layers = self._config.plan.layer_ranges[self._stage]
-        model = model_class(model_config.architecture)(model_config, layers, self._tp)
-        with Checkpoint(self._config.model_path, self._dtype, self._device) as checkpoint:
+        model = model_class(model_config.architecture)(
+            model_config, layers, self._tp, self._make_method, expert_parallel=self._config.plan.expert_parallel
+        )
+        with Checkpoint(self._config.folder_here(), self._dtype, self._device) as checkpoint:
             unused = model.load(checkpoint)
         if unused and self._tp.rank == 0:
             logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), ", ".join(unused[:10]))
-        _, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
-        rotary = RotaryTable(model_config.rope, head_dim, self._config.max_model_len, self._dtype, self._device)
+        sides, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
+        rotary = RotaryTable(
+            model_config.rope, model_config.rotary_dim, self._config.max_model_len, self._dtype, self._device
+        )
         num_heads = model_config.num_heads // self._tp.size
-        self._batches = BatchMaker(rotary, num_heads, num_kv_heads, block_size, head_dim, self._dtype, self._device)
+        shape = (num_heads, num_kv_heads, block_size, head_dim)
+        self._batches = BatchMaker(rotary, *shape, self._dtype, self._device, model_config.sliding_window, sides)
         self._model = model
 
     def kv_bytes_per_block(self) -> int:
         """Of the cache on this rank, over the layers of its stage."""
         model = self._loaded()
         shape = model.kv_block_shape(self._block_size)
-        return int(np.prod(shape)) * self._dtype.itemsize * len(model.layers)
+        return int(np.prod(shape)) * self._kv_dtype.itemsize * len(model.layers)
 
     def max_kv_blocks(self) -> int:
         """How many blocks this rank has room for, once its weights are loaded; ConfigError if not even one."""
@@ -111,7 +133,7 @@ class ModelRunner:
         model = self._loaded()
         self._cache = None
         self._cache = KVCache(
-            len(model.layers), num_blocks, model.kv_block_shape(self._block_size), self._dtype, self._device
+            len(model.layers), num_blocks, model.kv_block_shape(self._block_size), self._kv_dtype, self._device
         )
 
     def set_group(self, group: TensorGroup) -> None:
@@ -140,16 +162,48 @@ class ModelRunner:
         return model.forward(hidden, batch, self._cache.layers)
 
     @torch.inference_mode()
-    def sample(self, plan: StepPlan, hidden: Tensor) -> list[int] | None:
-        """Last stage: the next token of each sequence that the plan has a SampleSpec for, in plan order.
+    def sample(self, plan: StepPlan, hidden: Tensor) -> StepResult | None:
+        """Last stage: the next token of each sequence that the plan has a SampleSpec for, in plan order, and the
+        log-probabilities that it asks for.
 
-        `hidden`: what `execute` returned for this plan. Token ids on tp rank 0, None on the other ranks.
+        `hidden`: what `execute` returned for this plan. A result on tp rank 0, None on the other ranks.
         """
+        result = StepResult(plan.epoch, plan.step, [])
+        if plan.prompt_logprobs:
+            result.prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        if plan.pools and self._tp.rank == 0:
+            norm = self._loaded().norm
+            assert norm is not None
+            result.pooled = self._pooler.pool(plan, hidden, norm)
         specs = [spec for spec in plan.samples if spec is not None]
-        if not specs:
-            return [] if self._tp.rank == 0 else None
-        logits = self.logits(plan, hidden)
-        return None if logits is None else sample(logits, specs)
+        logits = self.logits(plan, hidden) if specs else None
+        if logits is not None:
+            asked = {row: spec.num_logprobs for row, spec in enumerate(specs) if spec.num_logprobs is not None}
+            unedited = logits[list(asked)] if asked else None
+            result.token_ids = sample(logits, specs)
+            if unedited is not None:
+                token_ids = [result.token_ids[row] for row in asked]
+                found = token_logprobs(unedited, token_ids, list(asked.values()))
+                by_row = dict(zip(asked, found, strict=True))
+                result.logprobs = [by_row.get(row) for row in range(len(specs))]
+        return result if self._tp.rank == 0 else None
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> list[list[TokenLogprobs]]:
+        """One list per PromptLogprobsSpec on tp rank 0; nothing of use on the others, which must call it too."""
+        ends = np.cumsum(np.frombuffer(plan.query_lens, np.int32))
+        starts = ends - np.frombuffer(plan.query_lens, np.int32)
+        found = []
+        for spec in plan.prompt_logprobs:
+            start = int(starts[spec.sequence])
+            targets = np.frombuffer(spec.target_ids, np.int32).tolist()
+            report: list[TokenLogprobs] = []
+            for first in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
+                part = targets[first : first + PROMPT_LOGPROBS_ROWS]
+                logits = self._loaded().logits(hidden[start + first : start + first + len(part)])
+                if logits is not None:
+                    report += token_logprobs(logits, part, [spec.num_logprobs] * len(part))
+            found.append(report)
+        return found
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, hidden: Tensor, rows: Literal["sampled", "all"] = "sampled") -> Tensor | None:
@@ -160,6 +214,10 @@ class ModelRunner:
             if len(wanted) < len(hidden):
                 hidden = hidden[torch.from_numpy(wanted).to(self._device)]
         return self._loaded().logits(hidden)
+
+    def expert_load(self) -> dict[int, list[int]]:
+        """Layer → tokens that each of its experts got in the last step; the same on every rank of the stage."""
+        return self._loaded().expert_load()
 
     def _loaded(self) -> CausalLM:
         assert self._model is not None, "load() comes first"

@@ -4,20 +4,22 @@ Randomness is a pure function of (seed, position): one uniform number per row, a
 in the cumulative distribution, in token-id order, over the tokens that are kept. What a row gets does not
 depend on the rows beside it.
 
-Kept are the tokens whose logit reaches a threshold; the limits apply in vLLM's order, each to what the one
-before left: temperature, min_p, top_k, top_p. Tokens that tie with the threshold are kept.
+First come the edits that a request makes to its logits (allowed tokens, bias, penalties). Kept then are the
+tokens whose logit reaches a threshold; the limits apply in vLLM's order, each to what the one before left:
+temperature, min_p, top_k, top_p. Tokens that tie with the threshold are kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stagemesh.stages.messages import SampleSpec
+from stagemesh.stages.messages import LogitEdits, SampleSpec, TokenLogprobs
 
 _MASK64 = 2**64 - 1
 _NUCLEUS_CANDIDATES = 256
@@ -25,8 +27,12 @@ _NUCLEUS_CANDIDATES = 256
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
-    """One token id per row of `logits` [n, vocab]; `specs` [n]. Overwrites banned entries of `logits`."""
+    """One token id per row of `logits` [n, vocab]; `specs` [n]. May overwrite `logits`."""
+    if any(spec.edits is not None for spec in specs):
+        logits = logits.float()
     for row, spec in enumerate(specs):
+        if spec.edits is not None:
+            _edit(logits[row], spec.edits)
         if spec.banned_token_ids:
             logits[row, spec.banned_token_ids] = -math.inf
     chosen = _argmax(logits)
@@ -35,6 +41,52 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
         chosen[random_rows] = _draw(logits[random_rows], [specs[row] for row in random_rows])
     token_ids: list[int] = chosen.tolist()
     return token_ids
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """How likely each row of `logits` [n, vocab], as the model gave it, finds its token of `token_ids` [n].
+
+    counts: how many likeliest tokens to name for each row; -1 for all.
+    """
+    if not token_ids:
+        return []
+    vocab_size = logits.shape[-1]
+    counts = [vocab_size if count < 0 else min(count, vocab_size) for count in counts]
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = ((logprobs > own).sum(-1) + 1).tolist()
+    top = logprobs.topk(max(counts), -1)
+    rows = zip(token_ids, own[:, 0].tolist(), ranks, top.indices.tolist(), top.values.tolist(), counts, strict=True)
+    return [
+        TokenLogprobs(token_id, logprob, rank, top_ids[:count], top_logprobs[:count])
+        for token_id, logprob, rank, top_ids, top_logprobs, count in rows
+    ]
+
+
+def _edit(row: Tensor, edits: LogitEdits) -> None:
+    """Changes `row`, float32 [vocab], in vLLM's order: allowed tokens, bias, repetition, frequency, presence."""
+    if edits.allowed:
+        bits = np.unpackbits(np.frombuffer(edits.allowed, np.uint8), count=len(row), bitorder="little")
+        row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), -math.inf)
+    if edits.bias_ids:
+        row[_ids(edits.bias_ids, row)] += _on_device(np.frombuffer(edits.bias, np.float32), row)
+    output_ids = _ids(edits.output_ids, row)
+    if edits.repetition_penalty != 1.0:
+        seen = torch.cat((_ids(edits.prompt_ids, row), output_ids)).unique()
+        logits = row[seen]
+        row[seen] = torch.where(logits > 0, logits / edits.repetition_penalty, logits * edits.repetition_penalty)
+    if len(output_ids) and (edits.frequency_penalty or edits.presence_penalty):
+        counts = _on_device(np.frombuffer(edits.output_counts, np.int32).astype(np.float32), row)
+        row[output_ids] -= edits.frequency_penalty * counts + edits.presence_penalty
+
+
+def _ids(data: bytes, like: Tensor) -> Tensor:
+    return _on_device(np.frombuffer(data, np.int32).astype(np.int64), like)
+
+
+def _on_device(values: np.ndarray[Any, Any], like: Tensor) -> Tensor:
+    # A copy, because bytes are read-only and torch says so with a warning.
+    return torch.from_numpy(values.copy()).to(like.device)
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from typing import NamedTuple
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.blocks import BlockManager, require
-from stagemesh.stages.messages import SampleSpec, StepPlan
+from stagemesh.stages.messages import PoolSpec, PromptLogprobsSpec, SampleSpec, StepPlan, TokenLogprobs
 from stagemesh.stages.sequence import Sequence, SequenceStatus
+from stagemesh.stages.structured import Grammar
 
 MIN_SHARE_TOKENS = 256
 """A micro-batch is not made smaller than this for balance: below it a forward pass costs about the same
@@ -56,6 +57,8 @@ class ScheduledSequence(NamedTuple):
     num_tokens: int
     is_sampled: bool
     """The step reaches the last known token, so that it samples the next."""
+    num_prompt_logprobs: int
+    """Tokens that follow one of these in the prompt and whose log-probabilities are wanted."""
 
 
 class ScheduledStep:
@@ -73,7 +76,8 @@ class ScheduledStep:
         query_lens, context_lens, token_ids = array("i"), array("i"), array("i")
         tables: list[bytes] = []
         samples: list[SampleSpec | None] = []
-        for sequence, table, start, num_tokens, is_sampled in self.entries:
+        prompt_logprobs, pools = [], []
+        for sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs in self.entries:
             end = start + num_tokens
             seq_ids.append(sequence.seq_id)
             query_lens.append(num_tokens)
@@ -81,7 +85,15 @@ class ScheduledStep:
             token_ids.extend(sequence.token_ids[start:end])
             tables.append(table.tobytes())
             tables.append(_UNUSED * (max_blocks - len(table)))
-            samples.append(sequence.sample_spec(end) if is_sampled else None)
+            pooling = sequence.params.pooling
+            if pooling is not None:
+                wanted = (pooling.pooling, pooling.normalize, pooling.dimensions or 0)
+                pools.append(PoolSpec(len(samples), *wanted, is_whole=is_sampled))
+            samples.append(sequence.sample_spec(end) if is_sampled and pooling is None else None)
+            if num_prompt_logprobs:
+                targets = sequence.token_ids[start + 1 : start + 1 + num_prompt_logprobs].tobytes()
+                assert sequence.params.prompt_logprobs is not None
+                prompt_logprobs.append(PromptLogprobsSpec(len(samples) - 1, targets, sequence.params.prompt_logprobs))
         return StepPlan(
             epoch=epoch,
             step=step,
@@ -92,6 +104,8 @@ class ScheduledStep:
             block_tables=b"".join(tables),
             max_blocks=max_blocks,
             samples=samples,
+            prompt_logprobs=prompt_logprobs,
+            pools=pools,
         )
 
 
@@ -101,11 +115,19 @@ class SequenceUpdate(NamedTuple):
     request_id: str
     token_ids: list[int]
     finish_reason: str | None
-    """"stop" or "length" when these were its last tokens."""
+    """"stop", "length" or "error" when these were its last tokens."""
     stop_token_id: int | None
     """The stop or EOS id that ended it, also the last of `token_ids`."""
     num_cached_tokens: int
     """Prompt tokens that came from the prefix cache; the same in every update of a request."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One per token id, if the request asked for them."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """With the first token, if the request asked for them."""
+    error: str = ""
+    """With finish_reason "error": what went wrong."""
+    embedding: bytes = b""
+    """float32: the prompt's vector, if the request asked for that instead of tokens."""
 
 
 class Scheduler:
@@ -150,14 +172,23 @@ class Scheduler:
 
     # ---- requests ------------------------------------------------------------------------------------------
 
-    def add(self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> Sequence:
-        """Queues a request. Raises ConfigError if it could never run here, or if its id is in use."""
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        grammar: Grammar | None = None,
+    ) -> Sequence:
+        """Queues a request. Raises ConfigError if it could never run here, or if its id is in use.
+
+        grammar: made from `params.structured_outputs`, for this request alone.
+        """
         num_prompt = len(prompt_token_ids)
         if request_id in self._sequences:
             raise ConfigError("request_id", request_id, "a request with this id is still running")
         if num_prompt == 0:
             raise ConfigError("prompt", [], "must hold at least one token")
-        if num_prompt >= self.max_model_len:
+        if num_prompt + (params.pooling is None) > self.max_model_len:
             raise ConfigError(
                 "prompt",
                 "…",
@@ -170,6 +201,7 @@ class Scheduler:
             params,
             eos_token_ids=self.eos_token_ids,
             max_model_len=self.max_model_len,
+            grammar=grammar,
         )
         # The last token is only given out, its KV is never computed. Who fits alone can always be finished:
         # in the worst case everybody who came later is preempted for the oldest.
@@ -222,8 +254,16 @@ class Scheduler:
         self._in_flight.append(step)
         return step
 
-    def update(self, step: ScheduledStep, token_ids: SequenceOf[int]) -> list[SequenceUpdate]:
-        """Takes the result of the oldest step in flight: one token per sampled sequence, in plan order.
+    def update(
+        self,
+        step: ScheduledStep,
+        token_ids: SequenceOf[int],
+        logprobs: SequenceOf[TokenLogprobs | None] = (),
+        prompt_logprobs: SequenceOf[list[TokenLogprobs]] = (),
+        pooled: SequenceOf[bytes] = (),
+    ) -> list[SequenceUpdate]:
+        """Takes the result of the oldest step in flight: one token per sampled sequence, in plan order, and what
+        was asked for beside it, as in StepResult.
 
         Sequences aborted meanwhile are left out of the answer.
         """
@@ -231,9 +271,14 @@ class Scheduler:
         self._in_flight.popleft()
         for entry in step.entries:
             entry.sequence.num_in_flight -= 1
-        updates = []
-        sampled = [entry.sequence for entry in step.entries if entry.is_sampled]
-        for sequence, token_id in zip(sampled, token_ids, strict=True):
+        asked = [entry for entry in step.entries if entry.num_prompt_logprobs]
+        for entry, report in zip(asked, prompt_logprobs, strict=True):
+            entry.sequence.take_prompt_logprobs(entry.start + 1, report)
+        ready = [entry.sequence for entry in step.entries if entry.is_sampled]
+        updates = self._embedded([sequence for sequence in ready if sequence.params.pooling is not None], pooled)
+        sampled = [sequence for sequence in ready if sequence.params.pooling is None]
+        reports = logprobs or [None] * len(sampled)
+        for sequence, token_id, logprob in zip(sampled, token_ids, reports, strict=True):
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             sequence.append(token_id)
@@ -247,9 +292,28 @@ class Scheduler:
                     sequence.finish_reason,
                     sequence.stop_token_id,
                     sequence.num_cached_tokens,
+                    None if logprob is None else [logprob],
+                    self._prompt_logprobs_of(sequence),
+                    sequence.error,
                 )
             )
         return updates
+
+    def _embedded(self, sequences: SequenceOf[Sequence], vectors: SequenceOf[bytes]) -> list[SequenceUpdate]:
+        updates = []
+        for sequence, vector in zip(sequences, vectors, strict=True):
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            sequence.finish_reason = "stop"
+            self._finish(sequence)
+            cached = sequence.num_cached_tokens
+            updates.append(SequenceUpdate(sequence.request_id, [], "stop", None, cached, embedding=vector))
+        return updates
+
+    def _prompt_logprobs_of(self, sequence: Sequence) -> list[TokenLogprobs] | None:
+        if sequence.params.prompt_logprobs is None or sequence.num_output_tokens != 1:
+            return None
+        return sequence.prompt_logprobs
 
     def _schedule_decodes(self, step: ScheduledStep) -> None:
         decoding = [sequence for sequence in self._running if sequence.num_uncomputed_tokens <= 1]
@@ -297,7 +361,12 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + num_tokens
         is_sampled = end == sequence.num_tokens
-        step.entries.append(ScheduledSequence(sequence, sequence.block_table, start, num_tokens, is_sampled))
+        num_prompt_logprobs = 0
+        if sequence.needs_prompt_logprobs:
+            num_prompt_logprobs = max(0, min(end, sequence.num_prompt_tokens - 1) - start)
+        step.entries.append(
+            ScheduledSequence(sequence, sequence.block_table, start, num_tokens, is_sampled, num_prompt_logprobs)
+        )
         step.num_tokens += num_tokens
         sequence.num_computed_tokens = end
         sequence.num_in_flight += 1
@@ -319,7 +388,8 @@ class Scheduler:
         if num_spare >= self.max_num_seqs or not self.blocks.can_allocate(1 + num_spare):
             return False
         shared: list[int] = []
-        if self.blocks.enable_prefix_caching:
+        # The hidden states of cached tokens are not cached with them.
+        if self.blocks.enable_prefix_caching and not sequence.needs_all_hidden:
             # At least the last token is computed: sampling needs its hidden state, and that is not cached.
             hashes = sequence.hash_blocks((sequence.num_tokens - 1) // self.block_size, self.block_size)
             shared = self.blocks.find_prefix(hashes)

@@ -9,7 +9,9 @@ from enum import Enum
 
 from stagemesh.config.prefix import ROOT, block_hashes
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.stages.messages import SampleSpec
+from stagemesh.stages.logit_rules import LogitRules
+from stagemesh.stages.messages import SampleSpec, TokenLogprobs
+from stagemesh.stages.structured import Grammar
 
 
 class SequenceStatus(Enum):
@@ -24,11 +26,13 @@ class Sequence:
     """State of one request for its life in the lane. Owned by the Scheduler: others only read it."""
 
     __slots__ = (
+        "_rules",
         "_spec",
         "arrival",
         "banned_token_ids",
         "block_hashes",
         "block_table",
+        "error",
         "finish_reason",
         "max_num_tokens",
         "num_cached_tokens",
@@ -37,6 +41,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "params",
+        "prompt_logprobs",
         "request_id",
         "seq_id",
         "status",
@@ -55,6 +60,7 @@ class Sequence:
         *,
         eos_token_ids: Iterable[int],
         max_model_len: int,
+        grammar: Grammar | None = None,
     ) -> None:
         assert params.seed is not None, "the router draws a seed before a request reaches a head"
         self.seq_id = seq_id
@@ -78,15 +84,20 @@ class Sequence:
         self.num_in_flight = 0
         """Plans in flight that hold this sequence."""
         self.num_preemptions = 0
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        """Of the prompt's tokens after the first, as far as they have come; only if the request asked."""
         self.was_admitted = False
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
+        self.error = ""
+        """With finish_reason "error": what went wrong."""
         self.stop_token_id: int | None = None
 
         eos, stop = set(eos_token_ids), set(params.stop_token_ids)
         self.stop_token_ids = frozenset(stop if params.ignore_eos else stop | eos)
         self.banned_token_ids = sorted(stop | eos)
         """What may not be sampled before min_tokens exist."""
+        self._rules = LogitRules.of(params, prompt_token_ids, grammar)
         self._spec = (
             params.temperature,
             params.top_p,
@@ -112,9 +123,20 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are still to come."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Known tokens not scheduled yet. 0 while running means: its next token is being sampled."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def needs_all_hidden(self) -> bool:
+        """Whether the hidden state of every token of its prompt is wanted, not only the last one's."""
+        pooling = self.params.pooling
+        return self.needs_prompt_logprobs or (pooling is not None and pooling.pooling == "mean")
 
     def hash_blocks(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Hashes of its first `num_blocks` blocks, all of which must be full of known tokens."""
@@ -128,12 +150,28 @@ class Sequence:
     def sample_spec(self, position: int) -> SampleSpec:
         """How to choose the token at `position` (its index in `token_ids`)."""
         must_go_on = position - self.num_prompt_tokens < self.params.min_tokens
-        return SampleSpec(*self._spec, position, self.banned_token_ids if must_go_on else [])
+        banned_token_ids = self.banned_token_ids if must_go_on else []
+        edits = None
+        if self._rules is not None:
+            output_token_ids = self.token_ids[self.num_prompt_tokens : position]
+            banned_token_ids = banned_token_ids + self._rules.bad_endings(output_token_ids)
+            edits = self._rules.edits(output_token_ids, banned_token_ids)
+            if edits.allowed:
+                banned_token_ids = []  # the mask says it
+        return SampleSpec(*self._spec, position, banned_token_ids, edits, self.params.logprobs)
+
+    def take_prompt_logprobs(self, start: int, logprobs: SequenceOf[TokenLogprobs]) -> None:
+        """Log-probabilities of the prompt's tokens from `start` on. Those it has already, from before a
+        preemption, stay.
+        """
+        self.prompt_logprobs += logprobs[len(self.prompt_logprobs) + 1 - start :]
 
     def append(self, token_id: int) -> None:
         """Takes the sampled token and sets `finish_reason` if it is the last one."""
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             self.finish_reason, self.stop_token_id = "stop", token_id
+            if self._rules is not None and self._rules.error:
+                self.finish_reason, self.error = "error", self._rules.error
         elif len(self.token_ids) >= self.max_num_tokens:
             self.finish_reason = "length"

@@ -79,6 +79,10 @@ class Tokenizer:
         """A fresh detokenizer for one answer."""
         return IncrementalDetokenizer(self._token_bytes[skip_special_tokens])
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to the text, special tokens written out. May be part of a character."""
+        return self._token_bytes[False][token_id]
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole answer: exactly what streaming it would have given."""
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)

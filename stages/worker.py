@@ -21,7 +21,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from stagemesh.config.engine import EngineConfig
 from stagemesh.stages.channel import WorkerChannel
 from stagemesh.stages.collectives import DistGroup, SingleRank, TensorGroup
-from stagemesh.stages.messages import StepPlan, StepResult, StopRun, WorkerStats
+from stagemesh.stages.messages import StepPlan, StopRun, WorkerStats
 from stagemesh.stages.runner import ModelRunner
 from stagemesh.stages.transport import ActivationTransport, DistTransport, NoTransport
 from stagemesh.stages.wiring import Endpoints, Progress, Wiring
@@ -145,6 +145,11 @@ class Worker:
         if epoch == self._epoch:
             self._stop.set()
 
+    def close(self) -> None:
+        """Free the sockets; safe to call twice. `run` must have ended."""
+        self._disconnect()
+        self._context.term()
+
     def progress(self) -> Progress:
         step, phase, since = self._progress
         return Progress(self._stage, self._tp_rank, self._epoch, step, phase, time.monotonic() - since)
@@ -204,13 +209,13 @@ class _RunLoop:
         received = time.perf_counter()
         self._worker._enter("model", plan.step)
         hidden = self._runner.execute(plan, hidden)
-        token_ids = self._runner.sample(plan, hidden) if self._is_last else None
+        result = self._runner.sample(plan, hidden) if self._is_last else None
         computed = time.perf_counter()
         self._worker._enter("hand over", plan.step)
         if not self._is_last:
             self._transport.send(plan.step, hidden)
-        elif token_ids is not None:
-            self._channel.send(StepResult(plan.epoch, plan.step, token_ids))
+        elif result is not None:
+            self._channel.send(result)
         self._worker._enter("idle", plan.step)
         self._num_steps += 1
         self._model_s += computed - received

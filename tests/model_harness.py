@@ -18,10 +18,14 @@ from torch import Tensor
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.stages.collectives import SingleRank
-from stagemesh.stages.messages import SampleSpec, StepPlan
+from stagemesh.stages.messages import SampleSpec, StepPlan, StepResult
 from stagemesh.stages.runner import ModelRunner
 
 torch.set_num_threads(1)  # several ranks are threads of one process here
+TOLERANCE = 1e-4
+"""Of float32 logits against transformers."""
+LAYOUTS: list[tuple[int, tuple[int, ...] | None]] = [(1, None), (2, None), (1, (2, 1)), (2, (2, 1))]
+"""(tp, layers per stage) for the 3 layers of make_checkpoint, which 2 stages do not divide."""
 GREEDY = SampleSpec(0.0, 1.0, 0, 0.0, 0, 0, [])
 
 
@@ -47,6 +51,9 @@ def make_checkpoint(folder: Path, family: str = "Llama", *, max_shard_size: str 
             noise = torch.randn(parameter.shape, generator=generator)
             # Norm weights spread around 1; every bias and matrix large enough to leave a trace in the logits.
             parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
@@ -57,6 +64,16 @@ def reference_logits(folder: Path, token_ids: Sequence[int], dtype: torch.dtype 
     with torch.inference_mode():
         logits: Tensor = model(torch.tensor([list(token_ids)])).logits[0]
     return logits
+
+
+def reference_greedy(folder: Path, token_ids: Sequence[int], count: int) -> list[int]:
+    """The next `count` tokens by transformers, each from the whole sequence at once."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = list(token_ids)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(token_ids) :]
 
 
 @dataclass
@@ -123,6 +140,14 @@ class ThreadGroup:
         everyone = self._exchange(x)
         return torch.cat(everyone, dim) if self.rank == 0 else None
 
+    def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
+        assert sum(send_rows) == len(x)
+        ends = [sum(send_rows[: rank + 1]) for rank in range(self.size)]
+        everyone, all_ends = self._exchange(x), self._exchange(torch.tensor(ends))
+        parts = [other.tensor_split(e.tolist())[self.rank] for other, e in zip(everyone, all_ends, strict=True)]
+        assert [len(part) for part in parts] == list(receive_rows)
+        return torch.cat(parts)
+
 
 @dataclass
 class ThreadLane:
@@ -167,12 +192,14 @@ class ThreadLane:
         return logits
 
     def sample(self, *parts: Part) -> list[int]:
-        plan = make_plan(*parts)
+        return self.run(make_plan(*parts)).token_ids
+
+    def run(self, plan: StepPlan) -> StepResult:
         hidden = self._forward(plan)
         everyone = self._on_ranks(self.stages[-1], lambda r, runner: runner.sample(plan, hidden[r]))
         assert all(result is None for result in everyone[1:])
-        token_ids: list[int] = everyone[0]
-        return token_ids
+        result: StepResult = everyone[0]
+        return result
 
     def _forward(self, plan: StepPlan) -> list[Tensor]:
         hidden: list[Any] = [None] * self.tp
@@ -183,3 +210,39 @@ class ThreadLane:
     def _on_ranks(self, ranks: list[ModelRunner], call: Any) -> list[Any]:
         with ThreadPoolExecutor(len(ranks)) as pool:
             return list(pool.map(call, range(len(ranks)), ranks))
+
+
+def some_token_ids(count: int, seed: int) -> list[int]:
+    return torch.randint(0, 101, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+
+
+def check_against_transformers(folder: Path, tp: int, partition: tuple[int, ...] | None, **args: Any) -> None:
+    """Prefill, chunks, decode, a prefix that another sequence computed, and greedy answers."""
+    lane = ThreadLane(folder, tp=tp, partition=partition, args=args)
+    ids = some_token_ids(37, seed=1)
+    expected = reference_logits(folder, ids)
+    table = torch.randperm(64, generator=torch.Generator().manual_seed(2)).tolist()
+
+    assert_same_logits(lane.logits(Part(ids, 0, table[:10])), expected)
+
+    start = 0
+    for length in (7, 1, 20, 1, 1, 7):
+        assert_same_logits(
+            lane.logits(Part(ids[start : start + length], start, table[10:20])), expected[start : start + length]
+        )
+        start += length
+
+    shared, other = ids[:16], some_token_ids(9, seed=3)
+    ours = lane.logits(Part(other, 16, table[:4] + table[20:23]), Part(ids[36:], 36, table[10:20]))
+    assert_same_logits(ours, torch.cat((reference_logits(folder, shared + other)[16:], expected[36:])))
+
+    answer: list[int] = []
+    blocks = table[30:45]
+    for _ in range(12):
+        context = 0 if not answer else 20 + len(answer) - 1
+        answer += lane.sample(Part(answer[-1:] or ids[:20], context, blocks))
+    assert answer == reference_greedy(folder, ids[:20], 12)

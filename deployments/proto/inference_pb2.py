@@ -25,43 +25,57 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+stagemesh/deployments/proto/inference.proto\x12\x0cstagemesh.v1\x1a\x1cgoogle/protobuf/struct.proto\"\x98\x03\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x16\n\x14_skip_special_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x91\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.stagemesh.v1.TokenIdsH\x00\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.stagemesh.v1.SamplingB\x08\n\x06prompt\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"D\n\x0eGenerateChoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\"\x91\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12-\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x1c.stagemesh.v1.GenerateChoice\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.stagemesh.v1.Usage\"s\n\rGenerateChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.stagemesh.v1.Usage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xaa\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.stagemesh.v1.ChatMessage\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.stagemesh.v1.Sampling\x12\x35\n\x14\x63hat_template_kwargs\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\"^\n\nChatChoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12*\n\x07message\x18\x02 \x01(\x0b\x32\x19.stagemesh.v1.ChatMessage\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\"\x89\x01\n\x0c\x43hatResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12)\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x18.stagemesh.v1.ChatChoice\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.stagemesh.v1.Usage\"r\n\tChatChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\t\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.stagemesh.v1.Usage\"\x0f\n\rModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\"5\n\x0eModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.stagemesh.v1.Model2\xee\x02\n\tInference\x12I\n\x08Generate\x12\x1d.stagemesh.v1.GenerateRequest\x1a\x1e.stagemesh.v1.GenerateResponse\x12N\n\x0eGenerateStream\x12\x1d.stagemesh.v1.GenerateRequest\x1a\x1b.stagemesh.v1.GenerateChunk0\x01\x12=\n\x04\x43hat\x12\x19.stagemesh.v1.ChatRequest\x1a\x1a.stagemesh.v1.ChatResponse\x12\x42\n\nChatStream\x12\x19.stagemesh.v1.ChatRequest\x1a\x17.stagemesh.v1.ChatChunk0\x01\x12\x43\n\x06Models\x12\x1b.stagemesh.v1.ModelsRequest\x1a\x1c.stagemesh.v1.ModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+stagemesh/deployments/proto/inference.proto\x12\x0cstagemesh.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xb0\x07\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\r \x01(\x01H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0e \x01(\x01H\x0b\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0f \x01(\x01H\x0c\x88\x01\x01\x12\x39\n\nlogit_bias\x18\x10 \x03(\x0b\x32%.stagemesh.v1.Sampling.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x11 \x03(\x05\x12\x11\n\tbad_words\x18\x12 \x03(\t\x12\'\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08H\r\x88\x01\x01\x12\x15\n\x08logprobs\x18\x14 \x01(\x05H\x0e\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x15 \x01(\x05H\x0f\x88\x01\x01\x12;\n\x12structured_outputs\x18\x16 \x01(\x0b\x32\x1f.stagemesh.v1.StructuredOutputs\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x16\n\x14_skip_special_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x1d\n\x1b_include_stop_str_in_outputB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x16\n\x05Texts\x12\r\n\x05texts\x18\x01 \x03(\t\"\x8d\x01\n\x11StructuredOutputs\x12\x0e\n\x04json\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x13.stagemesh.v1.TextsH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x05 \x01(\x08H\x00\x42\x06\n\x04\x66orm\"v\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\'\n\x03top\x18\x05 \x03(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x91\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.stagemesh.v1.TokenIdsH\x00\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.stagemesh.v1.SamplingB\x08\n\x06prompt\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"\xa7\x01\n\x0eGenerateChoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\x12\x33\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\"\x91\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12-\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x1c.stagemesh.v1.GenerateChoice\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.stagemesh.v1.Usage\"\xa1\x01\n\rGenerateChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.stagemesh.v1.Usage\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\"F\n\x08ToolCall\x12\r\n\x05index\x18\x01 \x01(\x05\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"n\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12*\n\ntool_calls\x18\x03 \x03(\x0b\x32\x16.stagemesh.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\x9c\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.stagemesh.v1.ChatMessage\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.stagemesh.v1.Sampling\x12\x35\n\x14\x63hat_template_kwargs\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12!\n\x05tools\x18\x05 \x03(\x0b\x32\x12.stagemesh.v1.Tool\x12\x13\n\x0btool_choice\x18\x06 \x01(\t\x12 \n\x13parallel_tool_calls\x18\x07 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_parallel_tool_calls\"\xc1\x01\n\nChatChoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12*\n\x07message\x18\x02 \x01(\x0b\x32\x19.stagemesh.v1.ChatMessage\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\x12\x33\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\"\x89\x01\n\x0c\x43hatResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12)\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x18.stagemesh.v1.ChatChoice\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.stagemesh.v1.Usage\"\xcc\x01\n\tChatChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\t\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.stagemesh.v1.Usage\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\x12*\n\ntool_calls\x18\x07 \x03(\x0b\x32\x16.stagemesh.v1.ToolCall\"\x0f\n\rModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\"5\n\x0eModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.stagemesh.v1.Model2\xee\x02\n\tInference\x12I\n\x08Generate\x12\x1d.stagemesh.v1.GenerateRequest\x1a\x1e.stagemesh.v1.GenerateResponse\x12N\n\x0eGenerateStream\x12\x1d.stagemesh.v1.GenerateRequest\x1a\x1b.stagemesh.v1.GenerateChunk0\x01\x12=\n\x04\x43hat\x12\x19.stagemesh.v1.ChatRequest\x1a\x1a.stagemesh.v1.ChatResponse\x12\x42\n\nChatStream\x12\x19.stagemesh.v1.ChatRequest\x1a\x17.stagemesh.v1.ChatChunk0\x01\x12\x43\n\x06Models\x12\x1b.stagemesh.v1.ModelsRequest\x1a\x1c.stagemesh.v1.ModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stagemesh.deployments.proto.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLING']._serialized_start=92
-  _globals['_SAMPLING']._serialized_end=500
-  _globals['_TOKENIDS']._serialized_start=502
-  _globals['_TOKENIDS']._serialized_end=525
-  _globals['_GENERATEREQUEST']._serialized_start=528
-  _globals['_GENERATEREQUEST']._serialized_end=673
-  _globals['_USAGE']._serialized_start=675
-  _globals['_USAGE']._serialized_end=755
-  _globals['_GENERATECHOICE']._serialized_start=757
-  _globals['_GENERATECHOICE']._serialized_end=825
-  _globals['_GENERATERESPONSE']._serialized_start=828
-  _globals['_GENERATERESPONSE']._serialized_end=973
-  _globals['_GENERATECHUNK']._serialized_start=975
-  _globals['_GENERATECHUNK']._serialized_end=1090
-  _globals['_CHATMESSAGE']._serialized_start=1092
-  _globals['_CHATMESSAGE']._serialized_end=1136
-  _globals['_CHATREQUEST']._serialized_start=1139
-  _globals['_CHATREQUEST']._serialized_end=1309
-  _globals['_CHATCHOICE']._serialized_start=1311
-  _globals['_CHATCHOICE']._serialized_end=1405
-  _globals['_CHATRESPONSE']._serialized_start=1408
-  _globals['_CHATRESPONSE']._serialized_end=1545
-  _globals['_CHATCHUNK']._serialized_start=1547
-  _globals['_CHATCHUNK']._serialized_end=1661
-  _globals['_MODELSREQUEST']._serialized_start=1663
-  _globals['_MODELSREQUEST']._serialized_end=1678
-  _globals['_MODEL']._serialized_start=1680
-  _globals['_MODEL']._serialized_end=1722
-  _globals['_MODELSRESPONSE']._serialized_start=1724
-  _globals['_MODELSRESPONSE']._serialized_end=1777
-  _globals['_INFERENCE']._serialized_start=1780
-  _globals['_INFERENCE']._serialized_end=2146
+  _globals['_SAMPLING']._serialized_end=1036
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=728
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=776
+  _globals['_TEXTS']._serialized_start=1038
+  _globals['_TEXTS']._serialized_end=1060
+  _globals['_STRUCTUREDOUTPUTS']._serialized_start=1063
+  _globals['_STRUCTUREDOUTPUTS']._serialized_end=1204
+  _globals['_TOKENLOGPROB']._serialized_start=1206
+  _globals['_TOKENLOGPROB']._serialized_end=1324
+  _globals['_TOKENIDS']._serialized_start=1326
+  _globals['_TOKENIDS']._serialized_end=1349
+  _globals['_GENERATEREQUEST']._serialized_start=1352
+  _globals['_GENERATEREQUEST']._serialized_end=1497
+  _globals['_USAGE']._serialized_start=1499
+  _globals['_USAGE']._serialized_end=1579
+  _globals['_GENERATECHOICE']._serialized_start=1582
+  _globals['_GENERATECHOICE']._serialized_end=1749
+  _globals['_GENERATERESPONSE']._serialized_start=1752
+  _globals['_GENERATERESPONSE']._serialized_end=1897
+  _globals['_GENERATECHUNK']._serialized_start=1900
+  _globals['_GENERATECHUNK']._serialized_end=2061
+  _globals['_TOOLCALL']._serialized_start=2063
+  _globals['_TOOLCALL']._serialized_end=2133
+  _globals['_CHATMESSAGE']._serialized_start=2135
+  _globals['_CHATMESSAGE']._serialized_end=2245
+  _globals['_TOOL']._serialized_start=2247
+  _globals['_TOOL']._serialized_end=2308
+  _globals['_CHATREQUEST']._serialized_start=2311
+  _globals['_CHATREQUEST']._serialized_end=2595
+  _globals['_CHATCHOICE']._serialized_start=2598
+  _globals['_CHATCHOICE']._serialized_end=2791
+  _globals['_CHATRESPONSE']._serialized_start=2794
+  _globals['_CHATRESPONSE']._serialized_end=2931
+  _globals['_CHATCHUNK']._serialized_start=2934
+  _globals['_CHATCHUNK']._serialized_end=3138
+  _globals['_MODELSREQUEST']._serialized_start=3140
+  _globals['_MODELSREQUEST']._serialized_end=3155
+  _globals['_MODEL']._serialized_start=3157
+  _globals['_MODEL']._serialized_end=3199
+  _globals['_MODELSRESPONSE']._serialized_start=3201
+  _globals['_MODELSRESPONSE']._serialized_end=3254
+  _globals['_INFERENCE']._serialized_start=3257
+  _globals['_INFERENCE']._serialized_end=3623
 # @@protoc_insertion_point(module_scope)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from stagemesh.config.model import ModelConfig
+from stagemesh.config.parallel import kv_heads
 from stagemesh.kernels.rotary import rotary_
 from stagemesh.stages.batch import StepBatch
 from stagemesh.stages.collectives import TensorShard
@@ -22,25 +23,11 @@ from stagemesh.stages.layers.norm import RMSNorm
 from stagemesh.stages.weights import Checkpoint
 
 
-@dataclass(frozen=True)
-class HeadShard:
-    """The heads of one rank. With more ranks than KV heads, neighbouring ranks hold the same KV head."""
-
-    num_heads: int
-    num_kv_heads: int
-    first_kv_head: int
-
-    @classmethod
-    def of(cls, num_heads: int, num_kv_heads: int, tp: TensorShard) -> HeadShard:
-        return cls(
-            num_heads=num_heads // tp.size,
-            num_kv_heads=max(1, num_kv_heads // tp.size),
-            first_kv_head=tp.rank * num_kv_heads // tp.size,
-        )
-
-
 class Attention:
-    """q, k, v from one product, an optional norm per head, rotary positions, paged attention, output."""
+    """q, k, v from one product, an optional norm per head, rotary positions, paged attention, output.
+
+    Which KV heads a rank holds, and why one may be held twice, is in config/parallel.py (kv_heads).
+    """
 
     def __init__(
         self,
@@ -48,20 +35,17 @@ class Attention:
         config: ModelConfig,
         tp: TensorShard,
         *,
-        bias: bool,
-        output_bias: bool,
-        qk_norm: bool = False,
         make_method: MakeMethod = dense_method,
     ) -> None:
         dim = config.head_dim
-        heads = HeadShard.of(config.num_heads, config.num_kv_heads, tp)
-        self.num_heads = heads.num_heads
-        self.num_kv_heads = heads.num_kv_heads
+        held = kv_heads(config, tp.size, tp.rank)
+        self.num_heads = config.num_heads // tp.size
+        self.num_kv_heads = len(held)
         self.head_dim = dim
         self.scale = dim**-0.5
         q_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
         q_rows = [even_part(q_size, tp)]
-        kv_rows = [slice(heads.first_kv_head * dim, (heads.first_kv_head + heads.num_kv_heads) * dim)]
+        kv_rows = _rows_of(held, dim)
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
             [
@@ -69,13 +53,13 @@ class Attention:
                 Output(f"{name}.k_proj", kv_size, kv_rows),
                 Output(f"{name}.v_proj", kv_size, kv_rows),
             ],
-            bias=bias,
+            bias=config.qkv_bias,
             make_method=make_method,
         )
-        self.q_norm = RMSNorm(f"{name}.q_norm", dim, config.rms_norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(f"{name}.k_norm", dim, config.rms_norm_eps) if qk_norm else None
+        self.q_norm = RMSNorm(f"{name}.q_norm", dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(f"{name}.k_norm", dim, config.rms_norm_eps) if config.qk_norm else None
         self.out = RowParallelLinear(
-            f"{name}.o_proj", q_size, config.hidden_size, bias=output_bias, tp=tp, make_method=make_method
+            f"{name}.o_proj", q_size, config.hidden_size, bias=config.output_bias, tp=tp, make_method=make_method
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -95,3 +79,14 @@ class Attention:
             qkv[:, keys] = self.k_norm(qkv[:, keys])
         rotary_(qkv[:, : heads + self.num_kv_heads], batch.cos, batch.sin)
         return self.out(batch.attend(qkv[:, :heads], qkv[:, heads:], cache, self.scale))
+
+
+def _rows_of(heads: Sequence[int], dim: int) -> list[slice]:
+    """Rows of a projection that make up `heads`, neighbours in one slice."""
+    rows: list[slice] = []
+    for head in heads:
+        if rows and rows[-1].stop == head * dim:
+            rows[-1] = slice(rows[-1].start, (head + 1) * dim)
+        else:
+            rows.append(slice(head * dim, (head + 1) * dim))
+    return rows

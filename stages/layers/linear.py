@@ -127,7 +127,11 @@ class RowParallelLinear:
         self.method.load(checkpoint, self.parts, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.tp.all_reduce(self.method(x))
+        return self.tp.all_reduce(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's summand of the output."""
+        return self.method(x)
 
 
 def even_part(features: int, tp: TensorShard) -> slice:

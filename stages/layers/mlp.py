@@ -29,19 +29,22 @@ class GatedMLP:
         *,
         bias: bool,
         make_method: MakeMethod = dense_method,
+        projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> None:
+        gate, up, down = projections
+        self.tp = tp
         rows = [even_part(intermediate_size, tp)]
         self.gate_up = ColumnParallelLinear(
             hidden_size,
             [
-                Output(f"{name}.gate_proj", intermediate_size, rows),
-                Output(f"{name}.up_proj", intermediate_size, rows),
+                Output(f"{name}.{gate}", intermediate_size, rows),
+                Output(f"{name}.{up}", intermediate_size, rows),
             ],
             bias=bias,
             make_method=make_method,
         )
         self.down = RowParallelLinear(
-            f"{name}.down_proj", intermediate_size, hidden_size, bias=bias, tp=tp, make_method=make_method
+            f"{name}.{down}", intermediate_size, hidden_size, bias=bias, tp=tp, make_method=make_method
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -50,4 +53,8 @@ class GatedMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden]."""
-        return self.down(silu_and_mul(self.gate_up(x)))
+        return self.tp.all_reduce(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's summand of the output, for who has more to add before the ranks are summed."""
+        return self.down.partial(silu_and_mul(self.gate_up(x)))

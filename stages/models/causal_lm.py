@@ -7,10 +7,13 @@ import re
 from torch import Tensor
 
 from stagemesh.config.model import ModelConfig
+from stagemesh.config.parallel import kv_heads
 from stagemesh.stages.batch import StepBatch
 from stagemesh.stages.collectives import TensorShard
 from stagemesh.stages.layers.decoder import DecoderLayer
 from stagemesh.stages.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from stagemesh.stages.layers.linear import MakeMethod, dense_method
+from stagemesh.stages.layers.moe import MixtureOfExperts
 from stagemesh.stages.layers.norm import RMSNorm
 from stagemesh.stages.weights import Checkpoint
 
@@ -29,9 +32,19 @@ class CausalLM:
     implements `make_layer`. Instances are made empty and filled by `load`.
     """
 
-    def __init__(self, config: ModelConfig, layers: tuple[int, int], tp: TensorShard) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: tuple[int, int],
+        tp: TensorShard,
+        make_method: MakeMethod = dense_method,
+        *,
+        expert_parallel: bool = False,
+    ) -> None:
         self.config = config
+        self.expert_parallel = expert_parallel
         self.tp = tp
+        self.make_method = make_method
         self.start, self.end = layers
         self.layers = [self.make_layer(i) for i in range(self.start, self.end)]
         vocab = (config.vocab_size, config.hidden_size, tp)
@@ -53,8 +66,8 @@ class CausalLM:
 
     def kv_block_shape(self, block_size: int) -> tuple[int, ...]:
         """Of one block of one layer's cache on this rank, as kernels/README.md describes it."""
-        num_kv_heads = max(1, self.config.num_kv_heads // self.tp.size)
-        return (2, num_kv_heads, block_size, self.config.head_dim)
+        num_kv_heads = len(kv_heads(self.config, self.tp.size, self.tp.rank))
+        return (self.config.kv_sides, num_kv_heads, block_size, self.config.head_dim)
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Read this rank's weights; returns the checkpoint's tensors that no stage of this model uses."""
@@ -86,6 +99,14 @@ class CausalLM:
         for layer, cache in zip(self.layers, caches, strict=True):
             stream, update = layer(stream, update, batch, cache)
         return stream if update is None else stream + update
+
+    def expert_load(self) -> dict[int, list[int]]:
+        """Layer → tokens that each of its experts got in the last step, for the mixtures of this stage."""
+        return {
+            index: layer.feed_forward.tokens_per_expert.tolist()
+            for index, layer in enumerate(self.layers, self.start)
+            if isinstance(layer.feed_forward, MixtureOfExperts)
+        }
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Last stage only: [n, hidden] → [n, vocab_size] on tp rank 0, None on the others."""

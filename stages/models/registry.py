@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.stages.models.causal_lm import CausalLM
+from stagemesh.stages.models.deepseek import DeepseekForCausalLM
 from stagemesh.stages.models.llama import LlamaForCausalLM
-from stagemesh.stages.models.qwen3 import Qwen3ForCausalLM
+from stagemesh.stages.models.mixture import MixtralForCausalLM, QwenMoeForCausalLM
 
 _MODELS: dict[str, type[CausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
-    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "MistralForCausalLM": LlamaForCausalLM,
+    "Qwen2ForCausalLM": LlamaForCausalLM,
+    "Qwen3ForCausalLM": LlamaForCausalLM,
+    "MixtralForCausalLM": MixtralForCausalLM,
+    "Qwen2MoeForCausalLM": QwenMoeForCausalLM,
+    "Qwen3MoeForCausalLM": QwenMoeForCausalLM,
+    "DeepseekV2ForCausalLM": DeepseekForCausalLM,
+    "DeepseekV3ForCausalLM": DeepseekForCausalLM,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -42,9 +42,16 @@ class Case:
     slots: np.ndarray
     expected: Tensor
     scale: float
+    window: int | None
 
 
-def make_case(batch: list[tuple[int, int]], shape: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> Case:
+def make_case(
+    batch: list[tuple[int, int]],
+    shape: tuple[int, int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+) -> Case:
     num_heads, kv_heads, head_dim = shape
     generator = torch.Generator().manual_seed(0)
     rng = np.random.default_rng(0)
@@ -73,7 +80,7 @@ def make_case(batch: list[tuple[int, int]], shape: tuple[int, int, int], block_s
                 q[start : start + query].float().transpose(0, 1),
                 whole[:kv_heads].repeat_interleave(num_heads // kv_heads, 0),
                 whole[kv_heads:].repeat_interleave(num_heads // kv_heads, 0),
-                torch.ones(query, context + query, dtype=torch.bool).tril(context),
+                visible(query, context, window),
                 scale=scale,
             ).transpose(0, 1)
         )
@@ -89,18 +96,27 @@ def make_case(batch: list[tuple[int, int]], shape: tuple[int, int, int], block_s
         np.concatenate(slots),
         torch.cat(expected).flatten(1),
         scale,
+        window,
     )
+
+
+def visible(query: int, context: int, window: int | None) -> Tensor:
+    """bool [query, context + query], from the definition."""
+    queries, keys = torch.arange(context, context + query)[:, None], torch.arange(context + query)
+    return (keys <= queries) & (keys > queries - (window or context + query))
 
 
 def run_cpu(case: Case) -> Tensor:
     _, _, kv_heads, block_size, head_dim = case.cache.shape
-    attention = CpuPagedAttention(case.q.shape[1], kv_heads, block_size, head_dim, case.q.dtype)
+    attention = CpuPagedAttention(case.q.shape[1], kv_heads, block_size, head_dim, case.q.dtype, case.window)
     step = attention.prepare(case.query_lens, case.context_lens, case.block_tables, case.slots)
     return step(case.q, case.kv, case.cache, case.scale)
 
 
 def run_step(case: Case, device: torch.device) -> Tensor:
-    step = PagedAttentionStep.on_device(case.query_lens, case.context_lens, case.block_tables, case.slots, device)
+    step = PagedAttentionStep.on_device(
+        case.query_lens, case.context_lens, case.block_tables, case.slots, device, case.window
+    )
     qkv, cache = torch.cat((case.q, case.kv), 1).to(device), case.cache.to(device)
     num_heads = case.q.shape[1]
     return step(qkv[:, :num_heads], qkv[:, num_heads:], cache, case.scale).cpu()
@@ -155,6 +171,39 @@ def test_layers_share_one_prepared_step_and_steps_one_workspace() -> None:
             )
 
 
+@pytest.mark.parametrize("window", [1, 3, 8, 30, 64, 500])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_sliding_window_hides_what_lies_further_back(
+    batch: list[tuple[int, int]], shape: tuple[int, int, int], window: int
+) -> None:
+    case = make_case(batch, shape, 4, torch.float32, window)
+    assert_close(run_cpu(case), case.expected, **tolerance(torch.float32))
+    assert_close(run_step(case, torch.device("cpu")), case.expected, **tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("window", [40, 100])
+def test_a_window_across_several_tiles_of_a_prefill(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    monkeypatch.setattr(paged_attention_cpu, "MAX_TILE", 32)
+    case = make_case(BATCHES["a long prefill"], SHAPES["gqa"], 4, torch.float32, window)
+    assert_close(run_cpu(case), case.expected, **tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_a_cache_of_one_side_is_key_and_value_in_one(batch: list[tuple[int, int]]) -> None:
+    two_sided = make_case(batch, (6, 1, 16), 4, torch.float32)
+    two_sided.cache[:, 1] = two_sided.cache[:, 0]
+    two_sided.kv[:, 1] = two_sided.kv[:, 0]
+    one_sided = replace(two_sided, kv=two_sided.kv[:, :1], cache=two_sided.cache[:, :1].contiguous())
+    expected = run_step(two_sided, torch.device("cpu"))
+
+    attention = CpuPagedAttention(6, 1, 4, 16, torch.float32, sides=1)
+    lens_and_tables = (one_sided.query_lens, one_sided.context_lens, one_sided.block_tables, one_sided.slots)
+    step = attention.prepare(*lens_and_tables)
+    assert_close(step(one_sided.q, one_sided.kv, one_sided.cache.clone(), one_sided.scale), expected)
+    assert_close(run_step(one_sided, torch.device("cpu")), expected)
+
+
 def test_padding_reads_nothing_of_other_sequences() -> None:
     """What stands in blocks that a sequence does not own, or behind its end, must not matter."""
     case = make_case(BATCHES["decodes of all lengths"], SHAPES["gqa"], 4, torch.float32)
@@ -176,18 +225,23 @@ def test_padding_reads_nothing_of_other_sequences() -> None:
     )
 
 
+@pytest.mark.parametrize("window", [None, 3, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_triton_agrees_with_dense_attention(
-    triton_device: torch.device, batch: list[tuple[int, int]], shape: tuple[int, int, int], dtype: torch.dtype
+    triton_device: torch.device,
+    batch: list[tuple[int, int]],
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    window: int | None,
 ) -> None:
     from stagemesh.kernels.paged_attention_triton import paged_attention_triton
     from stagemesh.kernels.store_kv_triton import store_kv_triton
 
     if dtype == torch.bfloat16 and triton_device.type == "cpu":
         pytest.skip("Triton 3.9's interpreter multiplies bfloat16 matrices as if their bits were integers")
-    case = make_case(batch, shape, 4, dtype)
+    case = make_case(batch, shape, 4, dtype, window)
     q, kv, cache = case.q.to(triton_device), case.kv.to(triton_device), case.cache.to(triton_device)
     starts = torch.from_numpy(np.concatenate(([0], case.query_lens.cumsum())).astype(np.int32)).to(triton_device)
     store_kv_triton(kv, cache, torch.from_numpy(case.slots).to(triton_device))
@@ -198,5 +252,6 @@ def test_triton_agrees_with_dense_attention(
         torch.from_numpy(case.context_lens.copy()).to(triton_device),
         torch.from_numpy(case.block_tables).to(triton_device),
         case.scale,
+        window,
     )
     assert_close(out.flatten(1).float().cpu(), case.expected, **tolerance(dtype))

@@ -29,6 +29,12 @@ def _check_rank(rank: int, size: int, store: str) -> None:
             assert torch.equal(group.all_gather(mine, 1), side_by_side)
             gathered = group.gather_to_rank0(mine, 1)
             assert torch.equal(gathered, side_by_side) if rank == 0 else gathered is None
+            # r sends s + 2·r rows to s, none from 0 to itself; a row says from where to where.
+            sent = [torch.tensor([[10.0 * rank + s, 1.0]]).expand(s + 2 * rank, 2) for s in range(size)]
+            sends, receives = [s + 2 * rank for s in range(size)], [rank + 2 * s for s in range(size)]
+            arrived = group.all_to_all(torch.cat(sent).to(dtype), sends, receives)
+            expected = [torch.tensor([[10.0 * s + rank, 1.0]]).expand(rank + 2 * s, 2) for s in range(size)]
+            assert torch.equal(arrived, torch.cat(expected).to(dtype))
         assert torch.equal(TensorShard(rank, size, group).all_reduce(torch.ones(2)), torch.full((2,), float(size)))
     finally:
         dist.destroy_process_group()
@@ -44,4 +50,5 @@ def test_a_single_rank_changes_nothing() -> None:
     assert group.all_reduce(x) is x
     assert group.all_gather(x, 0) is x
     assert group.gather_to_rank0(x, 0) is x
+    assert group.all_to_all(x, [2], [2]) is x
     assert TensorShard().all_reduce(x) is x

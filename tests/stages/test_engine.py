@@ -15,7 +15,7 @@ from model_folder import write_model_folder
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.sampling import SamplingParams
+from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
 from stagemesh.stages.channel import HeadChannel, RouterLinks, bind_random_port
 from stagemesh.stages.engine import Engine
 from stagemesh.stages.messages import (
@@ -26,6 +26,7 @@ from stagemesh.stages.messages import (
     StopRun,
     TokenBatch,
     TokenDelta,
+    TokenLogprobs,
     WorkerStats,
 )
 
@@ -58,7 +59,7 @@ class FakeWorker:
             if self.mute:
                 continue
             self._results.send(encode(WorkerStats(message.epoch, 0, 1, 0.001, 0.0)))
-            self._results.send(encode(StepResult(message.epoch, message.step, next_tokens(message))))
+            self._results.send(encode(result(message)))
         self._plans.close(linger=0)
         self._results.close(linger=0)
 
@@ -67,6 +68,19 @@ def next_tokens(plan: StepPlan) -> list[int]:
     tokens, lens = array("i", plan.token_ids), array("i", plan.query_lens)
     ends = [sum(lens[: i + 1]) for i in range(len(lens))]
     return [(tokens[end - 1] + 1) % 90 + 5 for end, spec in zip(ends, plan.samples, strict=True) if spec is not None]
+
+
+def result(plan: StepPlan) -> StepResult:
+    token_ids = next_tokens(plan)
+    specs = [spec for spec in plan.samples if spec is not None]
+    asked = [spec.num_logprobs is not None for spec in specs]
+    reports = [report(token_id) if ask else None for token_id, ask in zip(token_ids, asked, strict=True)]
+    prompts = [[report(token_id) for token_id in array("i", spec.target_ids)] for spec in plan.prompt_logprobs]
+    return StepResult(plan.epoch, plan.step, token_ids, reports if any(asked) else [], prompts)
+
+
+def report(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(token_id, -1.5, 2, [7], [-0.5])
 
 
 def expected(prompt: list[int], count: int) -> list[int]:
@@ -150,6 +164,29 @@ def test_tokens_come_in_order_and_the_summary_counts_them(bench: Bench) -> None:
         summary = future.result(10)
         assert (summary.num_tokens, summary.finish_reason) == (20, "length")
         assert bench.sink.tokens(f"r{i}") == expected([10 + i], 20)
+
+
+def test_logprobs_reach_whoever_asked(bench: Bench) -> None:
+    bench.wire(1)
+    asks = msgspec.structs.replace(params(), logprobs=1, prompt_logprobs=1)
+    done = [bench.engine.generate("asks", [10, 11, 12], asks, "router")]
+    done.append(bench.engine.generate("does not", [10, 11, 12], params(), "router"))
+    for future in done:
+        future.result(10)
+    mine = [delta for delta in bench.sink.deltas if delta.request_id == "asks"]
+    assert [entry for delta in mine for entry in delta.logprobs or []] == [report(t) for t in expected([12], 20)]
+    assert mine[0].prompt_logprobs == [report(11), report(12)]
+    assert all(delta.prompt_logprobs is None for delta in mine[1:])
+    others = [delta for delta in bench.sink.deltas if delta.request_id == "does not"]
+    assert all(delta.logprobs is None and delta.prompt_logprobs is None for delta in others)
+
+
+def test_a_form_that_no_answer_can_have_here_is_refused_by_name(bench: Bench) -> None:
+    bench.wire(1)
+    form = msgspec.structs.replace(params(), structured_outputs=StructuredOutputsParams(regex="a"))
+    with pytest.raises(ConfigError, match="tokenizer.json"):  # the folder has none
+        bench.engine.generate("r", [5], form, "router").result(5)
+    assert bench.engine.generate("ok", [5], params(2), "router").result(5).num_tokens == 2
 
 
 def test_a_request_that_cannot_run_is_refused_by_name(bench: Bench) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_harness import Part, ThreadLane, make_checkpoint
+from model_harness import Part, ThreadLane, make_checkpoint, make_plan
 
 from stagemesh.config.capacity import kv_bytes_per_token
 from stagemesh.config.errors import ConfigError
+from stagemesh.stages import runner as runner_module
+from stagemesh.stages.messages import LogitEdits, PromptLogprobsSpec, SampleSpec
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +47,52 @@ def test_room_for_hidden_states_has_the_shape_and_dtype_of_what_is_sent(folder: 
     lane = ThreadLane(folder, args={"dtype": "bfloat16"})
     hidden = lane.stages[0][0].empty_hidden(5)
     assert (hidden.shape, hidden.dtype) == ((5, 64), torch.bfloat16)
+
+
+LAYOUTS = pytest.mark.parametrize("tp, partition", [(1, None), (2, None), (1, (1, 2)), (2, (2, 1))])
+
+
+@LAYOUTS
+def test_prompt_logprobs_are_those_of_the_models_logits(
+    folder: Path, tp: int, partition: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "PROMPT_LOGPROBS_ROWS", 3)
+    lane = ThreadLane(folder, tp=tp, partition=partition)
+    first, second = Part([9, 8, 7, 6, 5], 0, [0, 1]), Part([3, 1, 4, 1, 5, 9, 2], 0, [2, 3], sample=None)
+    expected = lane.logits(first, second).log_softmax(-1)
+    plan = make_plan(first, second)
+    plan.prompt_logprobs = [
+        PromptLogprobsSpec(0, ints(8, 7, 6, 5), 2),
+        PromptLogprobsSpec(1, ints(1, 4, 1, 5, 9, 2, 77), 0),
+    ]
+    result = lane.run(plan)
+    assert len(result.token_ids) == 1 and result.logprobs == []
+    whole, chunk = result.prompt_logprobs
+    assert [entry.token_id for entry in whole] == [8, 7, 6, 5]
+    assert [entry.token_id for entry in chunk] == [1, 4, 1, 5, 9, 2, 77]
+    for row, entry in enumerate([*whole, None, *chunk]):
+        if entry is not None:
+            assert entry.logprob == pytest.approx(float(expected[row, entry.token_id]), abs=1e-4)
+    assert whole[0].top_ids == expected[0].topk(2).indices.tolist()
+
+
+@LAYOUTS
+def test_edits_and_logprobs_are_the_same_in_every_layout(
+    folder: Path, tp: int, partition: tuple[int, ...] | None
+) -> None:
+    def draws(lane: ThreadLane) -> list[tuple[int, int]]:
+        edits = LogitEdits(allowed=b"\xff" * 8, repetition_penalty=1.5, prompt_ids=ints(5, 6), presence_penalty=0.5)
+        found = []
+        for position in range(20):
+            spec = SampleSpec(1.0, 0.95, 0, 0.0, 11, position, [7], edits if position % 2 else None, 1)
+            result = lane.run(make_plan(Part([5, 6, 7], 0, [0], spec), Part([6, 5], 0, [1])))
+            report, nothing = result.logprobs
+            assert report is not None and nothing is None and report.token_id == result.token_ids[0]
+            found.append((report.token_id, report.rank))
+        return found
+
+    assert draws(ThreadLane(folder, tp=tp, partition=partition)) == draws(ThreadLane(folder))
+
+
+def ints(*values: int) -> bytes:
+    return torch.tensor(values, dtype=torch.int32).numpy().tobytes()

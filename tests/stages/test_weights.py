@@ -143,6 +143,6 @@ def test_unknown_tensors_are_reported_and_harmless_ones_are_not(folder: Path, ca
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="LlamaForCausalLM, Qwen3ForCausalLM"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
         model_class("GPT2LMHeadModel")
     assert "Qwen3ForCausalLM" in known_architectures()

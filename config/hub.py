@@ -1,0 +1,124 @@
+"""Models of the Hugging Face hub: from "org/name" to a folder on this machine.
+
+What the cache holds is used as it is, without a word over the network, so a model that was fetched once starts
+offline; `revision` says which state of the repository is meant. Only safetensors are fetched: a pickle may run any
+code when it is read. One process of a machine downloads, the others wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stagemesh.config.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, checkpoint_files
+from stagemesh.config.errors import ConfigError
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SETTINGS = ("*.json", "*.jinja")
+"""What is needed beside the weights."""
+
+
+def is_repo_id(model: str) -> bool:
+    """Whether `model` could name a repository of the hub."""
+    return REPO_ID.fullmatch(model) is not None
+
+
+def fetch(repo_id: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """The folder that holds `repo_id` at `revision` (a branch, tag or commit; None = main), downloaded if need be.
+
+    The folder's name is the commit. cache_dir: None = the hub library's own (HF_HOME, HF_HUB_CACHE). Raises
+    ConfigError naming what is missing, refused or out of reach.
+    """
+    from filelock import FileLock
+    from huggingface_hub import constants
+
+    if (folder := _cached(repo_id, revision, cache_dir)) is not None:
+        return folder
+    locks = Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"stagemesh--{repo_id.replace('/', '--')}.lock"):
+        # Whoever held the lock before may have fetched this very model.
+        return _cached(repo_id, revision, cache_dir) or _download(repo_id, revision, cache_dir)
+
+
+def _cached(repo_id: str, revision: str | None, cache_dir: str | None) -> Path | None:
+    """The folder in the cache, if everything is there and whole."""
+    folder = _cached_folder(repo_id, revision, cache_dir)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        checkpoint_files(folder)
+    except ConfigError:  # a download that was broken off
+        return None
+    return folder
+
+
+def _cached_folder(repo_id: str, revision: str | None, cache_dir: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _download(repo_id: str, revision: str | None, cache_dir: str | None) -> Path:
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    try:
+        names = [file.rfilename for file in HfApi().model_info(repo_id, revision=revision).siblings or ()]
+        _check_format(repo_id, names)
+        # Patterns match across folders; names do not.
+        settings = [name for name in names if "/" not in name and any(Path(name).match(kind) for kind in SETTINGS)]
+        folder = Path(snapshot_download(repo_id, allow_patterns=settings, **where))
+        snapshot_download(repo_id, allow_patterns=sorted(_weight_files(folder)), **where)
+    except ConfigError:
+        raise
+    except errors.GatedRepoError:
+        reason = "is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
+        raise ConfigError("model", repo_id, reason) from None
+    except errors.RevisionNotFoundError:
+        raise ConfigError("revision", revision, f"is no branch, tag or commit of {repo_id}") from None
+    except errors.RepositoryNotFoundError:
+        reason = "is neither a folder here nor a repository on the hub; a private one needs HF_TOKEN"
+        raise ConfigError("model", repo_id, reason) from None
+    except Exception as error:  # whatever the network or the disk may do
+        if (partial := _cached_folder(repo_id, revision, cache_dir)) is not None:
+            checkpoint_files(partial)  # says what is missing of it
+        at = f" at revision {revision}" if revision else ""
+        reason = (
+            f"is no folder here, not in the hub's cache{at}, and cannot be fetched: {type(error).__name__}: {error}"
+        )
+        raise ConfigError("model", repo_id, reason) from error
+    checkpoint_files(folder)
+    return folder
+
+
+def _check_format(repo_id: str, names: Iterable[str]) -> None:
+    names = set(names)
+    if "config.json" not in names:
+        raise ConfigError("model", repo_id, "is not a model in Hugging Face layout: it has no config.json")
+    if SINGLE_FILE in names or INDEX_FILE in names:
+        return
+    pickles = sorted(name for name in names if "/" not in name and any(Path(name).match(kind) for kind in PICKLES))
+    reason = f"has neither {SINGLE_FILE} nor {INDEX_FILE}"
+    if pickles:
+        shown = ", ".join(pickles[:3]) + (", …" if len(pickles) > 3 else "")
+        reason += (
+            f"; {shown} is a pickle, which may run any code when it is read, and is not accepted: use a revision "
+            "in safetensors format, or convert it"
+        )
+    raise ConfigError("model", repo_id, reason)
+
+
+def _weight_files(folder: Path) -> set[str]:
+    """Those that the checkpoint consists of; a repository may hold the same weights in other formats as well."""
+    if not (folder / INDEX_FILE).exists():
+        return {SINGLE_FILE}
+    try:
+        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        return set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError("model", str(folder), f"{INDEX_FILE} has no weight_map") from None

@@ -1,0 +1,28 @@
+"""How a text becomes one vector."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import msgspec
+
+from stagemesh.config.errors import ConfigError
+
+Pooling = Literal["last", "mean"]
+
+
+class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of one embedding. Checked on construction; a bad value raises ConfigError."""
+
+    pooling: Pooling = "last"
+    """The last token's hidden state, or the mean over all tokens; both behind the model's final norm."""
+    normalize: bool = True
+    """Scale the vector to length 1."""
+    dimensions: int | None = None
+    """Keep only this many leading dimensions, for models trained for it (Matryoshka); normalised after the cut."""
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise ConfigError("pooling", self.pooling, f"must be one of {', '.join(get_args(Pooling))}")
+        if self.dimensions is not None and self.dimensions < 1:
+            raise ConfigError("dimensions", self.dimensions, "must be at least 1")

@@ -1,0 +1,109 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, 2.1), cut by heads.
+
+A token leaves one short vector in the cache: its latent c and a rotated key part r, shared by all heads. With
+W_k and W_v of a head, its keys are [W_k·c, r] and its values W_v·c. Neither is ever made: q·W_k·c = (W_kᵀ·q)·c, so
+a query is brought into the space of the latents, attends there with [c, r] as the only KV head, and W_v is applied
+to the weighted sum of the latents. Every rank has the whole cache, and its own heads' projections.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stagemesh.config.model import MlaConfig
+from stagemesh.kernels.rotary import rotary_
+from stagemesh.stages.batch import StepBatch
+from stagemesh.stages.collectives import TensorShard
+from stagemesh.stages.layers.linear import (
+    ColumnParallelLinear,
+    MakeMethod,
+    Output,
+    RowParallelLinear,
+    dense_method,
+    even_part,
+)
+from stagemesh.stages.layers.norm import RMSNorm
+from stagemesh.stages.weights import Checkpoint
+
+NORM_EPS = 1e-6
+"""Of the norms on the latents, whatever rms_norm_eps says."""
+
+
+class LatentAttention:
+    def __init__(
+        self,
+        name: str,
+        mla: MlaConfig,
+        num_heads: int,
+        hidden_size: int,
+        tp: TensorShard,
+        *,
+        bias: bool,
+        make_method: MakeMethod = dense_method,
+    ) -> None:
+        self.mla = mla
+        self.num_heads = num_heads // tp.size
+        self.query_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+
+        def linear(part: str, width: int, features: int, *, cut: bool, bias: bool = False) -> ColumnParallelLinear:
+            rows = even_part(features, tp) if cut else slice(0, features)
+            output = Output(f"{name}.{part}", features, [rows])
+            return ColumnParallelLinear(width, [output], bias=bias, make_method=make_method)
+
+        query_features = num_heads * self.query_dim
+        self.query_latent, self.query_norm = None, None
+        if mla.q_lora_rank is None:
+            self.query = linear("q_proj", hidden_size, query_features, cut=True)
+        else:
+            self.query_latent = linear("q_a_proj", hidden_size, mla.q_lora_rank, cut=False, bias=bias)
+            self.query_norm = RMSNorm(f"{name}.q_a_layernorm", mla.q_lora_rank, NORM_EPS)
+            self.query = linear("q_b_proj", mla.q_lora_rank, query_features, cut=True)
+        latent_features = mla.kv_lora_rank + mla.qk_rope_head_dim
+        self.latent = linear("kv_a_proj_with_mqa", hidden_size, latent_features, cut=False, bias=bias)
+        self.latent_norm = RMSNorm(f"{name}.kv_a_layernorm", mla.kv_lora_rank, NORM_EPS)
+        key_and_value_features = num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        self.expand = linear("kv_b_proj", mla.kv_lora_rank, key_and_value_features, cut=True)
+        self.key: Tensor
+        """W_k of each head, [H, qk_nope_head_dim, kv_lora_rank]."""
+        self.value: Tensor
+        """W_vᵀ of each head, [H, kv_lora_rank, v_head_dim]."""
+        self.out = RowParallelLinear(
+            f"{name}.o_proj", num_heads * mla.v_head_dim, hidden_size, bias=bias, tp=tp, make_method=make_method
+        )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        if self.query_latent and self.query_norm:
+            self.query_latent.load(checkpoint)
+            self.query_norm.load(checkpoint)
+        self.query.load(checkpoint)
+        self.latent.load(checkpoint)
+        self.latent_norm.load(checkpoint)
+        self.expand.load(checkpoint)
+        self.out.load(checkpoint)
+        # The matrix itself, whatever format it is in: what the layer makes of the identity.
+        norm = self.latent_norm.weight
+        identity = torch.eye(self.mla.kv_lora_rank, dtype=norm.dtype, device=norm.device)
+        by_head = self.expand(identity).view(self.mla.kv_lora_rank, self.num_heads, -1).transpose(0, 1)
+        key, value = by_head.split([self.mla.qk_nope_head_dim, self.mla.v_head_dim], -1)
+        self.key, self.value = key.transpose(1, 2).contiguous(), value.contiguous()
+        del self.expand
+
+    def __call__(self, x: Tensor, batch: StepBatch, cache: Tensor) -> Tensor:
+        """[T, hidden] → [T, hidden]. The new latents go into `cache` [N, 1, 1, B, kv_lora_rank + rope]."""
+        mla, num_tokens = self.mla, len(x)
+        hidden = self.query_norm(self.query_latent(x)) if self.query_latent and self.query_norm else x
+        query = self.query(hidden).view(num_tokens, self.num_heads, self.query_dim)
+        plain, turning = query.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], -1)
+        latent, shared_key = self.latent(x).split([mla.kv_lora_rank, mla.qk_rope_head_dim], -1)
+
+        turned = self._halves(torch.cat((turning, shared_key[:, None]), 1))
+        rotary_(turned, batch.cos, batch.sin)
+        query = torch.cat((torch.bmm(plain.transpose(0, 1), self.key).transpose(0, 1), turned[:, :-1]), -1)
+        kv = torch.cat((self.latent_norm(latent.contiguous())[:, None], turned[:, -1:]), -1)
+        attended = batch.attend(query, kv, cache, mla.scale).view(query.shape)[..., : mla.kv_lora_rank]
+        return self.out(torch.bmm(attended.transpose(0, 1), self.value).transpose(0, 1).flatten(1))
+
+    def _halves(self, x: Tensor) -> Tensor:
+        """Rotary pairs half the dim apart; queries and keys are reordered alike, so their product is the same."""
+        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.mla.rope_interleave else x

@@ -1,0 +1,1 @@
+"""Quantized linear layers: reading the published layouts, and making checkpoints in them."""

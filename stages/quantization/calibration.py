@@ -1,0 +1,122 @@
+"""What the linear layers of a model get to see of a text, one decoder layer at a time.
+
+The model runs as a pipeline of stages with one layer each, one after the other over the whole text, so no more than
+one layer and the hidden states between two are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagemesh.config.engine import EngineArgs, EngineConfig
+from stagemesh.kernels.linear import pack_weight
+from stagemesh.stages.layers.linear import DenseMethod, LinearMethod, MatrixPart
+from stagemesh.stages.messages import StepPlan
+from stagemesh.stages.runner import ModelRunner
+from stagemesh.stages.weights import Checkpoint
+
+BLOCK_SIZE = 16
+
+
+class RecordingMethod:
+    """A dense layer that remembers what its inputs were like. Not a DenseMethod: mixtures join those of experts."""
+
+    def __init__(self) -> None:
+        self.dense = DenseMethod()
+        self.matrices: dict[str, Tensor] = {}
+        """Its weights, float32 [out, in], by name; they share the input."""
+        self.num_tokens = 0
+        self.largest = 0.0
+        """Largest absolute input."""
+        self._moment: Tensor | None = None
+        self._magnitude: Tensor | None = None
+
+    def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
+        self.dense.load(checkpoint, parts, with_bias)
+        for part in parts:
+            shape = (part.out_features, part.in_features)
+            self.matrices[part.name] = checkpoint.read(f"{part.name}.weight", shape, dtype=torch.float32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inputs = x.float()
+        if not len(inputs):
+            return self.dense(x)
+        moment, magnitude = inputs.T @ inputs, inputs.abs().sum(0)
+        self._moment = moment if self._moment is None else self._moment + moment
+        self._magnitude = magnitude if self._magnitude is None else self._magnitude + magnitude
+        self.largest = max(self.largest, float(inputs.abs().max()))
+        self.num_tokens += len(x)
+        return self.dense(x)
+
+    @property
+    def moment(self) -> Tensor:
+        """Mean of x·xᵀ over the tokens, [in, in]; that of unrelated inputs for an expert that had no tokens."""
+        if self._moment is None:
+            return torch.eye(next(iter(self.matrices.values())).shape[1])
+        return self._moment / self.num_tokens
+
+    @property
+    def magnitude(self) -> Tensor:
+        """Mean of |x|, [in]."""
+        return self.moment.diagonal() if self._magnitude is None else self._magnitude / self.num_tokens
+
+    def replace(self, matrices: dict[str, Tensor]) -> None:
+        """Go on with other weights, as a whole run of the rounded model would."""
+        self.dense.weight = pack_weight(torch.cat([matrices[name] for name in self.matrices]))
+
+
+def layers_with_inputs(model: str, samples: Sequence[Sequence[int]]) -> Iterator[list[RecordingMethod]]:
+    """The linear layers of each decoder layer, after `samples` (token ids) have gone through it in float32.
+
+    Whoever takes them may `replace` weights: the layers that follow then see what comes out of those.
+    Without samples only the weights are there.
+    """
+    longest = max(map(len, samples), default=1)
+    num_layers = EngineConfig.resolve(EngineArgs(model=model, device="cpu")).model.num_layers
+    config = EngineConfig.resolve(
+        EngineArgs(
+            model=model,
+            device="cpu",
+            dtype="float32",
+            block_size=BLOCK_SIZE,
+            pipeline_parallel_size=num_layers,
+            max_model_len=longest,
+            kv_cache_memory_bytes=2**40,  # checked against longest requests only; the cache below is for one
+        )
+    )
+    plans = [_prefill(sample) for sample in samples]
+    hidden: list[Tensor | None] = [None] * len(plans)
+    for stage in range(num_layers):
+        methods: list[RecordingMethod] = []
+
+        def make_method(name: str, methods: list[RecordingMethod] = methods) -> LinearMethod:
+            methods.append(RecordingMethod())
+            return methods[-1]
+
+        runner = ModelRunner(config, stage, 0, torch.device("cpu"), make_method)
+        runner.load()
+        runner.allocate_kv(-(-longest // BLOCK_SIZE))
+        for plan, x in zip(plans, hidden, strict=True):
+            runner.execute(plan, x)
+        yield [method for method in methods if method.matrices]
+        hidden = [runner.execute(plan, x) for plan, x in zip(plans, hidden, strict=True)]
+
+
+def _prefill(token_ids: Sequence[int]) -> StepPlan:
+    """One whole sequence, in blocks 0, 1, …; nothing is sampled."""
+    num_blocks = -(-len(token_ids) // BLOCK_SIZE)
+    return StepPlan(
+        epoch=0,
+        step=0,
+        seq_ids=[0],
+        query_lens=np.array([len(token_ids)], np.int32).tobytes(),
+        context_lens=np.zeros(1, np.int32).tobytes(),
+        token_ids=np.array(token_ids, np.int32).tobytes(),
+        block_tables=np.arange(num_blocks, dtype=np.int32).tobytes(),
+        max_blocks=num_blocks,
+        samples=[None],
+    )

@@ -1,0 +1,128 @@
+"""Answers of a given form (JSON schema, regex, choice, grammar), by llguidance, on the head.
+
+The head knows every token, so a grammar's state is replayed there from the answer so far, whatever became of the
+lane meanwhile; workers get one bit per token id. llguidance needs neither torch nor the model.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import llguidance
+import numpy as np
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import StructuredOutputsParams
+
+# On one line, as `json.dumps` writes it: where blanks are free, an undecided model spends most of its tokens on them.
+_JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+
+
+class Grammar:
+    """The grammar of one answer."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, eos_only: bytes) -> None:
+        self._matcher = matcher
+        self._eos_only = eos_only
+        self._consumed = array("i")
+        self.error = ""
+        """Why no token may follow but EOS, although the answer does not have its form; empty if all is well."""
+
+    def mask(self, output_token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """Which tokens may follow this answer: uint8, one bit per token id, the lowest first in each byte.
+
+        EOS is among them where the answer may end, and alone once it has to. Any answer may be asked for at any
+        time; only the one that grows token by token is cheap.
+        """
+        output = array("i", output_token_ids)
+        num_consumed = len(self._consumed)
+        if output[:num_consumed] != self._consumed:
+            self._matcher.reset()
+            num_consumed = 0
+        new = output[num_consumed:].tolist()
+        if new and not self._is_over():
+            self._matcher.consume_tokens(new)
+        self._consumed = output
+        return np.frombuffer(self._eos_only if self._is_over() else self._matcher.compute_bitmask(), np.uint8)
+
+    def _is_over(self) -> bool:
+        if self._matcher.is_error():
+            self.error = f"the answer could not be kept to its form: {self._matcher.get_error()}"
+            return True
+        return self._matcher.is_stopped()
+
+
+class GrammarFactory:
+    """Makes the grammars of a model's answers. Any thread may use it."""
+
+    def __init__(self, model_path: str | Path, eos_token_ids: Iterable[int], vocab_size: int) -> None:
+        self._path = Path(model_path) / "tokenizer.json"
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._vocab_size = vocab_size
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    def make(self, form: StructuredOutputsParams) -> Grammar:
+        """Raises ConfigError for a grammar that is not valid, and for a model without tokenizer or EOS."""
+        matcher = llguidance.LLMatcher(self._loaded(), _definition(form), log_level=0)
+        if matcher.is_error():
+            raise _refusal(form, matcher.get_error())
+        bits = np.zeros(max(self._eos_token_ids) + 1, np.uint8)
+        bits[self._eos_token_ids] = 1
+        return Grammar(matcher, np.packbits(bits, bitorder="little").tobytes())
+
+    def _loaded(self) -> llguidance.LLTokenizer:
+        """Read on first use: a second for a large vocabulary, which most lanes never need."""
+        with self._lock:
+            if self._tokenizer is None:
+                if not self._path.is_file() or not self._eos_token_ids:
+                    raise ConfigError(
+                        "structured_outputs", str(self._path.parent), "needs a model with tokenizer.json and EOS ids"
+                    )
+                text = self._path.read_text(encoding="utf-8")
+                # A head padded to a round size has more ids than the tokenizer; the other way round they just
+                # never come.
+                smallest = llguidance.LLTokenizer(text, eos_token=self._eos_token_ids, slices=[]).vocab_size
+                self._tokenizer = llguidance.LLTokenizer(
+                    text, n_vocab=max(self._vocab_size, smallest), eos_token=self._eos_token_ids
+                )
+            return self._tokenizer
+
+
+def check(form: StructuredOutputsParams) -> None:
+    """Raises ConfigError for a grammar that no model could follow. Needs no tokenizer."""
+    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_definition(form))
+    if is_error:
+        raise _refusal(form, messages[0])
+
+
+def _definition(form: StructuredOutputsParams) -> str:
+    """In llguidance's own language. Raises ConfigError."""
+    try:
+        if form.json is not None:
+            json.loads(form.json_schema)
+            return llguidance.LLMatcher.grammar_from_json_schema(form.json_schema, defaults=_JSON_OPTIONS)
+        if form.json_object:
+            return llguidance.LLMatcher.grammar_from_json_schema('{"type":"object"}', defaults=_JSON_OPTIONS)
+        if form.regex is not None:
+            return llguidance.LLMatcher.grammar_from_regex(form.regex)
+        if form.choice is not None:
+            texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in form.choice)
+            return llguidance.LLMatcher.grammar_from_lark(f"start: {texts}")
+        assert form.grammar is not None
+        return llguidance.grammar_from("grammar", form.grammar)
+    except ValueError as error:
+        raise _refusal(form, str(error)) from error
+
+
+def _refusal(form: StructuredOutputsParams, reason: str) -> ConfigError:
+    name = next(name for name in form.__struct_fields__ if getattr(form, name) is not None)
+    return ConfigError(f"structured_outputs.{name}", getattr(form, name), f"cannot be used: {reason.strip()}")
