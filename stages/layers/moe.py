@@ -30,7 +30,7 @@ from stagemesh.stages.weights import Checkpoint
 
 MIN_DISPATCH_TOKENS = 1024
 """Tokens in a step from which they are dispatched. Measured with tests/bench/bench_expert_parallel.py on gloo and a
-shared machine, hidden 512: at 256 tokens the two ways are equal within the noise on 2 to 8 ranks, below it
+shared machine, hidden 512: at 256 tokens the two ways are equal within the noise on 4 to 8 ranks (1.35 on 2), below it
 replicating wins by its one collective against three; at 1024 dispatching takes 0.7 of the time on 6 and 8 ranks, as
 much on 4, 1.2 times as much on 2; at 4096 it takes 0.5 on 8, 0.5 to 0.8 on 4 and 0.95 on 2. Not yet on NCCL."""
 
