@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -65,7 +66,9 @@ class RayLaneClient:
         call = GenerateCall(request_id, list(prompt_token_ids), self._encode_params(params), self._address)
         queue: asyncio.Queue[Arrived] = asyncio.Queue()
         self._queues[request_id] = queue
-        response = self._heads.generate.remote(call)
+        # In a context of its own: calls made from one HTTP request would share its id, by which Serve tells
+        # requests that wait for a replica apart, and all but the last would wait for ever.
+        response = contextvars.Context().run(self._heads.generate.remote, call)
         ended = asyncio.ensure_future(_summary(response))
         ended.add_done_callback(lambda _: queue.put_nowait(None))
         self._keep(ended)

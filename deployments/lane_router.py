@@ -28,6 +28,9 @@ class LaneRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """One rank per lane, best first: Serve takes the next where one cannot take more."""
+        if pending_request is not None:
+            # Without this Serve asks again at once, and for ever, when no replica could take the request.
+            pending_request.routing_context.should_backoff = True
         call = pending_request.args[0] if pending_request is not None and pending_request.args else None
         if not isinstance(call, GenerateCall):
             return [candidate_replicas]

@@ -61,9 +61,10 @@ _VOWELS = "aeiou"
 # Rough token counts, good enough to aim for a distance without loading a tokenizer.
 _FACT_TOKENS = 6
 _QUESTION_TOKENS = 8
+_TOKENS_PER_WORD = 1.2
 
-MAX_FACTS = 8
-"""Most facts that a look-up prompt states; the rest of it is filler."""
+MAX_FACTS = 3
+"""Most facts that a held-out look-up states; the rest of it is filler. Training also sees more of them."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def lookup_conversation(rng: random.Random, tokens: int, filler: Callable[[], st
     per_turn = _QUESTION_TOKENS + 5
     is_dense = rng.random() < 0.5
     questions = max(1, int(tokens * (0.5 if is_dense else rng.uniform(0.05, 0.3))) // per_turn)
-    facts = _facts(rng, rng.randint(1, 3 * MAX_FACTS if is_dense else MAX_FACTS), held=False)
+    facts = _facts(rng, rng.randint(1, 24 if is_dense else 8), held=False)
     remaining = dict(facts)
     density = 1.0 if is_dense else rng.uniform(0.1, 0.7)
     passage = _passage(rng, remaining, tokens - questions * per_turn - 8, density, filler, restated=0.3)
@@ -181,7 +182,7 @@ def _passage(
         else:
             sentence = filler() if filler else filler_sentence(rng)
             parts.append(sentence)
-            tokens -= len(sentence.split()) + 1
+            tokens -= round(_TOKENS_PER_WORD * len(sentence.split())) + 1
     return parts
 
 
