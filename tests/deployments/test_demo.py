@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -48,7 +49,14 @@ def test_the_demo_answers_shows_its_deployments_running_and_leaves_nothing_behin
     with httpx.Client(base_url=url, timeout=60) as client:
         assert chat(client, "What is 17+25?") == "42"
     serve = Path(sys.executable).with_name("serve")
-    status = subprocess.run([serve, "status"], capture_output=True, text=True, timeout=60, check=True).stdout
+    status = subprocess.run(
+        [serve, "status"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},  # a cluster asks for a token unless told otherwise
+    ).stdout
     for deployment in ("router:", "stage-0:", "stage-1:"):
         assert deployment in status
     assert status.count("RUNNING: 1") == 3, status
