@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf import json_format
@@ -26,13 +26,18 @@ from grpc_health.v1.health_pb2 import (
 )
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.deployments import openai_schema
+from stagemesh.deployments.choice import Choice, Piece
 from stagemesh.deployments.errors import report_error
-from stagemesh.deployments.inference import Generation, InferenceService, TokenReport
+from stagemesh.deployments.inference import Generation, InferenceService
+from stagemesh.deployments.logprobs import TokenReport
+from stagemesh.deployments.openai_requests import ChatRequest, CompletionRequest
 from stagemesh.deployments.proto import inference_pb2 as pb
 
 HEALTH_POLL_S = 0.5
 """How often Watch looks for a change of readiness."""
+
+ResponseT = TypeVar("ResponseT", pb.GenerateResponse, pb.ChatResponse)
+ChunkT = TypeVar("ChunkT", pb.GenerateChunk, pb.ChatChunk)
 
 _SERVICES = ("", pb.DESCRIPTOR.services_by_name["Inference"].full_name)
 
@@ -51,103 +56,28 @@ class GrpcApi:
     inference_service: InferenceService
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: GrpcContext) -> pb.GenerateResponse:
-        try:
-            generation = await self._accept_generate(request)
-            texts = await generation.collect()
-        except Exception as error:
-            _fail(grpc_context, error)
-            return pb.GenerateResponse()
-        choices = [
-            pb.GenerateChoice(
-                index=choice.index,
-                text=text,
-                finish_reason=choice.finish_reason,
-                logprobs=_logprobs(choice.reports),
-                prompt_logprobs=_logprobs(choice.prompt_reports() or ()),
-            )
-            for choice, text in zip(generation.choices, texts, strict=True)
-        ]
-        return pb.GenerateResponse(
-            id=generation.id,
-            model=generation.model,
-            created=generation.created,
-            choices=choices,
-            usage=_usage(generation),
-        )
+        accepting = self._accept_generate(request, stream=False)
+        return await _whole(accepting, pb.GenerateResponse, pb.GenerateChoice, _text_of_choice, grpc_context)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
-        try:
-            generation = await self._accept_generate(request)
-            async with aclosing(generation.pieces()) as pieces:
-                async for piece in pieces:
-                    yield pb.GenerateChunk(
-                        id=generation.id,
-                        index=piece.index,
-                        text=piece.text,
-                        finish_reason=piece.finish_reason or "",
-                        logprobs=_logprobs(piece.logprobs),
-                    )
-            yield pb.GenerateChunk(id=generation.id, usage=_usage(generation))
-        except Exception as error:
-            _fail(grpc_context, error)
+        accepting = self._accept_generate(request, stream=True)
+        async with aclosing(_chunks(accepting, pb.GenerateChunk, _text_of_piece, grpc_context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: GrpcContext) -> pb.ChatResponse:
-        try:
-            generation = await self._accept_chat(request)
-            texts = await generation.collect()
-        except Exception as error:
-            _fail(grpc_context, error)
-            return pb.ChatResponse()
-        choices = [
-            pb.ChatChoice(
-                index=choice.index,
-                message=pb.ChatMessage(
-                    role="assistant",
-                    content=text,
-                    tool_calls=[
-                        pb.ToolCall(index=i, id=call.id, name=call.function.name, arguments=call.function.arguments)
-                        for i, call in enumerate(choice.tool_calls)
-                    ],
-                ),
-                finish_reason=choice.finish_reason,
-                logprobs=_logprobs(choice.reports),
-                prompt_logprobs=_logprobs(choice.prompt_reports() or ()),
-            )
-            for choice, text in zip(generation.choices, texts, strict=True)
-        ]
-        return pb.ChatResponse(
-            id=generation.id,
-            model=generation.model,
-            created=generation.created,
-            choices=choices,
-            usage=_usage(generation),
-        )
+        accepting = self._accept_chat(request, stream=False)
+        return await _whole(accepting, pb.ChatResponse, pb.ChatChoice, _message_of_choice, grpc_context)
 
     async def ChatStream(
         self, request: pb.ChatRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[pb.ChatChunk, None]:
-        try:
-            generation = await self._accept_chat(request)
-            async with aclosing(generation.pieces()) as pieces:
-                async for piece in pieces:
-                    yield pb.ChatChunk(
-                        id=generation.id,
-                        index=piece.index,
-                        content=piece.text,
-                        finish_reason=piece.finish_reason or "",
-                        logprobs=_logprobs(piece.logprobs),
-                        tool_calls=[
-                            pb.ToolCall(
-                                index=delta.index, id=delta.id or "", name=delta.name or "", arguments=delta.arguments
-                            )
-                            for delta in piece.tool_calls
-                        ],
-                    )
-            yield pb.ChatChunk(id=generation.id, usage=_usage(generation))
-        except Exception as error:
-            _fail(grpc_context, error)
+        accepting = self._accept_chat(request, stream=True)
+        async with aclosing(_chunks(accepting, pb.ChatChunk, _message_of_piece, grpc_context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def Models(self, request: pb.ModelsRequest, grpc_context: GrpcContext) -> pb.ModelsResponse:
         cards = self.inference_service.models()
@@ -184,17 +114,16 @@ class GrpcApi:
         ready = self.inference_service.ready()
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
-    async def _accept_generate(self, request: pb.GenerateRequest) -> Generation:
+    async def _accept_generate(self, request: pb.GenerateRequest, *, stream: bool) -> Generation:
         # Through the HTTP schema, so that both doors accept and refuse the same.
-        fields = _sampling_fields(request.model, request.sampling)
+        fields = _shared_fields(request, stream)
         kind = request.WhichOneof("prompt")
         if kind is not None:
             fields["prompt"] = request.text if kind == "text" else list(request.token_ids.ids)
-        body = openai_schema.CompletionRequest.parse(fields)
-        return await self.inference_service.complete(body)
+        return await self.inference_service.complete(CompletionRequest.parse(fields))
 
-    async def _accept_chat(self, request: pb.ChatRequest) -> Generation:
-        fields = _sampling_fields(request.model, request.sampling)
+    async def _accept_chat(self, request: pb.ChatRequest, *, stream: bool) -> Generation:
+        fields = _shared_fields(request, stream)
         fields["messages"] = [_message(message) for message in request.messages]
         if (count := fields.pop("logprobs", None)) is not None:
             fields["logprobs"], fields["top_logprobs"] = True, count
@@ -208,14 +137,18 @@ class GrpcApi:
             fields["parallel_tool_calls"] = request.parallel_tool_calls
         if request.HasField("chat_template_kwargs"):
             fields["chat_template_kwargs"] = json_format.MessageToDict(request.chat_template_kwargs)
-        body = openai_schema.ChatRequest.parse(fields)
-        return await self.inference_service.chat(body)
+        return await self.inference_service.chat(ChatRequest.parse(fields))
 
 
-def _sampling_fields(model: str, sampling: pb.Sampling) -> dict[str, Any]:
+# ---- requests
+
+
+def _shared_fields(request: pb.GenerateRequest | pb.ChatRequest, stream: bool) -> dict[str, Any]:
     """The fields that are set, by the names that HTTP uses, which are the same."""
-    fields: dict[str, Any] = {"model": model} if model else {}
-    for descriptor, value in sampling.ListFields():
+    fields: dict[str, Any] = {"stream": stream}
+    if request.model:
+        fields["model"] = request.model
+    for descriptor, value in request.sampling.ListFields():
         if descriptor.name == "logit_bias":
             fields["logit_bias"] = {str(token_id): bias for token_id, bias in value.items()}
         elif descriptor.name == "structured_outputs":
@@ -249,6 +182,89 @@ def _tool(i: int, tool: pb.Tool) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"tools[{i}].parameters", tool.parameters, f"is not valid JSON: {error}") from error
     return {"type": "function", "function": function}
+
+
+# ---- answers
+
+
+async def _whole(
+    accepting: Awaitable[Generation],
+    response: type[ResponseT],
+    choice: Callable[..., Any],
+    content: Callable[[Choice, str], dict[str, Any]],
+    grpc_context: GrpcContext,
+) -> ResponseT:
+    """The whole answer. choice: its type. content: the fields of a choice that hold what was said."""
+    try:
+        generation = await accepting
+        texts = await generation.collect()
+    except Exception as error:
+        _fail(grpc_context, error)
+        return response()
+    choices = [
+        choice(
+            index=one.index,
+            finish_reason=one.finish_reason,
+            logprobs=_logprobs(one.reports),
+            prompt_logprobs=_logprobs(one.prompt_reports() or ()),
+            **content(one, text),
+        )
+        for one, text in zip(generation.choices, texts, strict=True)
+    ]
+    return response(
+        id=generation.id,
+        model=generation.model,
+        created=generation.created,
+        choices=choices,
+        usage=_usage(generation),
+    )
+
+
+async def _chunks(
+    accepting: Awaitable[Generation],
+    chunk: type[ChunkT],
+    content: Callable[[Piece], dict[str, Any]],
+    grpc_context: GrpcContext,
+) -> AsyncGenerator[ChunkT, None]:
+    """The answer piece by piece, then its usage. content: the fields of a chunk that hold what was said."""
+    try:
+        generation = await accepting
+        async with aclosing(generation.pieces()) as pieces:
+            async for piece in pieces:
+                yield chunk(
+                    id=generation.id,
+                    index=piece.index,
+                    finish_reason=piece.finish_reason or "",
+                    logprobs=_logprobs(piece.logprobs),
+                    **content(piece),
+                )
+        yield chunk(id=generation.id, usage=_usage(generation))
+    except Exception as error:
+        _fail(grpc_context, error)
+
+
+def _text_of_choice(choice: Choice, text: str) -> dict[str, Any]:
+    return {"text": text}
+
+
+def _text_of_piece(piece: Piece) -> dict[str, Any]:
+    return {"text": piece.text}
+
+
+def _message_of_choice(choice: Choice, text: str) -> dict[str, Any]:
+    calls = [
+        pb.ToolCall(index=i, id=call.id, name=call.function.name, arguments=call.function.arguments)
+        for i, call in enumerate(choice.tool_calls)
+    ]
+    return {"message": pb.ChatMessage(role="assistant", content=text, tool_calls=calls)}
+
+
+def _message_of_piece(piece: Piece) -> dict[str, Any]:
+    calls = [
+        pb.ToolCall(index=delta.index, id=delta.id or "", name=delta.name or "", arguments=delta.arguments)
+        for delta in piece.tool_calls
+    ]
+    return {"content": piece.text, "tool_calls": calls}
 
 
 def _logprobs(reports: Sequence[TokenReport]) -> list[pb.TokenLogprob]:

@@ -16,30 +16,22 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from stagemesh.deployments.choice import Choice
 from stagemesh.deployments.embeddings import EmbeddingRequest
 from stagemesh.deployments.errors import BodyTooLarge, ErrorReport, openai_error, report_error
-from stagemesh.deployments.inference import Choice, Generation, InferenceService
-from stagemesh.deployments.openai_schema import (
+from stagemesh.deployments.inference import Generation, InferenceService
+from stagemesh.deployments.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
+from stagemesh.deployments.openai_answers import (
     AssistantMessage,
     ChatChoice,
-    ChatRequest,
     ChatResponse,
     CompletionChoice,
-    CompletionRequest,
     CompletionResponse,
-    InferenceRequest,
     ModelList,
-    PromptLogprob,
     PromptLogprobs,
 )
-from stagemesh.deployments.sse import (
-    ChatChunks,
-    ChunkWriter,
-    CompletionChunks,
-    chat_logprobs,
-    completion_logprobs,
-    event,
-)
+from stagemesh.deployments.openai_requests import ChatRequest, CompletionRequest, InferenceRequest
+from stagemesh.deployments.sse import ChatChunks, ChunkWriter, CompletionChunks, event
 
 MAX_DISCARDED_BYTES = 32 << 20
 """How much of a body that is too large is read and thrown away before the connection is closed."""
@@ -307,14 +299,13 @@ def _chat_response(generation: Generation, texts: list[str]) -> ChatResponse:
         )
         for choice, text in zip(generation.choices, texts, strict=True)
     ]
-    prompt_logprobs = _prompt_logprobs(generation.choices[0])
     return ChatResponse(
         generation.id,
         generation.created,
         generation.model,
         choices,
         generation.usage,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=_prompt_logprobs(generation.choices[0]),
     )
 
 
@@ -326,15 +317,7 @@ def _assistant_message(choice: Choice, text: str) -> AssistantMessage:
 
 def _prompt_logprobs(choice: Choice) -> PromptLogprobs | msgspec.UnsetType:
     reports = choice.prompt_reports()
-    if reports is None:
-        return msgspec.UNSET
-    entries: PromptLogprobs = [None]
-    for report in reports:
-        # The likeliest first, the prompt's own token where they end unless it is among them.
-        tokens = {entry.token_id: entry for entry in (report, *report.top)}
-        by_rank = sorted(tokens.values(), key=lambda entry: entry.rank or 0)
-        entries.append({e.token_id: PromptLogprob(e.logprob, e.rank, e.token) for e in by_rank})
-    return entries
+    return msgspec.UNSET if reports is None else prompt_logprobs(reports)
 
 
 def _error_response(report: ErrorReport) -> Response:

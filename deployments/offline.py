@@ -30,7 +30,7 @@ from stagemesh.config.engine import EngineArgs, EngineConfig, find_model
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.deployments.inference import Choice
+from stagemesh.deployments.choice import Choice
 from stagemesh.stages.engine import Engine, TokenSink
 from stagemesh.stages.logit_rules import bad_words_token_ids
 from stagemesh.stages.messages import LaneDigest, TokenDelta, TokenLogprobs

@@ -9,13 +9,9 @@ from typing import Any
 
 import msgspec
 
-from stagemesh.deployments.inference import Generation, Piece, TokenReport
-from stagemesh.deployments.openai_schema import (
-    ChatLogprobs,
-    ChatTokenLogprob,
-    CompletionLogprobs,
-    TopLogprob,
-)
+from stagemesh.deployments.choice import Piece
+from stagemesh.deployments.inference import Generation
+from stagemesh.deployments.logprobs import TokenReport, chat_logprobs, completion_logprobs
 from stagemesh.deployments.tool_calls import ToolCallDelta
 
 _json = msgspec.json.encode
@@ -103,29 +99,6 @@ class ChatChunks(ChunkWriter):
 
     def _logprobs(self, reports: list[TokenReport]) -> bytes:
         return _json(chat_logprobs(reports))
-
-
-def completion_logprobs(reports: list[TokenReport]) -> CompletionLogprobs:
-    return CompletionLogprobs(
-        tokens=[report.token for report in reports],
-        token_logprobs=[report.logprob for report in reports],
-        top_logprobs=[{entry.token: entry.logprob for entry in (*report.top, report)} for report in reports],
-        text_offset=[report.offset for report in reports],
-    )
-
-
-def chat_logprobs(reports: list[TokenReport]) -> ChatLogprobs:
-    return ChatLogprobs(
-        [
-            ChatTokenLogprob(
-                report.token,
-                report.logprob,
-                report.bytes,
-                [TopLogprob(entry.token, entry.logprob, entry.bytes) for entry in report.top],
-            )
-            for report in reports
-        ]
-    )
 
 
 def _tool_call(delta: ToolCallDelta) -> dict[str, Any]:

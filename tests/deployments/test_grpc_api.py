@@ -142,6 +142,15 @@ async def test_bad_requests_are_refused_as_over_http(stub, request_, code, detai
         assert details in caught.details()
 
 
+@pytest.mark.parametrize("rpc", ["GenerateStream", "ChatStream"])
+async def test_a_stream_has_no_place_for_prompt_logprobs_and_says_so(stub, lanes, rpc):
+    request = conversation(prompt_logprobs=1) if rpc == "ChatStream" else prompt(prompt_logprobs=1)
+    with pytest.raises(grpc.aio.AioRpcError, match="prompt_logprobs=1: is not allowed with stream=true"):
+        async for _ in getattr(stub, rpc)(request):
+            pass
+    assert not lanes.calls
+
+
 async def test_an_empty_conversation_is_refused(stub):
     with pytest.raises(grpc.aio.AioRpcError, match="messages"):
         await stub.Chat(pb.ChatRequest())

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.deployments.choice import Piece
 from stagemesh.deployments.errors import PromptTooLong, UnknownModel
-from stagemesh.deployments.inference import Generation, InferenceService, Piece
+from stagemesh.deployments.inference import Generation, InferenceService
 from stagemesh.deployments.lanes import LaneError
-from stagemesh.deployments.openai_schema import ChatRequest, CompletionRequest
+from stagemesh.deployments.openai_requests import ChatRequest, CompletionRequest
 from stagemesh.stages.messages import TokenDelta
 
 pytestmark = pytest.mark.anyio
