@@ -138,6 +138,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check("repetition_penalty", self.repetition_penalty, positive, "must be above 0")
         for token_id, bias in self.logit_bias.items():
             _check("logit_bias", {token_id: bias}, token_id >= 0 and not math.isnan(bias), "is no token id and bias")
+        bounded = {token_id: max(-100.0, min(100.0, bias)) for token_id, bias in self.logit_bias.items()}
+        msgspec.structs.force_setattr(self, "logit_bias", bounded)
         if self.allowed_token_ids is not None:
             ok = len(self.allowed_token_ids) > 0 and min(self.allowed_token_ids) >= 0
             _check("allowed_token_ids", self.allowed_token_ids, ok, "must hold at least one token id, none negative")
@@ -157,9 +159,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 msgspec.structs.force_setattr(self, name, tuple(value or ()))
         if self.max_tokens is None:
             msgspec.structs.force_setattr(self, "max_tokens", NO_LIMIT)
-        bias = {token_id: max(-100.0, min(100.0, value)) for token_id, value in (self.logit_bias or {}).items()}
-        if bias != self.logit_bias:
-            msgspec.structs.force_setattr(self, "logit_bias", bias)
+        if self.logit_bias is None:
+            msgspec.structs.force_setattr(self, "logit_bias", {})
 
 
 def _check(field: str, value: object, ok: bool, reason: str) -> None:
