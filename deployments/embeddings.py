@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import base64
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import msgspec
 from pydantic import Field
 
-from stagemesh.config.base import Settings
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import Pooling, PoolingParams
+from stagemesh.deployments.openai_requests import OpenAIRequest, one_or_many
 
 MAX_INPUTS = 2048
 """OpenAI's limit."""
 
 
-class EmbeddingRequest(Settings):
-    input: str | list[str] | list[int] | list[list[int]]
-    """One text or several, or their token ids."""
-    model: str | None = None
-    """One of the served names; may be left out."""
+class EmbeddingRequest(OpenAIRequest):
+    """POST /v1/embeddings."""
+
+    input: Any
+    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
     """base64 is of little-endian float32, a quarter of the size of numbers in JSON."""
     dimensions: int | None = Field(default=None, ge=1)
     """Keep this many leading dimensions, for models trained for it."""
-    user: str | None = None
-    """Taken, without effect."""
     pooling: Pooling | None = None
     """Ours: "last" (the default) or "mean"."""
     normalize: bool | None = None
@@ -34,24 +33,11 @@ class EmbeddingRequest(Settings):
     add_special_tokens: bool | None = None
     """vLLM's: as the tokenizer does by default."""
 
-    @classmethod
-    def read(cls, body: bytes) -> Self:
-        """From a JSON body. Raises ConfigError naming what is wrong."""
-        try:
-            content = msgspec.json.decode(body)
-        except msgspec.DecodeError as error:
-            raise ConfigError("", None, f"the body is not valid JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise ConfigError("", None, "the body must be a JSON object")
-        return cls.parse(content)
-
-    def inputs(self) -> list[str | list[int]]:
-        """All inputs. Raises ConfigError where there are none, or too many."""
-        given: Any = self.input
-        is_one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
-        inputs: list[str | list[int]] = [given] if is_one else given
-        if not 1 <= len(inputs) <= MAX_INPUTS:
-            raise ConfigError("input", len(inputs), f"must hold between 1 and {MAX_INPUTS} inputs")
+    def inputs(self) -> Sequence[str | list[int]]:
+        """The inputs, one or many, all of one kind. Raises ConfigError."""
+        inputs = one_or_many("input", self.input)
+        if len(inputs) > MAX_INPUTS:
+            raise ConfigError("input", len(inputs), f"must not hold more than {MAX_INPUTS} inputs")
         return inputs
 
     def params(self) -> PoolingParams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -30,13 +30,13 @@ from stagemesh.deployments.openai_answers import (
     ModelList,
     PromptLogprobs,
 )
-from stagemesh.deployments.openai_requests import ChatRequest, CompletionRequest, InferenceRequest
+from stagemesh.deployments.openai_requests import ChatRequest, CompletionRequest, InferenceRequest, OpenAIRequest
 from stagemesh.deployments.sse import ChatChunks, ChunkWriter, CompletionChunks, event
 
 MAX_DISCARDED_BYTES = 32 << 20
 """How much of a body that is too large is read and thrown away before the connection is closed."""
 
-RequestT = TypeVar("RequestT", bound=InferenceRequest)
+RequestT = TypeVar("RequestT", bound=OpenAIRequest)
 
 
 def build_http_app(service: InferenceService) -> Starlette:
@@ -71,21 +71,23 @@ class HttpApi:
         self._service = service
 
     async def completions(self, request: Request) -> Response:
-        return await self._accept(
-            request, CompletionRequest, self._service.complete, CompletionChunks, _completion_response
-        )
+        async def accept(body: CompletionRequest) -> Response:
+            generation = await self._service.complete(body)
+            return _answer(body, generation, CompletionChunks, _completion_response)
+
+        return await self._accept(request, CompletionRequest, accept)
 
     async def chat_completions(self, request: Request) -> Response:
-        return await self._accept(request, ChatRequest, self._service.chat, ChatChunks, _chat_response)
+        async def accept(body: ChatRequest) -> Response:
+            return _answer(body, await self._service.chat(body), ChatChunks, _chat_response)
+
+        return await self._accept(request, ChatRequest, accept)
 
     async def embeddings(self, request: Request) -> Response:
-        try:
-            body = EmbeddingRequest.read(await _read_body(request, self._service.max_body_bytes))
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody is there to read it
-        except Exception as error:
-            return _error_response(report_error(error))
-        return EmbeddingAnswer(self._service, body)
+        async def accept(body: EmbeddingRequest) -> Response:
+            return WholeAnswer(lambda: self._service.embed(body))
+
+        return await self._accept(request, EmbeddingRequest, accept)
 
     async def models(self, request: Request) -> Response:
         return JSON(ModelList(self._service.models()))
@@ -111,79 +113,49 @@ class HttpApi:
         return Response(self._service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _accept(
-        self,
-        request: Request,
-        schema: type[RequestT],
-        accept: Callable[[RequestT], Awaitable[Generation]],
-        writer: type[ChunkWriter],
-        whole: Callable[[Generation, list[str]], msgspec.Struct],
+        self, request: Request, schema: type[RequestT], accept: Callable[[RequestT], Awaitable[Response]]
     ) -> Response:
-        """Read and validate the request; generating starts when the returned response is called."""
+        """Read and validate the request; the model runs when the returned response is called."""
         try:
-            body = schema.parse(await _read_body(request, self._service.max_body_bytes))
-            generation = await accept(body)
+            return await accept(schema.parse(await _read_body(request, self._service.max_body_bytes)))
         except ClientDisconnect:
             return Response(status_code=499)  # nobody is there to read it
         except Exception as error:
             return _error_response(report_error(error))
-        if not body.stream:
-            return WholeAnswer(generation, whole)
-        include_usage = body.stream_options is not None and body.stream_options.include_usage is True
-        return StreamedAnswer(generation, writer(generation, include_usage=include_usage))
 
 
 class Answer(Response):
-    """A response that generates while it is sent, and stops generating at once when the client leaves.
+    """A response that is computed while it is sent, and is given up at once when the client leaves.
 
     Starlette's StreamingResponse would notice a departure only by its next write where the server speaks
     ASGI 2.4, which is too late for a sequence that waits in a queue.
     """
 
-    def __init__(self, generation: Generation) -> None:
-        super().__init__()
-        self._generation = generation
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _while_connected(receive, self._run(scope, receive, send))
+        async def write(message: Message) -> None:
+            try:
+                await send(message)
+            except OSError as error:  # ASGI's sign for a closed connection
+                raise ClientDisconnect from error
+
+        with suppress(ClientDisconnect):  # nobody is there to read it
+            await _while_connected(receive, self._run(scope, receive, write))
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
 
 
 class WholeAnswer(Answer):
-    """The answer as one JSON object, when it is complete."""
+    """What `compute` returns as one JSON object, when it is complete."""
 
-    def __init__(self, generation: Generation, whole: Callable[[Generation, list[str]], msgspec.Struct]) -> None:
-        super().__init__(generation)
-        self._whole = whole
-
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response: Response
-        try:
-            texts = await self._generation.collect()
-            response = JSON(self._whole(self._generation, texts))
-        except Exception as error:
-            response = _error_response(report_error(error))
-        await response(scope, receive, send)
-
-
-class EmbeddingAnswer(Response):
-    """Vectors as one JSON object. Stops computing them when the client leaves."""
-
-    def __init__(self, service: InferenceService, body: EmbeddingRequest) -> None:
+    def __init__(self, compute: Callable[[], Awaitable[msgspec.Struct]]) -> None:
         super().__init__()
-        self._service = service
-        self._body = body
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _while_connected(receive, self._run(scope, receive, send))
+        self._compute = compute
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: Response
         try:
-            response = JSON(await self._service.embed(self._body))
-        except ExceptionGroup as group:  # the first is the one worth telling
-            response = _error_response(report_error(group.exceptions[0]))
+            response = JSON(await self._compute())
         except Exception as error:
             response = _error_response(report_error(error))
         await response(scope, receive, send)
@@ -197,7 +169,8 @@ class StreamedAnswer(Answer):
     """
 
     def __init__(self, generation: Generation, chunks: ChunkWriter) -> None:
-        super().__init__(generation)
+        super().__init__()
+        self._generation = generation
         self._chunks = chunks
         self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
         del self.headers["content-length"]
@@ -209,13 +182,12 @@ class StreamedAnswer(Answer):
                 async for piece in pieces:
                     if not started:
                         started = True
-                        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-                        await _write(send, start)
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     chunk = self._chunks.piece(piece)
-                    await _write(send, {"type": "http.response.body", "body": chunk, "more_body": True})
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
             last = self._chunks.end()
         except ClientDisconnect:
-            return
+            raise
         except Exception as error:
             report = report_error(error)
             if not started:
@@ -225,11 +197,21 @@ class StreamedAnswer(Answer):
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-async def _write(send: Send, message: Message) -> None:
-    try:
-        await send(message)
-    except OSError as error:  # ASGI's sign for a closed connection
-        raise ClientDisconnect from error
+def _answer(
+    body: InferenceRequest,
+    generation: Generation,
+    writer: type[ChunkWriter],
+    whole: Callable[[Generation, list[str]], msgspec.Struct],
+) -> Response:
+    """The answer in the way that the request wants it."""
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage is True
+        return StreamedAnswer(generation, writer(generation, include_usage=include_usage))
+
+    async def collected() -> msgspec.Struct:
+        return whole(generation, await generation.collect())
+
+    return WholeAnswer(collected)
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

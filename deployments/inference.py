@@ -243,8 +243,13 @@ class InferenceService:
                 token_ids = given
             prompts.append(self._checked_prompt(f"input[{i}]", token_ids))
         id = "embd-" + uuid.uuid4().hex
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._vector(prompt, asked, f"{id}-{i}")) for i, prompt in enumerate(prompts)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._vector(prompt, asked, f"{id}-{i}")) for i, prompt in enumerate(prompts)
+                ]
+        except ExceptionGroup as errors:  # the first is the one worth telling
+            raise errors.exceptions[0] from None
         vectors = [task.result() for task in tasks]
         return EmbeddingResponse.of(vectors, model.id, sum(map(len, prompts)), request.encoding_format)
 

@@ -98,13 +98,41 @@ class StructuredOutputs(pydantic.BaseModel):
     json_object: bool | None = None
 
 
-class InferenceRequest(pydantic.BaseModel):
-    """What both kinds of request share. None means not given."""
+class OpenAIRequest(pydantic.BaseModel):
+    """What all kinds of request share. None means not given."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     model: str | None = None
     """One of the served names; may be left out."""
+    user: str | None = None
+    """Taken, without effect."""
+
+    @classmethod
+    def parse(cls, body: bytes | dict[str, Any]) -> Self:
+        """From a JSON body or a dict of fields. Raises ConfigError naming the first field that is wrong."""
+        try:
+            request = cls.model_validate(body) if isinstance(body, dict) else cls.model_validate_json(body)
+        except pydantic.ValidationError as error:
+            raise _config_error(error) from None
+        request._check()
+        return request
+
+    def _check(self) -> None:
+        """What the types do not say. Raises ConfigError."""
+        for name, value in (self.model_extra or {}).items():
+            if name in _NEUTRAL:
+                if value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
+                    raise ConfigError(name, value, "is not supported")
+            elif name not in _IGNORED:
+                near = difflib.get_close_matches(name, type(self).model_fields, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(name, value, f"is not a known request field{hint}")
+
+
+class InferenceRequest(OpenAIRequest):
+    """What both kinds of generation share."""
+
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
@@ -130,21 +158,13 @@ class InferenceRequest(pydantic.BaseModel):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
 
-    @classmethod
-    def parse(cls, body: bytes | dict[str, Any]) -> Self:
-        """From a JSON body or a dict of fields. Raises ConfigError naming the first field that is wrong."""
-        try:
-            request = cls.model_validate(body) if isinstance(body, dict) else cls.model_validate_json(body)
-        except pydantic.ValidationError as error:
-            raise _config_error(error) from None
-        request._check_extra_fields()
-        if request.stream_options is not None and not request.stream:
+    def _check(self) -> None:
+        super()._check()
+        if self.stream_options is not None and not self.stream:
             raise ConfigError("stream_options", "given", "is only allowed with stream=true")
-        if request.prompt_logprobs is not None and request.stream:
-            raise ConfigError("prompt_logprobs", request.prompt_logprobs, "is not allowed with stream=true")
-        return request
+        if self.prompt_logprobs is not None and self.stream:
+            raise ConfigError("prompt_logprobs", self.prompt_logprobs, "is not allowed with stream=true")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -166,16 +186,6 @@ class InferenceRequest(pydantic.BaseModel):
         schema = given.json_schema.json_schema
         return StructuredOutputsParams(json={"type": "object"} if schema is None else schema)
 
-    def _check_extra_fields(self) -> None:
-        for name, value in (self.model_extra or {}).items():
-            if name in _NEUTRAL:
-                if value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
-                    raise ConfigError(name, value, "is not supported")
-            elif name not in _IGNORED:
-                near = difflib.get_close_matches(name, type(self).model_fields, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(name, value, f"is not a known request field{hint}")
-
 
 class CompletionRequest(InferenceRequest):
     """POST /v1/completions."""
@@ -193,16 +203,7 @@ class CompletionRequest(InferenceRequest):
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, one or many, all of one kind. Raises ConfigError."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if isinstance(prompt, list) and prompt:
-            if _all_of(int, prompt):
-                return [prompt]
-            if _all_of(str, prompt) or (_all_of(list, prompt) and all(_all_of(int, p) for p in prompt)):
-                return prompt
-        allowed = "a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
-        raise ConfigError("prompt", prompt, f"must be {allowed}")
+        return one_or_many("prompt", self.prompt)
 
 
 class TextPart(pydantic.BaseModel):
@@ -303,6 +304,19 @@ class ChatRequest(InferenceRequest):
 
     def _tool_choice_text(self) -> str | None:
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+
+
+def one_or_many(field: str, given: Any) -> Sequence[str | list[int]]:
+    """A string, a list of strings, a list of token ids or a list of such lists, as a list. Raises ConfigError."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, list) and given:
+        if _all_of(int, given):
+            return [given]
+        if _all_of(str, given) or (_all_of(list, given) and all(_all_of(int, ids) for ids in given)):
+            return given
+    allowed = "a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
+    raise ConfigError(field, given, f"must be {allowed}")
 
 
 def _call_for_template(call: Any) -> Any:

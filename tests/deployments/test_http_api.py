@@ -253,6 +253,16 @@ async def test_a_broken_connection_releases_the_lane_without_an_alarm(app, lanes
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("stream", "num_writes"), [(True, 4), (False, 2)])
+async def test_a_connection_that_breaks_at_the_last_write_is_no_alarm_either(app, caplog, stream, num_writes):
+    body = COMPLETION | {"stream": stream, "max_tokens": 2, "ignore_eos": True}
+    whole = Call(app, "/v1/completions", body)
+    await whole.task
+    assert whole.sent.qsize() == num_writes
+    await Call(app, "/v1/completions", body, breaks_after=num_writes - 1).task
+    assert not caplog.records
+
+
 # ---- what is refused
 
 
