@@ -284,7 +284,7 @@ class _ConfigJson(Settings):
     q_lora_rank: int | None = Field(default=None, ge=1)
     kv_lora_rank: int | None = Field(default=None, ge=1)
     qk_nope_head_dim: int | None = Field(default=None, ge=1)
-    qk_rope_head_dim: int | None = Field(default=None, ge=2)
+    qk_rope_head_dim: int | None = Field(default=None, ge=1)
     v_head_dim: int | None = Field(default=None, ge=1)
     rope_interleave: bool = True
     quantization_config: dict[str, Any] | None = None
@@ -296,16 +296,12 @@ class _ConfigJson(Settings):
         if heads % kv_heads:
             allowed = f"must divide num_attention_heads={heads}"
             raise ConfigError("num_key_value_heads", kv_heads, allowed)
-        if self.head_dim is None and self.hidden_size % heads:
-            allowed = f"must be a multiple of num_attention_heads={heads} where head_dim is not given"
-            raise ConfigError("hidden_size", self.hidden_size, allowed)
-        head_dim = self.head_dim or self.hidden_size // heads
-        if head_dim % 2:
-            raise ConfigError("head_dim", head_dim, "must be even: rotary embedding turns pairs")
         rope = self._rope(architecture)
         mla = self._mla(architecture, rope)
         if mla is not None:
             kv_heads, head_dim = 1, mla.kv_lora_rank + mla.qk_rope_head_dim
+        else:
+            head_dim = self._head_dim()
         is_qwen2 = architecture in ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
         return ModelConfig(
             architecture=architecture,
@@ -340,6 +336,13 @@ class _ConfigJson(Settings):
                 return architecture
         reason = f"not supported; supported are {', '.join(supported)}"
         raise ConfigError("architectures", self.architectures, reason)
+
+    def _head_dim(self) -> int:
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            allowed = f"must be a multiple of num_attention_heads={heads} where head_dim is not given"
+            raise ConfigError("hidden_size", self.hidden_size, allowed)
+        return _even("head_dim", self.head_dim or self.hidden_size // heads)
 
     def _sliding_window(self, architecture: Architecture) -> int | None:
         if architecture == "MistralForCausalLM" and "sliding_window" not in self.model_fields_set:
@@ -381,6 +384,8 @@ class _ConfigJson(Settings):
         is_v3 = architecture == "DeepseekV3ForCausalLM"
         if self.norm_topk_prob and not is_v3:
             raise ConfigError("norm_topk_prob", True, f"not supported with {architecture}")
+        if self.topk_method == "noaux_tc" and not is_v3:
+            raise ConfigError("topk_method", self.topk_method, f"not supported with {architecture}")
         grouped = is_v3 or self.topk_method == "group_limited_greedy"
         num_groups = (self.n_group or 1) if grouped else 1
         top_groups = (self.topk_group or 1) if grouped else 1
@@ -406,7 +411,8 @@ class _ConfigJson(Settings):
     def _mla(self, architecture: Architecture, rope: RopeConfig) -> MlaConfig | None:
         if architecture not in DEEPSEEK:
             return None
-        nope, turning = self._required("qk_nope_head_dim"), self._required("qk_rope_head_dim")
+        nope = self._required("qk_nope_head_dim")
+        turning = _even("qk_rope_head_dim", self._required("qk_rope_head_dim"))
         given = self.rope_parameters or self.rope_scaling or {}
         sharper = yarn_mscale(rope.factor, given.get("mscale_all_dim") or 0.0) if rope.kind != "default" else 1.0
         return MlaConfig(
@@ -438,6 +444,12 @@ class _ConfigJson(Settings):
         default = 1e6 if architecture == "MixtralForCausalLM" else 10000.0
         raw.setdefault("rope_theta", self.rope_theta if self.rope_theta is not None else default)
         return _RopeJson.parse(raw).resolve(self.max_position_embeddings)
+
+
+def _even(name: str, dim: int) -> int:
+    if dim % 2:
+        raise ConfigError(name, dim, "must be even: rotary embedding turns pairs")
+    return dim
 
 
 def _eos_token_ids(raw: dict[str, Any]) -> list[int]:

@@ -164,6 +164,7 @@ DEEPSEEK = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 10,
 }
+DEEPSEEK_V2 = {**DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "norm_topk_prob": False}
 
 
 def test_deepseek_is_read(write_model: WriteModel) -> None:
@@ -187,6 +188,11 @@ def test_deepseek_is_read(write_model: WriteModel) -> None:
     )
 
 
+def test_latent_attention_needs_no_head_dim_that_divides_the_hidden_size(write_model: WriteModel) -> None:
+    assert ModelConfig.from_folder(write_model(**DEEPSEEK, hidden_size=60)).rotary_dim == 4
+    assert ModelConfig.from_folder(write_model(**DEEPSEEK, head_dim=7)).rotary_dim == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -194,6 +200,11 @@ def test_deepseek_is_read(write_model: WriteModel) -> None:
         ({**DEEPSEEK, "n_group": 16}, "n_group=16: leaves one expert in a group"),
         ({**DEEPSEEK, "kv_lora_rank": None}, "kv_lora_rank=None: is required by DeepseekV3ForCausalLM"),
         ({**DEEPSEEK, "moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ({**DEEPSEEK, "qk_rope_head_dim": 5}, "qk_rope_head_dim=5: must be even"),
+        (
+            {**DEEPSEEK_V2, "topk_method": "noaux_tc"},
+            "topk_method='noaux_tc': not supported with DeepseekV2ForCausalLM",
+        ),
         (
             {"architectures": ["Qwen3MoeForCausalLM"], **QWEN_MOE, "num_experts_per_tok": 7},
             "num_experts_per_tok=7: must be at most the 6 experts",
