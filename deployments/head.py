@@ -46,12 +46,7 @@ class Head:
         def on_failure(epoch: int, reason: str) -> None:  # in the engine's thread
             loop.call_soon_threadsafe(self._step_failed, epoch, reason)
 
-        self._engine = Engine(
-            config,
-            self._lane_id,
-            self._links,
-            on_failure,
-        )
+        self._engine = Engine(config, self._lane_id, self._links, on_failure)
         try:
             await self._group.start()
             self._lane = Lane(config, self._lane_id, self._context, self._group, list(later_stages), self._engine)
@@ -92,7 +87,7 @@ class Head:
             call.request_id, call.prompt_token_ids, self._decode_params(call.params), call.reply_to
         )
         try:
-            return await asyncio.shield(asyncio.wrap_future(done))
+            return await asyncio.wrap_future(done)
         except asyncio.CancelledError:
             self._engine.abort(call.request_id)
             raise

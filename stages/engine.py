@@ -99,8 +99,10 @@ class Engine:
         self._epoch = 0
         self._clocks = _Clocks()
         self._commands: deque[Callable[[], None]] = deque()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._wake: int | None = os.eventfd(0, os.EFD_NONBLOCK)
         self._closed = False
+        # Held to accept a command, to close and to free `_wake`: what is accepted is also run.
+        self._lock = threading.Lock()
         self._digest_at = 0.0
         self._digest_due = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -109,11 +111,11 @@ class Engine:
     # -- for other threads -------------------------------------------------------------------------------
 
     def call(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
-        """Run `function(*args)` in the engine's thread between two steps."""
-        future: Future[Result] = Future()
-        if self._closed:
-            future.set_exception(RuntimeError(SHUT_DOWN))
-            return future
+        """Run `function(*args)` in the engine's thread between two steps.
+
+        The future cannot be cancelled: who waits may give up, what was asked is done all the same.
+        """
+        future = _started()
 
         def command() -> None:
             try:
@@ -121,15 +123,19 @@ class Engine:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._commands.append(command)
-        os.eventfd_write(self._wake, 1)
+        with self._lock:
+            if self._closed:
+                future.set_exception(RuntimeError(SHUT_DOWN))
+            else:
+                self._commands.append(command)
+                self._wake_up()
         return future
 
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, reply_to: str
     ) -> Future[GenerateSummary]:
         """Start a request; the future ends with it (ConfigError if it is refused)."""
-        done: Future[GenerateSummary] = Future()
+        done = _started()
         grammar = None
         if params.structured_outputs is not None:
             try:
@@ -140,20 +146,17 @@ class Engine:
                 return done
 
         def add() -> None:
-            try:
-                if self._scheduler is None:
-                    raise ConfigError("", None, "the lane is not wired yet")
-                self._scheduler.add(request_id, prompt_token_ids, params, grammar)
-            except BaseException as error:
-                done.set_exception(error)
-                return
+            if self._scheduler is None:
+                raise ConfigError("", None, "the lane is not wired yet")
+            self._scheduler.add(request_id, prompt_token_ids, params, grammar)
             self._requests[request_id] = _Request(reply_to, done)
             self._digest_due = True
 
-        if self._closed:
-            done.set_exception(RuntimeError(SHUT_DOWN))
-        else:
-            self.call(add)
+        def added(future: Future[None]) -> None:
+            if (error := future.exception()) is not None:
+                done.set_exception(error)
+
+        self.call(add).add_done_callback(added)
         return done
 
     def abort(self, request_id: str) -> Future[None]:
@@ -176,13 +179,18 @@ class Engine:
 
     def close(self) -> None:
         """End the thread; running requests fail. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        os.eventfd_write(self._wake, 1)
+        with self._lock:
+            self._closed = True
+            self._wake_up()
         self._thread.join(timeout=10)
-        if not self._thread.is_alive():
-            os.close(self._wake)  # not by the thread, which may have ended before the write above
+        with self._lock:
+            if self._wake is not None and not self._thread.is_alive():
+                os.close(self._wake)
+                self._wake = None
+
+    def _wake_up(self) -> None:
+        if self._wake is not None:
+            os.eventfd_write(self._wake, 1)
 
     # -- in the engine's thread --------------------------------------------------------------------------
 
@@ -196,10 +204,12 @@ class Engine:
                 self._guarded(self._collect)
                 self._guarded(self._check_deadline)
         finally:
-            self._detach("stopped")
+            with self._lock:
+                self._closed = True  # also when an error has ended the thread: nobody may wait for it
             self._run_commands()
             for request in self._requests.values():
                 request.done.set_exception(RuntimeError(SHUT_DOWN))
+            self._detach("stopped")
 
     def _run_commands(self) -> None:
         while self._commands:
@@ -228,7 +238,7 @@ class Engine:
         left = max(0.0, self._digest_at + period - time.monotonic())
         for handle, _ in poller.poll(int(1000 * left) + 1):
             if handle == self._wake:
-                os.eventfd_read(self._wake)
+                os.eventfd_read(handle)
 
     def _fill(self) -> None:
         wired, scheduler = self._wired, self._scheduler
@@ -304,7 +314,7 @@ class Engine:
 
     def _finish(self, request_id: str, reason: str) -> None:
         request = self._requests.pop(request_id, None)
-        if request is not None and not request.done.done():
+        if request is not None:
             request.done.set_result(GenerateSummary(request_id, request.num_sent, reason))
 
     def _abort(self, request_id: str) -> None:
@@ -387,3 +397,10 @@ class Engine:
             prompt_tokens=counts.get("prompt_tokens", 0),
             generation_tokens=counts.get("generation_tokens", 0),
         )
+
+
+def _started() -> Future[Any]:
+    """A future that cannot be cancelled."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future

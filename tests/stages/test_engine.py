@@ -6,7 +6,9 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -254,6 +256,44 @@ def test_closing_fails_what_still_waits(bench: Bench) -> None:
     bench.engine.close()
     with pytest.raises(RuntimeError, match="shut down"):
         done.result(5)
+
+
+def test_whoever_gives_up_waiting_disturbs_nobody(bench: Bench) -> None:
+    bench.wire(1)
+    bench.engine.call(time.sleep, 0.2)
+    bench.engine.digest().cancel()
+    bench.engine.generate("given up", [5], params(2), "router").cancel()
+    assert bench.engine.generate("ok", [5], params(2), "router").result(5).num_tokens == 2
+
+
+def test_nobody_waits_for_an_engine_that_an_error_has_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = bench.wire(1, mute=True)
+    done = bench.engine.generate("r", [7], params(), "router")
+    ended = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: ended.set())
+    monkeypatch.setattr(bench.sink, "publish", lambda _: 1 / 0)
+    assert ended.wait(10) and worker.stopped.wait(5)
+    for future in (done, bench.engine.digest(), bench.engine.generate("late", [7], params(), "router")):
+        with pytest.raises(RuntimeError, match="shut down"):
+            future.result(5)
+
+
+def test_whatever_is_asked_of_an_engine_while_it_closes_is_answered(bench: Bench) -> None:
+    for _ in range(50):
+        engine = Engine(bench.config, "lane", Sink(), lambda epoch, reason: None)
+        asked: list[Future[Any]] = []
+
+        def ask(engine: Engine = engine, asked: list[Future[Any]] = asked) -> None:
+            while not (asked and asked[-1].done() and asked[-1].exception()):
+                asked.append(engine.digest())
+
+        asker = threading.Thread(target=ask)
+        asker.start()
+        engine.close()
+        asker.join(10)
+        assert not asker.is_alive()
+        for future in asked:
+            future.exception(5)
 
 
 def test_router_links_send_one_message_per_step_and_digests_to_whoever_listens() -> None:
