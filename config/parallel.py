@@ -23,14 +23,9 @@ class ParallelPlan:
     layer_ranges: tuple[tuple[int, int], ...]
     """[start, end) of each stage's layers."""
     kv_heads_per_rank: int
-    kv_replication: int
-    """Copies of each KV head in a stage; above 1 where the ranks cannot share the KV heads out (see kv_heads)."""
+    """The same on every rank, though a head may be on several (see kv_heads)."""
     expert_parallel: bool = False
     """Whether a rank holds whole experts (see expert_range) and not its part of every expert."""
-
-    @property
-    def world_size(self) -> int:
-        return self.tp_size * self.pp_size
 
     def num_layers(self, stage: int) -> int:
         start, end = self.layer_ranges[stage]
@@ -66,8 +61,7 @@ class ParallelPlan:
             tp_size=tp_size,
             pp_size=pp_size,
             layer_ranges=tuple(zip(starts, starts[1:], strict=False)),
-            kv_heads_per_rank=(per_rank := len(kv_heads(model, tp_size, 0))),
-            kv_replication=per_rank * tp_size // model.num_kv_heads,
+            kv_heads_per_rank=len(kv_heads(model, tp_size, 0)),
             expert_parallel=expert_parallel,
         )
 
