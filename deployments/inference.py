@@ -21,8 +21,9 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
 from stagemesh.deployments.choice import Choice, Piece
 from stagemesh.deployments.embeddings import EmbeddingRequest, EmbeddingResponse
-from stagemesh.deployments.errors import PromptTooLong, UnknownModel
+from stagemesh.deployments.errors import UnknownModel
 from stagemesh.deployments.lanes import LaneClient, LaneError
+from stagemesh.deployments.limits import check_params, check_prompt
 from stagemesh.deployments.logprobs import TokenReporter
 from stagemesh.deployments.metrics import Metrics
 from stagemesh.deployments.openai_answers import ModelCard, PromptTokensDetails, Usage
@@ -168,16 +169,7 @@ class InferenceService:
         model = self.model(request.model)
         given = request.prompts()
         self._check_num_choices(len(given), request.n)
-        prompts = []
-        for i, prompt in enumerate(given):
-            field = "prompt" if len(given) == 1 else f"prompt[{i}]"
-            if not prompt:
-                raise ConfigError(field, prompt, "must not be empty")
-            if isinstance(prompt, str):
-                token_ids = await self._encode(prompt, request.add_special_tokens is not False)
-            else:
-                token_ids = prompt
-            prompts.append(self._checked_prompt(field, token_ids))
+        prompts = await self._tokenized("prompt", given, request.add_special_tokens)
         max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         form = request.form()
         await _check_form(form, request)
@@ -199,7 +191,7 @@ class InferenceService:
             add_generation_prompt=request.add_generation_prompt is not False,
             **variables,
         )
-        prompt = self._checked_prompt("messages", await self._encode(text, False))
+        (prompt,) = await self._tokenized("messages", [text], add_special_tokens=False)
         max_tokens = self.max_model_len if request.max_tokens is None else request.max_tokens
         if request.max_completion_tokens is not None:
             max_tokens = request.max_completion_tokens
@@ -235,13 +227,7 @@ class InferenceService:
         """One vector per input. Raises ConfigError naming the input that is wrong. Cancelling aborts what runs."""
         model = self.model(request.model)
         asked = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=request.params())
-        prompts = []
-        for i, given in enumerate(request.inputs()):
-            if isinstance(given, str):
-                token_ids = await self._encode(given, request.add_special_tokens is not False)
-            else:
-                token_ids = given
-            prompts.append(self._checked_prompt(f"input[{i}]", token_ids))
+        prompts = await self._tokenized("input", request.inputs(), request.add_special_tokens, room_for_answer=0)
         id = "embd-" + uuid.uuid4().hex
         try:
             async with asyncio.TaskGroup() as group:
@@ -261,11 +247,39 @@ class InferenceService:
                 raise LaneError("internal", delta.error or f"request {request_id}: the lane gave no vector")
         raise LaneError("lost", "the lane ended the request before it was complete")
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) < _LONG_TEXT_CHARS:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    async def _tokenized(
+        self,
+        field: str,
+        prompts: Sequence[str | list[int]],
+        add_special_tokens: bool | None,
+        *,
+        room_for_answer: int = 1,
+    ) -> list[list[int]]:
+        """Token ids of all prompts, checked. Raises ConfigError that names the prompt."""
+        names = [field] if len(prompts) == 1 else [f"{field}[{i}]" for i in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            if not prompt:
+                raise ConfigError(name, prompt, "must not be empty")
+
+        def tokenize() -> list[list[int]]:
+            special = add_special_tokens is not False
+            return [
+                self._tokenizer.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
+                for prompt in prompts
+            ]
+
         # A megabyte takes about a second; on this thread every running stream would stand still for it.
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > _LONG_TEXT_CHARS
+        tokenized = await asyncio.to_thread(tokenize) if is_long else tokenize()
+        for name, token_ids in zip(names, tokenized, strict=True):
+            check_prompt(
+                name,
+                token_ids,
+                vocab_size=self._vocab_size,
+                max_model_len=self.max_model_len,
+                room_for_answer=room_for_answer,
+            )
+        return tokenized
 
     def _check_num_choices(self, num_prompts: int, n: int | None) -> None:
         n = 1 if n is None else n
@@ -273,23 +287,6 @@ class InferenceService:
             raise ConfigError("n", n, f"must be within [1, {MAX_CHOICES}]")
         if num_prompts * n > MAX_CHOICES:
             raise ConfigError("prompt", num_prompts, f"prompts times n={n} must not exceed {MAX_CHOICES}")
-
-    def _checked_prompt(self, field: str, token_ids: list[int]) -> list[int]:
-        if not token_ids:
-            raise ConfigError(field, token_ids, "has no tokens")
-        self._check_token_ids(field, token_ids)
-        if len(token_ids) >= self.max_model_len:
-            raise PromptTooLong(
-                field,
-                f"{len(token_ids)} tokens",
-                f"max_model_len is {self.max_model_len} tokens, of which the answer needs at least one",
-            )
-        return token_ids
-
-    def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
-        for outermost in (min(token_ids), max(token_ids)):
-            if not 0 <= outermost < self._vocab_size:
-                raise ConfigError(field, outermost, f"token ids must be within [0, {self._vocab_size})")
 
     def _generation(
         self,
@@ -333,23 +330,19 @@ class InferenceService:
         for text in stop:
             if len(text) > MAX_STOP_CHARS:
                 raise ConfigError("stop", text, f"must not be longer than {MAX_STOP_CHARS} characters")
-        if request.stop_token_ids:
-            self._check_token_ids("stop_token_ids", request.stop_token_ids)
-        if request.allowed_token_ids:
-            self._check_token_ids("allowed_token_ids", request.allowed_token_ids)
         bad_words = request.bad_words or []
         if len(bad_words) > MAX_BAD_WORDS:
             raise ConfigError("bad_words", len(bad_words), f"must not hold more than {MAX_BAD_WORDS} words")
         for name, number in (("logprobs", request.num_logprobs), ("prompt_logprobs", request.prompt_logprobs)):
             if number is not None and not 0 <= number <= MAX_LOGPROBS:
                 raise ConfigError(name, number, f"must be within [0, {MAX_LOGPROBS}]")
-        return SamplingParams(
+        params = SamplingParams(
             **(self._sampling_defaults | given),
             max_tokens=max_tokens,
             seed=request.seed,
             stop=tuple(stop),
             stop_token_ids=tuple(request.stop_token_ids or ()),
-            logit_bias=self._logit_bias(request.logit_bias or {}),
+            logit_bias=_logit_bias(request.logit_bias or {}),
             # OpenAI's clients write an empty list where they mean nothing.
             allowed_token_ids=tuple(request.allowed_token_ids) if request.allowed_token_ids else None,
             bad_words=tuple(bad_words),
@@ -359,15 +352,15 @@ class InferenceService:
             logprobs=request.num_logprobs,
             structured_outputs=form,
         )
+        check_params(params, self._vocab_size)
+        return params
 
-    def _logit_bias(self, given: Mapping[str, float]) -> dict[int, float]:
-        bias = {}
-        for key, value in given.items():
-            if not key.isdecimal():
-                raise ConfigError("logit_bias", key, "its keys must be token ids")
-            self._check_token_ids("logit_bias", [int(key)])
-            bias[int(key)] = value
-        return bias
+
+def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
+    for key in given:
+        if not key.isdecimal():
+            raise ConfigError("logit_bias", key, "its keys must be token ids")
+    return {int(key): value for key, value in given.items()}
 
 
 def _seed(params: SamplingParams, i: int) -> int:

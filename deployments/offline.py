@@ -31,6 +31,7 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.choice import Choice
+from stagemesh.deployments.limits import check_params, check_prompt
 from stagemesh.stages.engine import Engine, TokenSink
 from stagemesh.stages.logit_rules import bad_words_token_ids
 from stagemesh.stages.messages import LaneDigest, TokenDelta, TokenLogprobs
@@ -228,8 +229,9 @@ class LLM:
         use_tqdm: bool | ProgressBar,
     ) -> list[RequestOutput]:
         each = self._params_of_each(params, len(texts))
-        for i, ids in enumerate(token_ids):
-            _check_prompt(i, ids, self.config, room_for_answer=1)
+        self._check_prompts(token_ids, room_for_answer=1)
+        for asked in each:
+            check_params(asked, self.config.model.vocab_size)
         call = uuid.uuid4().hex[:12]
         answers = [
             _Answer(f"{call}-{i}", *prompt, choices=self._choices(f"{call}-{i}", prompt[1], prompt[2]))
@@ -263,8 +265,7 @@ class LLM:
     ) -> list[tuple[str, Vector, list[int], int]]:
         """(request id, vector, token ids, cached tokens) of each prompt."""
         _, token_ids = self._tokenize(_as_list(prompts))
-        for i, ids in enumerate(token_ids):
-            _check_prompt(i, ids, self.config, room_for_answer=0)
+        self._check_prompts(token_ids, room_for_answer=0)
         call = uuid.uuid4().hex[:12]
         asked = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=params or PoolingParams())
         starts = [(f"{call}-{i}", ids, asked) for i, ids in enumerate(token_ids)]
@@ -280,6 +281,16 @@ class LLM:
             (id, np.frombuffer(found[id].embedding, np.float32).copy(), ids, found[id].num_cached_tokens)
             for id, ids, _ in starts
         ]
+
+    def _check_prompts(self, prompts: list[list[int]], room_for_answer: int) -> None:
+        for i, token_ids in enumerate(prompts):
+            check_prompt(
+                f"prompts[{i}]",
+                token_ids,
+                vocab_size=self.config.model.vocab_size,
+                max_model_len=self.config.max_model_len,
+                room_for_answer=room_for_answer,
+            )
 
     def _params_of_each(self, params: Any, count: int) -> list[SamplingParams]:
         if params is None:
@@ -506,19 +517,6 @@ def _text_and_ids(i: int, prompt: Prompt) -> tuple[str | None, list[int] | None]
     if text is None and ids is None:
         raise ConfigError(f"prompts[{i}]", dict(prompt), "must hold 'prompt' or 'prompt_token_ids'")
     return text, None if ids is None else list(ids)
-
-
-def _check_prompt(i: int, token_ids: list[int], config: EngineConfig, *, room_for_answer: int) -> None:
-    """Raises ConfigError naming the i-th prompt."""
-    where, most = f"prompts[{i}]", config.max_model_len - room_for_answer
-    if not token_ids:
-        raise ConfigError(where, "", "has no tokens")
-    for outermost in (min(token_ids), max(token_ids)):
-        if not 0 <= outermost < config.model.vocab_size:
-            raise ConfigError(where, outermost, f"token ids must be within [0, {config.model.vocab_size})")
-    if len(token_ids) > most:
-        reason = f"max_model_len={config.max_model_len} leaves room for {most} tokens"
-        raise ConfigError(where, f"{len(token_ids)} tokens", reason)
 
 
 @contextmanager

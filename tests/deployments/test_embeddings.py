@@ -92,8 +92,10 @@ async def test_pooling_is_asked_for_as_the_request_says(http: httpx.AsyncClient,
         ({"input": []}, 400, "input"),
         ({"input": ["Hello", []]}, 400, "input"),
         ({"input": [[1], []]}, 400, "input[1]"),
-        ({"input": [9999]}, 400, "input[0]"),
-        ({"input": [1] * 64}, 400, "input[0]"),
+        ({"input": ""}, 400, "input"),
+        ({"input": ["Hello", ""]}, 400, "input[1]"),
+        ({"input": [9999]}, 400, "input"),
+        ({"input": [1] * 65}, 400, "input"),
         ({"input": "Hello", "encoding_format": "int8"}, 400, "encoding_format"),
         ({"input": "Hello", "dimensions": 0}, 400, "dimensions"),
         ({"input": "Hello", "temperature": 1}, 400, "temperature"),
@@ -103,6 +105,10 @@ async def test_pooling_is_asked_for_as_the_request_says(http: httpx.AsyncClient,
 async def test_what_is_wrong_is_named(http: httpx.AsyncClient, body: Any, status: int, param: str) -> None:
     answer = await post(http, **body)
     assert (answer["status"], answer["error"]["param"]) == (status, param)
+
+
+async def test_a_prompt_may_be_as_long_as_the_model_for_it_needs_no_answer(http: httpx.AsyncClient) -> None:
+    assert (await post(http, input=[1] * 64))["usage"]["prompt_tokens"] == 64
 
 
 async def test_a_body_that_is_no_json_is_refused(http: httpx.AsyncClient) -> None:

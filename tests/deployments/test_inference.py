@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from contextlib import aclosing
 from typing import Any
 
@@ -420,6 +421,22 @@ async def test_a_prompt_that_is_too_long_names_both_numbers(service):
 async def test_a_long_text_is_tokenized_too(service):
     with pytest.raises(PromptTooLong, match="20001 tokens"):
         await complete(service, prompt="z" * 20000)
+
+
+async def test_many_texts_that_are_long_together_leave_the_event_loop_alone(service, tokenizer, monkeypatch):
+    encode, threads = tokenizer.encode, set()
+
+    def spy(text: str, **options: Any) -> list[int]:
+        threads.add(threading.current_thread())
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", spy)
+    await complete(service, prompt=["Hello"] * 4)
+    assert threads == {threading.main_thread()}
+    threads.clear()
+    with pytest.raises(PromptTooLong, match=r"prompt\[0\]"):
+        await complete(service, prompt=["x" * 1000] * 40)
+    assert threads and threading.main_thread() not in threads
 
 
 async def test_an_unknown_model_is_told_what_is_served(service):

@@ -186,7 +186,7 @@ def test_logprobs_come_by_token_with_rank_and_text(llm: LLM) -> None:
     [
         (["Hello", []], r"prompts\[1\]"),
         ([[5, 2048]], r"prompts\[0\]=2048"),
-        ([[5] * 256], "max_model_len=256"),
+        ([[5] * 256], "max_model_len is 256"),
         ([{"text": "Hello"}], "prompt_token_ids"),
     ],
 )
@@ -195,6 +195,15 @@ def test_a_prompt_that_cannot_run_is_named_before_any_runs(llm: LLM, prompts: An
     with pytest.raises(ConfigError, match=named):
         llm.generate(prompts, GREEDY, use_tqdm=False)
     assert llm._lane.engine.digest().result(5).num_steps == steps
+
+
+@pytest.mark.parametrize(
+    "params", [{"logit_bias": {2048: 1.0}}, {"allowed_token_ids": [5, 2048]}, {"stop_token_ids": [2048]}]
+)
+def test_a_token_id_that_the_model_does_not_have_is_refused_and_the_lane_lives(llm: LLM, params: Any) -> None:
+    with pytest.raises(ConfigError, match="=2048: token ids"):
+        llm.generate("Hello", SamplingParams(max_tokens=4, **params), use_tqdm=False)
+    assert llm.generate("Hello", GREEDY, use_tqdm=False)[0].finished
 
 
 def test_use_tqdm_says_which_progress_bar_or_none(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
