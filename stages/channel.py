@@ -6,6 +6,8 @@ order, blocks nobody and queues what is sent before the peer has connected.
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -20,6 +22,9 @@ from stagemesh.stages.messages import (
     TokenDelta,
     WorkerMessage,
 )
+
+ROUTER_IDLE_S = 60.0
+"""A router with no token for this long is forgotten until the next: it may have gone for good."""
 
 
 class ChannelClosed(RuntimeError):
@@ -106,6 +111,12 @@ class WorkerChannel:
         self._results.close()
 
 
+@dataclass
+class _Link:
+    socket: zmq.Socket[bytes]
+    used_at: float
+
+
 class RouterLinks:
     """A head's way to the routers: new tokens to the one that asked, digests to all. One thread may use it."""
 
@@ -113,7 +124,7 @@ class RouterLinks:
         self._context = context
         self._lane = lane
         self._encoder = msgspec.msgpack.Encoder()
-        self._routers: dict[str, zmq.Socket[bytes]] = {}
+        self._routers: dict[str, _Link] = {}
         self._digests = context.socket(zmq.PUB)
         self.digest_address = bind_random_port(self._digests, host)
 
@@ -121,24 +132,27 @@ class RouterLinks:
         """One message with `deltas`; False when the router's queue is full, which means that it is gone."""
         if not reply_to:
             return True  # the head's own warm-up
-        socket = self._routers.get(reply_to)
-        if socket is None:
-            socket = self._context.socket(zmq.PUSH)
-            socket.connect(reply_to)
-            self._routers[reply_to] = socket
+        link = self._routers.get(reply_to)
+        if link is None:
+            link = self._routers[reply_to] = _Link(self._context.socket(zmq.PUSH), 0.0)
+            link.socket.connect(reply_to)
+        link.used_at = time.monotonic()
         try:
-            socket.send(self._encoder.encode(TokenBatch(self._lane, deltas)), zmq.NOBLOCK)
+            link.socket.send(self._encoder.encode(TokenBatch(self._lane, deltas)), zmq.NOBLOCK)
         except zmq.Again:
-            self._routers.pop(reply_to).close(linger=0)
+            self._routers.pop(reply_to).socket.close(linger=0)
             return False
         return True
 
     def publish(self, digest: LaneDigest) -> None:
         self._digests.send(self._encoder.encode(digest))
+        now = time.monotonic()
+        for reply_to in [name for name, link in self._routers.items() if now - link.used_at > ROUTER_IDLE_S]:
+            self._routers.pop(reply_to).socket.close(linger=0)
 
     def close(self) -> None:
         """Free the sockets; safe to call twice. The engine's thread must have ended."""
-        for socket in self._routers.values():
-            socket.close(linger=500)
+        for link in self._routers.values():
+            link.socket.close(linger=500)
         self._routers.clear()
         self._digests.close(linger=0)

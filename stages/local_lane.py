@@ -28,19 +28,23 @@ class LocalLane:
         """Load the model and start. Raises ConfigError where the checkpoint or the memory does not fit."""
         assert config.plan.tp_size * config.plan.pp_size == 1
         self._worker = Worker(config, 0, 0, HOST)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        channel = HeadChannel(self._context, HOST)
         try:
             self._worker.load()
             self.num_blocks = self._worker.profile()
+            endpoints = self._worker.open(EPOCH)
+            self._worker.connect(
+                Wiring(
+                    epoch=EPOCH, store_host=HOST, store_port=0, results_to=channel.address, num_blocks=self.num_blocks
+                )
+            )
+            channel.connect([endpoints.plan_address])
         except BaseException:
             self._worker.close()
+            channel.close()
+            self._context.term()
             raise
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        endpoints = self._worker.open(EPOCH)
-        channel = HeadChannel(self._context, HOST)
-        self._worker.connect(
-            Wiring(epoch=EPOCH, store_host=HOST, store_port=0, results_to=channel.address, num_blocks=self.num_blocks)
-        )
-        channel.connect([endpoints.plan_address])
         # The lane's threads know each other, the sink and `on_failure`, and nobody who would keep the lane alive.
         engine = self.engine = Engine(config, "local", sink, lambda epoch, reason: on_failure(reason))
         self._thread = threading.Thread(

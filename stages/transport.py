@@ -44,10 +44,8 @@ class DistTransport:
         work = dist.isend(hidden, self._next_rank)
         assert work is not None
         self._in_flight.append((work, hidden))  # the buffer must live until it is sent
-        while len(self._in_flight) > MAX_SENDS_IN_FLIGHT or self._in_flight[0][0].is_completed():
+        while self._in_flight and (len(self._in_flight) > MAX_SENDS_IN_FLIGHT or self._in_flight[0][0].is_completed()):
             self._in_flight.popleft()[0].wait()
-            if not self._in_flight:
-                break
 
     def receive(self, step: int, into: torch.Tensor) -> torch.Tensor:
         dist.recv(into, self._previous_rank)
