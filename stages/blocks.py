@@ -9,10 +9,9 @@ A block is `block_size` KV slots. It is in exactly one of three places:
 Sharing is by reference and never copies: only full blocks are published, and a full block is never written
 again.
 
-Why it is safe to publish and to reuse a block before the workers have done anything
------------------------------------------------------------------------------------- The scheduler runs
-ahead of the workers by up to `num_micro_batches` plans. All that is used here is that *every stage runs the
-plans in the order in which they were scheduled*, and that a layer's KV lives in one stage:
+Why it is safe to publish and to reuse a block before the workers have done anything: the scheduler runs ahead
+of the workers by up to `num_micro_batches` plans. All that is used here is that *every stage runs the plans in
+the order in which they were scheduled*, and that a layer's KV lives in one stage:
 
 - Publish. A block's hash is published when the plan that fills it is closed. Whoever finds it is in a later
   plan, so each stage writes the block before it reads it. Never in the same plan: then it would also hang on

@@ -24,7 +24,7 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.channel import ChannelClosed, HeadChannel
 from stagemesh.stages.messages import GenerateSummary, LaneDigest, StepResult, StopRun, TokenDelta
-from stagemesh.stages.scheduler import ScheduledStep, Scheduler, SequenceUpdate
+from stagemesh.stages.scheduler import COUNTS, ScheduledStep, Scheduler, SequenceUpdate
 from stagemesh.stages.structured import GrammarFactory
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class _InFlight:
 
 @dataclass
 class _Clocks:
-    """Sums over the life of the lane, in seconds."""
+    """Sums over the life of the lane, as LaneDigest explains them."""
 
     num_steps: int = 0
     schedule_s: float = 0.0
@@ -374,28 +374,14 @@ class Engine:
             self._sink.publish(self._make_digest())
 
     def _make_digest(self) -> LaneDigest:
-        counts = self._scheduler.counts() if self._scheduler is not None else {}
-        clocks = self._clocks
+        counts = dict.fromkeys(COUNTS, 0) if self._scheduler is None else self._scheduler.counts()
         return LaneDigest(
             lane=self._lane,
             state=self._state,
             epoch=self._epoch,
             block_size=self._config.args.block_size,
-            num_steps=clocks.num_steps,
-            schedule_s=clocks.schedule_s,
-            step_s=clocks.step_s,
-            model_s=clocks.model_s,
-            num_running=counts.get("num_running", 0),
-            num_waiting=counts.get("num_waiting", 0),
-            queued_prefill_tokens=counts.get("queued_prefill_tokens", 0),
-            running_kv_tokens=counts.get("running_kv_tokens", 0),
-            num_blocks=counts.get("num_blocks", 0),
-            num_free_blocks=counts.get("num_free_blocks", 0),
-            num_preemptions=counts.get("num_preemptions", 0),
-            prefix_queries=counts.get("prefix_queries", 0),
-            prefix_hits=counts.get("prefix_hits", 0),
-            prompt_tokens=counts.get("prompt_tokens", 0),
-            generation_tokens=counts.get("generation_tokens", 0),
+            **vars(self._clocks),
+            **counts,
         )
 
 

@@ -24,7 +24,6 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_blocks = num_blocks
         self.layers: list[Tensor] = [
             torch.zeros(num_blocks, *block_shape, dtype=dtype, device=device) for _ in range(num_layers)
         ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.messages import LogitEdits
-from stagemesh.stages.structured import Grammar
+from stagemesh.stages.structured import Grammar, TokenMask, token_mask
 
 EncodeText = Callable[[str], list[int]]
 """Text → token ids, without the tokenizer's special tokens."""
@@ -25,7 +25,7 @@ class LogitRules:
     def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], grammar: Grammar | None) -> None:
         self._params = params
         self._grammar = grammar
-        self._allowed = None if params.allowed_token_ids is None else _bits(params.allowed_token_ids)
+        self._allowed = None if params.allowed_token_ids is None else token_mask(params.allowed_token_ids)
         bias = sorted(params.logit_bias.items())
         self._bias_ids = array("i", [token_id for token_id, _ in bias]).tobytes()
         self._bias = array("f", [value for _, value in bias]).tobytes()
@@ -120,15 +120,7 @@ def bad_words_token_ids(words: Sequence[str], encode: EncodeText) -> tuple[tuple
     return tuple(found)
 
 
-def _bits(token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    bits = np.zeros(max(token_ids) + 1, np.uint8)
-    bits[list(token_ids)] = 1
-    return np.packbits(bits, bitorder="little")
-
-
-def _intersection(
-    first: np.ndarray[tuple[int], np.dtype[np.uint8]] | None, second: np.ndarray[tuple[int], np.dtype[np.uint8]] | None
-) -> np.ndarray[tuple[int], np.dtype[np.uint8]] | None:
+def _intersection(first: TokenMask | None, second: TokenMask | None) -> TokenMask | None:
     """Both masks, or the one that there is; the first where they have nothing in common."""
     if first is None or second is None:
         return second if first is None else first

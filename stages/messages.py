@@ -133,11 +133,8 @@ class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
 
     epoch: int
     stage: int
-    num_steps: int
     model_s: float
     """Time inside the model's layers (and sampling on the last stage)."""
-    transport_s: float
-    """Time sending and waiting for activations."""
 
 
 WorkerMessage = StepResult | WorkerStats
@@ -180,7 +177,7 @@ class LaneDigest(msgspec.Struct, array_like=True):
     lane: str
     """The head's Serve replica id."""
     state: str
-    """"starting" | "serving" | "healing" | "draining"."""
+    """"starting" | "serving" | "healing" | "failed"."""
     epoch: int
     num_running: int
     num_waiting: int

@@ -30,7 +30,7 @@ whatever its size, and cutting a short prompt in pieces would only delay its fir
 
 _UNUSED = array("i", [-1]).tobytes()
 
-_COUNTS = (
+COUNTS = (
     "num_running",
     "num_waiting",
     "queued_prefill_tokens",
@@ -43,6 +43,7 @@ _COUNTS = (
     "prompt_tokens",
     "generation_tokens",
 )
+"""The scheduler's part of a LaneDigest."""
 
 _by_arrival = attrgetter("arrival")
 
@@ -439,7 +440,6 @@ class Scheduler:
         """Takes its blocks; it waits with the tokens that it has. Its KV may survive as cached blocks."""
         self._running.remove(sequence)
         self._take_back(sequence)
-        sequence.num_preemptions += 1
         self.num_preemptions += 1
         # Almost always to the very front, since who waits came later than who ran.
         position = 0
@@ -503,8 +503,8 @@ class Scheduler:
         return sum(sequence.num_computed_tokens for sequence in self._running)
 
     def counts(self) -> dict[str, int]:
-        """The scheduler's part of a LaneDigest, by field name. O(requests)."""
-        return {name: getattr(self, name) for name in _COUNTS}
+        """The fields in COUNTS. O(requests)."""
+        return {name: getattr(self, name) for name in COUNTS}
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless queues, tables and block pool agree. O(blocks + tokens); for tests."""

@@ -38,7 +38,6 @@ class Sequence:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
-        "num_preemptions",
         "num_prompt_tokens",
         "params",
         "prompt_logprobs",
@@ -83,7 +82,6 @@ class Sequence:
         """Prompt tokens that the prefix cache gave at the first admission."""
         self.num_in_flight = 0
         """Plans in flight that hold this sequence."""
-        self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprobs] = []
         """Of the prompt's tokens after the first, as far as they have come; only if the request asked."""
         self.was_admitted = False
@@ -113,14 +111,6 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        return self.token_ids[: self.num_prompt_tokens].tolist()
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
     def needs_prompt_logprobs(self) -> bool:

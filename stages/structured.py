@@ -26,18 +26,29 @@ _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
 }
 
 
+TokenMask = np.ndarray[tuple[int], np.dtype[np.uint8]]
+"""One bit per token id, the lowest first in each byte."""
+
+
+def token_mask(token_ids: Sequence[int]) -> TokenMask:
+    """The mask of `token_ids` (at least one), as short as it can be."""
+    bits = np.zeros(max(token_ids) + 1, np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little")
+
+
 class Grammar:
     """The grammar of one answer."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, eos_only: bytes) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, eos_only: TokenMask) -> None:
         self._matcher = matcher
         self._eos_only = eos_only
         self._consumed = array("i")
         self.error = ""
         """Why no token may follow but EOS, although the answer does not have its form; empty if all is well."""
 
-    def mask(self, output_token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """Which tokens may follow this answer: uint8, one bit per token id, the lowest first in each byte.
+    def mask(self, output_token_ids: Sequence[int]) -> TokenMask:
+        """Which tokens may follow this answer.
 
         EOS is among them where the answer may end, and alone once it has to. Any answer may be asked for at any
         time; only the one that grows token by token is cheap.
@@ -51,7 +62,7 @@ class Grammar:
         if new and not self._is_over():
             self._matcher.consume_tokens(new)
         self._consumed = output
-        return np.frombuffer(self._eos_only if self._is_over() else self._matcher.compute_bitmask(), np.uint8)
+        return self._eos_only if self._is_over() else np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
 
     def _is_over(self) -> bool:
         if self._matcher.is_error():
@@ -75,9 +86,7 @@ class GrammarFactory:
         matcher = llguidance.LLMatcher(self._loaded(), _definition(form), log_level=0)
         if matcher.is_error():
             raise _refusal(form, matcher.get_error())
-        bits = np.zeros(max(self._eos_token_ids) + 1, np.uint8)
-        bits[self._eos_token_ids] = 1
-        return Grammar(matcher, np.packbits(bits, bitorder="little").tobytes())
+        return Grammar(matcher, token_mask(self._eos_token_ids))
 
     def _loaded(self) -> llguidance.LLTokenizer:
         """Read on first use: a second for a large vocabulary, which most lanes never need."""

@@ -180,9 +180,7 @@ class _RunLoop:
         self._is_first = worker._stage == 0
         self._is_last = worker._stage == worker._plan.pp_size - 1
         self._is_rank0 = worker._tp_rank == 0
-        self._num_steps = 0
         self._model_s = 0.0
-        self._transport_s = 0.0
         self._stats_sent = time.monotonic()
 
     def run(self) -> None:
@@ -198,37 +196,32 @@ class _RunLoop:
                 if isinstance(message, StopRun):
                     return
                 self._step(message)
-        self._send_stats(epoch)
 
     def _step(self, plan: StepPlan) -> None:
-        started = time.perf_counter()
         hidden = None
         if not self._is_first:
             self._worker._enter("activations", plan.step)
             hidden = self._transport.receive(plan.step, self._runner.empty_hidden(len(plan.token_ids) // 4))
-        received = time.perf_counter()
         self._worker._enter("model", plan.step)
+        started = time.perf_counter()
         hidden = self._runner.execute(plan, hidden)
         result = self._runner.sample(plan, hidden) if self._is_last else None
-        computed = time.perf_counter()
+        self._model_s += time.perf_counter() - started
         self._worker._enter("hand over", plan.step)
         if not self._is_last:
             self._transport.send(plan.step, hidden)
         elif result is not None:
             self._channel.send(result)
         self._worker._enter("idle", plan.step)
-        self._num_steps += 1
-        self._model_s += computed - received
-        self._transport_s += received - started + time.perf_counter() - computed
         if time.monotonic() - self._stats_sent > STATS_PERIOD_S:
             self._send_stats(plan.epoch)
 
     def _send_stats(self, epoch: int) -> None:
         self._stats_sent = time.monotonic()
-        if self._num_steps == 0 or not self._is_rank0:
+        if self._model_s == 0.0 or not self._is_rank0:
             return
-        self._channel.send(WorkerStats(epoch, self._worker._stage, self._num_steps, self._model_s, self._transport_s))
-        self._num_steps, self._model_s, self._transport_s = 0, 0.0, 0.0
+        self._channel.send(WorkerStats(epoch, self._worker._stage, self._model_s))
+        self._model_s = 0.0
 
 
 def pick_device(kind: str, tp_rank: int) -> torch.device:

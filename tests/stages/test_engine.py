@@ -18,6 +18,7 @@ from model_folder import write_model_folder
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
+from stagemesh.stages import channel as channel_module
 from stagemesh.stages.channel import HeadChannel, RouterLinks, bind_random_port
 from stagemesh.stages.engine import Engine
 from stagemesh.stages.messages import (
@@ -43,7 +44,6 @@ class FakeWorker:
         self.address = bind_random_port(self._plans, HOST)
         self._results = context.socket(zmq.PUSH)
         self._results.connect(channel.address)
-        self.num_plans = 0
         self.stopped = threading.Event()
         self.mute = False
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -57,10 +57,9 @@ class FakeWorker:
             if isinstance(message, StopRun):
                 self.stopped.set()
                 break
-            self.num_plans += 1
             if self.mute:
                 continue
-            self._results.send(encode(WorkerStats(message.epoch, 0, 1, 0.001, 0.0)))
+            self._results.send(encode(WorkerStats(message.epoch, 0, 0.001)))
             self._results.send(encode(result(message)))
         self._plans.close(linger=0)
         self._results.close(linger=0)
@@ -294,6 +293,22 @@ def test_whatever_is_asked_of_an_engine_while_it_closes_is_answered(bench: Bench
         assert not asker.is_alive()
         for future in asked:
             future.exception(5)
+
+
+def test_router_links_forget_a_router_that_is_idle_for_long_and_find_it_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links, router = RouterLinks(bench.context, HOST, "lane"), bench.context.socket(zmq.PULL)
+    address = bind_random_port(router, HOST)
+    digest = bench.engine.digest().result(5)
+    for idle_s, num_kept in ((60.0, 1), (-1.0, 0), (60.0, 1)):
+        monkeypatch.setattr(channel_module, "ROUTER_IDLE_S", idle_s)
+        assert links.emit(address, [TokenDelta("a", 0, [1])])
+        assert router.poll(5000) and router.recv()
+        links.publish(digest)
+        assert len(links._routers) == num_kept
+    links.close()
+    router.close(linger=0)
 
 
 def test_router_links_send_one_message_per_step_and_digests_to_whoever_listens() -> None:
