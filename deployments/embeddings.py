@@ -11,7 +11,9 @@ from pydantic import Field
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import Pooling, PoolingParams
+from stagemesh.deployments.lanes import LaneError
 from stagemesh.deployments.openai_requests import OpenAIRequest, one_or_many
+from stagemesh.stages.messages import TokenDelta
 
 MAX_INPUTS = 2048
 """OpenAI's limit."""
@@ -44,6 +46,13 @@ class EmbeddingRequest(OpenAIRequest):
         return PoolingParams(
             pooling=self.pooling or "last", normalize=self.normalize is not False, dimensions=self.dimensions
         )
+
+
+def vector_of(delta: TokenDelta) -> bytes:
+    """The vector that a lane sent: little-endian float32. Raises LaneError where it sent none."""
+    if not delta.embedding:
+        raise LaneError("internal", delta.error or f"request {delta.request_id}: the lane gave no vector")
+    return delta.embedding
 
 
 class Embedding(msgspec.Struct, frozen=True):

@@ -20,7 +20,7 @@ import msgspec
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
 from stagemesh.deployments.choice import Choice, Piece
-from stagemesh.deployments.embeddings import EmbeddingRequest, EmbeddingResponse
+from stagemesh.deployments.embeddings import EmbeddingRequest, EmbeddingResponse, vector_of
 from stagemesh.deployments.errors import UnknownModel
 from stagemesh.deployments.lanes import LaneClient, LaneError
 from stagemesh.deployments.limits import check_params, check_prompt
@@ -242,9 +242,7 @@ class InferenceService:
     async def _vector(self, prompt: list[int], asked: SamplingParams, request_id: str) -> bytes:
         async with aclosing(self._lanes.generate(prompt, asked, request_id)) as deltas:
             async for delta in deltas:
-                if delta.embedding:
-                    return delta.embedding
-                raise LaneError("internal", delta.error or f"request {request_id}: the lane gave no vector")
+                return vector_of(delta)
         raise LaneError("lost", "the lane ended the request before it was complete")
 
     async def _tokenized(

@@ -11,12 +11,11 @@ import logging
 import queue
 import random
 import threading
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,18 +30,17 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.choice import Choice
+from stagemesh.deployments.embeddings import vector_of
 from stagemesh.deployments.limits import check_params, check_prompt
+from stagemesh.deployments.offline_answers import GrowingAnswer, GrowingChoice
 from stagemesh.stages.engine import Engine, TokenSink
 from stagemesh.stages.logit_rules import bad_words_token_ids
-from stagemesh.stages.messages import LaneDigest, TokenDelta, TokenLogprobs
+from stagemesh.stages.messages import LaneDigest, TokenDelta
 from stagemesh.stages.outputs import (
-    CompletionOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
-    Logprob,
     PoolingOutput,
     PoolingRequestOutput,
-    RequestMetrics,
     RequestOutput,
 )
 from stagemesh.stages.tokenizer import Tokenizer
@@ -233,29 +231,25 @@ class LLM:
         for asked in each:
             check_params(asked, self.config.model.vocab_size)
         call = uuid.uuid4().hex[:12]
-        answers = [
-            _Answer(f"{call}-{i}", *prompt, choices=self._choices(f"{call}-{i}", prompt[1], prompt[2]))
-            for i, prompt in enumerate(zip(texts, token_ids, each, strict=True))
-        ]
-        choices = {choice.choice.request_id: (answer, choice) for answer in answers for choice in answer.choices}
-        starts = [(id, answer.prompt_token_ids, choice.choice.params) for id, (answer, choice) in choices.items()]
-        with _progress(use_tqdm, len(answers), "Processed prompts") as bar, self._requests(call, starts) as arriving:
-            num_left = len(choices)
-            while num_left:
-                delta = arriving.get()
-                if isinstance(delta, Exception):
-                    raise delta
-                if delta.request_id not in choices:
+        answers = []
+        for i, (text, ids, asked) in enumerate(zip(texts, token_ids, each, strict=True)):
+            id = f"{call}-{i}"
+            answers.append(GrowingAnswer(id, text, ids, self._choices(id, ids, asked)))
+        running = {choice.choice.request_id: (answer, choice) for answer in answers for choice in answer.choices}
+        starts = [(id, answer.prompt_token_ids, choice.choice.params) for id, (answer, choice) in running.items()]
+        with _progress(use_tqdm, len(answers)) as bar, self._requests(call, starts) as arriving:
+            while running:
+                delta = next(arriving)
+                if delta.request_id not in running:
                     continue  # came after the answer had reached its stop string
-                answer, choice = choices[delta.request_id]
+                answer, choice = running[delta.request_id]
                 choice.accept(delta)
                 answer.tick()
-                if choice.choice.finish_reason is None:
+                if not choice.is_finished:
                     continue
                 if delta.finish_reason is None:
                     self._lane.engine.abort(delta.request_id)  # a stop string, which the engine does not see
-                del choices[delta.request_id]
-                num_left -= 1
+                del running[delta.request_id]
                 if answer.is_finished:
                     bar.update()
         return [answer.output(self._tokenizer) for answer in answers]
@@ -270,15 +264,13 @@ class LLM:
         asked = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=params or PoolingParams())
         starts = [(f"{call}-{i}", ids, asked) for i, ids in enumerate(token_ids)]
         found: dict[str, TokenDelta] = {}
-        with _progress(use_tqdm, len(starts), "Processed prompts") as bar, self._requests(call, starts) as arriving:
+        with _progress(use_tqdm, len(starts)) as bar, self._requests(call, starts) as arriving:
             while len(found) < len(starts):
-                delta = arriving.get()
-                if isinstance(delta, Exception):
-                    raise delta
+                delta = next(arriving)
                 found[delta.request_id] = delta
                 bar.update()
         return [
-            (id, np.frombuffer(found[id].embedding, np.float32).copy(), ids, found[id].num_cached_tokens)
+            (id, np.frombuffer(vector_of(found[id]), np.float32).copy(), ids, found[id].num_cached_tokens)
             for id, ids, _ in starts
         ]
 
@@ -302,26 +294,24 @@ class LLM:
             raise ConfigError("sampling_params", len(each), f"must be one, or as many as there are prompts ({count})")
         return each
 
-    def _choices(self, id: str, prompt: list[int], params: SamplingParams) -> list[_Growing]:
+    def _choices(self, id: str, prompt: list[int], params: SamplingParams) -> list[GrowingChoice]:
         """The `n` answers that a prompt gets, none begun."""
-        words = bad_words_token_ids(params.bad_words, self._encode_plain)
+        words = bad_words_token_ids(params.bad_words, partial(self._tokenizer.encode, add_special_tokens=False))
         params = msgspec.structs.replace(params, bad_words_token_ids=words)
         growing = []
         for i in range(params.n):
             seed = params.seed_of_choice(i)
             own = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63) if seed is None else seed)
             detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
-            growing.append(_Growing(Choice(i, f"{id}-{i}", prompt, own, detokenizer)))
+            growing.append(GrowingChoice(Choice(i, f"{id}-{i}", prompt, own, detokenizer)))
         return growing
-
-    def _encode_plain(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
 
     @contextmanager
     def _requests(
         self, call: str, starts: Iterable[tuple[str, list[int], SamplingParams]]
-    ) -> Iterator[queue.SimpleQueue[TokenDelta | Exception]]:
-        """Start requests; what comes of them is in the queue. On leaving, those that still run are aborted."""
+    ) -> Iterator[Iterator[TokenDelta]]:
+        """Start requests and iterate over what comes of them, or raise why nothing will. On leaving, those that still
+        run are aborted."""
         engine = self._lane.engine
         arriving = self._inbox.open(call)
         started = []
@@ -330,95 +320,11 @@ class LLM:
                 started.append(request_id)
                 done = engine.generate(request_id, prompt, params, call)
                 done.add_done_callback(lambda done: arriving.put(error) if (error := done.exception()) else None)  # type: ignore[arg-type]
-            yield arriving
+            yield _arrivals(arriving)
         finally:
             self._inbox.close(call)
             for request_id in started:
                 engine.abort(request_id)
-
-
-@dataclass
-class _Growing:
-    """One answer and its tokens so far."""
-
-    choice: Choice
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    stop_token_id: int | None = None
-
-    def accept(self, delta: TokenDelta) -> None:
-        self.texts.append(self.choice.accept(delta))
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs or ()
-        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
-        self.stop_token_id = delta.stop_token_id
-
-    def output(self, tokenizer: Tokenizer) -> CompletionOutput:
-        choice, params = self.choice, self.choice.params
-        token_ids = self.token_ids[: choice.num_tokens]
-        reports = self.logprobs[: choice.num_tokens]
-        return CompletionOutput(
-            index=choice.index,
-            text="".join(self.texts),
-            token_ids=token_ids,
-            cumulative_logprob=None if params.logprobs is None else sum(report.logprob for report in reports),
-            logprobs=None if params.logprobs is None else [_by_token(report, tokenizer) for report in reports],
-            finish_reason=choice.finish_reason,
-            stop_reason=self._stop_reason(token_ids, tokenizer),
-        )
-
-    def _stop_reason(self, token_ids: list[int], tokenizer: Tokenizer) -> int | str | None:
-        params = self.choice.params
-        if self.choice.finish_reason != "stop":
-            return None
-        if self.stop_token_id is not None:
-            return self.stop_token_id if self.stop_token_id in params.stop_token_ids else None
-        # A stop string, complete with the last token: the one that ends first, of two the longer.
-        before, whole = (
-            tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens) for ids in (token_ids[:-1], token_ids)
-        )
-        found = [
-            (start + len(stop), start, stop)
-            for stop in params.stop
-            if (start := whole.find(stop, max(0, len(before) - len(stop) + 1))) >= 0
-        ]
-        return min(found)[2] if found else None
-
-
-@dataclass
-class _Answer:
-    """One prompt on its way."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    choices: list[_Growing]
-    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.time()))
-
-    @property
-    def is_finished(self) -> bool:
-        return all(growing.choice.finish_reason is not None for growing in self.choices)
-
-    def tick(self) -> None:
-        """A token came."""
-        now = self.metrics.last_token_time = time.time()
-        self.metrics.first_token_time = self.metrics.first_token_time or now
-        self.metrics.finished_time = now if self.is_finished else None
-
-    def output(self, tokenizer: Tokenizer) -> RequestOutput:
-        reports = self.choices[0].prompt_logprobs
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[growing.output(tokenizer) for growing in self.choices],
-            prompt_logprobs=None if reports is None else [None, *(_by_token(report, tokenizer) for report in reports)],
-            metrics=self.metrics,
-            num_cached_tokens=self.choices[0].choice.num_cached_tokens,
-        )
 
 
 class _Inbox(TokenSink):
@@ -459,6 +365,14 @@ class _Inbox(TokenSink):
         pass
 
 
+def _arrivals(arriving: queue.SimpleQueue[TokenDelta | Exception]) -> Iterator[TokenDelta]:
+    while True:
+        delta = arriving.get()
+        if isinstance(delta, Exception):
+            raise delta
+        yield delta
+
+
 def _engine_args(model: str, dtype: Any, seed: int | None, given: Mapping[str, Any]) -> EngineArgs:
     unused = sorted(WITHOUT_EFFECT & given.keys())
     if unused:
@@ -490,16 +404,6 @@ def _close_from_anywhere(lane: OfflineLane) -> None:
         threading.Thread(target=lane.close, name="close lane").start()
 
 
-def _by_token(report: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
-    """The token itself, then the likeliest ones."""
-    ranked = [(report.token_id, report.logprob, report.rank)]
-    ranked += zip(report.top_ids, report.top_logprobs, range(1, len(report.top_ids) + 1), strict=True)
-    return {
-        token_id: Logprob(logprob, rank, tokenizer.decode([token_id], skip_special_tokens=False))
-        for token_id, logprob, rank in ranked
-    }
-
-
 def _as_list(prompts: Any) -> list[Any]:
     """One prompt or several. A list of numbers is one prompt, as token ids."""
     if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
@@ -520,10 +424,10 @@ def _text_and_ids(i: int, prompt: Prompt) -> tuple[str | None, list[int] | None]
 
 
 @contextmanager
-def _progress(use_tqdm: bool | ProgressBar, total: int, what: str) -> Iterator[Any]:
+def _progress(use_tqdm: bool | ProgressBar, total: int) -> Iterator[Any]:
     """A progress bar over prompts: tqdm, another of its kind, or none."""
     make = use_tqdm if callable(use_tqdm) else tqdm
-    bar = make(total=total, desc=what, dynamic_ncols=True, disable=not use_tqdm)
+    bar = make(total=total, desc="Processed prompts", dynamic_ncols=True, disable=not use_tqdm)
     try:
         yield bar
     finally:
