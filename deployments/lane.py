@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import ray
@@ -57,19 +57,22 @@ class Lane:
         self.num_blocks = 0
 
     async def start(self) -> None:
-        """Lease, wire, and return when the lane runs; TimeoutError says what it still waited for."""
+        """Lease, wire, and return when the lane runs; TimeoutError says what it still waited for, RuntimeError why
+        it never will."""
         self._broken_since = time.monotonic()
         self._tasks = [asyncio.create_task(self._follow(0, self._own_group.states()))]
         for stage, handle in enumerate(self._later_stages, start=1):
             self._tasks.append(asyncio.create_task(self._hold(stage, handle)))
         self._tasks.append(asyncio.create_task(self._supervise()))
         timeout_s = 2 * self._config.args.startup_timeout_s
+        serving = asyncio.create_task(self._serving.wait())
         try:
-            await asyncio.wait_for(self._serving.wait(), timeout_s)
-        except TimeoutError:
-            raise TimeoutError(
-                f"lane {self._lane} was not whole within {timeout_s:g} s: {self._waiting_for()}"
-            ) from None
+            await asyncio.wait({serving, *self._tasks}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            serving.cancel()
+        self.check_health()
+        if not serving.done():
+            raise TimeoutError(f"lane {self._lane} was not whole within {timeout_s:g} s: {self._waiting_for()}")
 
     def step_failed(self, epoch: int, reason: str) -> None:
         """The engine saw a step fail (called in this loop's thread)."""
@@ -196,10 +199,8 @@ class Lane:
         _, pending = await asyncio.wait(runs.values(), timeout=STOP_TIMEOUT_S)
         for rank, task in runs.items():
             if task in pending:
-                logger.error(
-                    "lane %s: stage %d rank %d did not stop within %g s, killed",
-                    *(self._lane, *rank, STOP_TIMEOUT_S),
-                )
+                who = f"lane {self._lane}: stage {rank[0]} rank {rank[1]}"
+                logger.error("%s did not stop within %g s, killed", who, STOP_TIMEOUT_S)
                 ray.kill(workers[rank])
                 task.cancel()
             elif not task.cancelled():
@@ -211,6 +212,8 @@ class Lane:
         asked = {rank: asyncio.ensure_future(as_coroutine(w.progress.remote())) for rank, w in workers.items()}
         await asyncio.wait(asked.values(), timeout=PROGRESS_TIMEOUT_S)
         silent = [rank for rank, task in asked.items() if not task.done()]
+        for rank in silent:
+            asked[rank].cancel()
         answers = {r: t.result() for r, t in asked.items() if t.done() and t.exception() is None}
         for progress in answers.values():
             logger.error("lane %s: %s", self._lane, progress)
@@ -219,7 +222,7 @@ class Lane:
             logger.error("lane %s: stage %d rank %d is stuck, killed", self._lane, *rank)
             ray.kill(workers[rank])
 
-    async def _until(self, condition: Any) -> None:
+    async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._changed.clear()
             await self._changed.wait()

@@ -7,7 +7,6 @@ come by ZeroMQ from the address in its replica metadata, and the router adds the
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ import zmq
 import zmq.asyncio
 
 from stagemesh.router.choice import Choice, LaneChooser, NoLane
+from stagemesh.router.load import MAX_OPEN_REQUESTS
 from stagemesh.stages.messages import GenerateCall, LaneDigest
-
-logger = logging.getLogger("ray.serve")
 
 STALE_AFTER_S = 5.0
 """Heads publish every second even when idle; one that has been silent for longer is not counted on."""
@@ -69,6 +67,9 @@ class LaneView:
             except NoLane:
                 return []
             self._choices[call.request_id] = choice
+            if len(self._choices) > MAX_OPEN_REQUESTS:
+                # Serve may choose for a request just after its client has left: nobody takes that one back.
+                del self._choices[next(iter(self._choices))]
         return [choice.lane, *choice.fallbacks]
 
     def finished(self, request_id: str) -> None:
