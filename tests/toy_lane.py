@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,3 +116,8 @@ def spec_of(lane: ToyLane) -> SampleSpec:
     (spec,) = step.to_plan(0, 0).samples
     assert spec is not None
     return spec
+
+
+def ints(*values: int) -> bytes:
+    """As messages carry integers."""
+    return array("i", values).tobytes()

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from toy_lane import ToyLane, answer_alone, spec_of
+from toy_lane import ToyLane, answer_alone, ints, spec_of
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
@@ -215,7 +215,3 @@ def test_what_scripts_for_vllm_pass_is_understood() -> None:
     assert (written.stop, written.stop_token_ids, written.bad_words) == (("\n",), (), ())
     assert (written.logit_bias, written.allowed_token_ids) == ({}, (3,))
     assert SamplingParams(logit_bias={1: 1000.0}).logit_bias == {1: 100.0}
-
-
-def ints(*values: int) -> bytes:
-    return b"".join(value.to_bytes(4, "little") for value in values)

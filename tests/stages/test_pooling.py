@@ -52,12 +52,7 @@ class Lane:
             self.scheduler.add(str(i), prompt, asked)
         found = {}
         while (step := self.scheduler.schedule()) is not None:
-            plan = step.to_plan(1, 0)
-            hidden = self.ranks._forward(plan)
-            result, *others = self.ranks._on_ranks(
-                self.ranks.stages[-1], lambda r, runner, plan=plan, x=hidden: runner.sample(plan, x[r])
-            )
-            assert not any(others)
+            result = self.ranks.run(step.to_plan(1, 0))
             for update in self.scheduler.update(step, result.token_ids, pooled=result.pooled):
                 assert update.token_ids == [] and update.finish_reason == "stop"
                 found[int(update.request_id)] = np.frombuffer(update.embedding, np.float32)

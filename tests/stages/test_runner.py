@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_harness import Part, ThreadLane, make_checkpoint, make_plan
+from toy_lane import ints
 
 from stagemesh.config.capacity import kv_bytes_per_token
 from stagemesh.config.errors import ConfigError
@@ -92,7 +93,3 @@ def test_edits_and_logprobs_are_the_same_in_every_layout(
         return found
 
     assert draws(ThreadLane(folder, tp=tp, partition=partition)) == draws(ThreadLane(folder))
-
-
-def ints(*values: int) -> bytes:
-    return torch.tensor(values, dtype=torch.int32).numpy().tobytes()
