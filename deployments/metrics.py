@@ -87,3 +87,29 @@ class _LaneCollector(Collector):
             for digest in digests:
                 metric.add_metric([self._model_name, digest.lane], value_of(digest))
             yield metric
+        yield from self._expert_metrics(digests)
+
+    def _expert_metrics(self, digests: list[LaneDigest]) -> Iterator[Metric]:
+        """Of lanes whose model is a mixture of experts. Workers report about once a second; every step is counted.
+
+        The counter tells which experts are busy over time; the imbalance is that of one step, in which the busiest
+        expert of a layer keeps the others waiting.
+        """
+        tokens = CounterMetricFamily(
+            "stagemesh:expert_tokens_total",
+            "Tokens routed to the experts of a number, over all mixture layers: tokens x top_k x layers in all.",
+            labels=["model_name", "lane", "expert"],
+        )
+        imbalance = GaugeMetricFamily(
+            "stagemesh:expert_load_imbalance",
+            "Tokens of a layer's busiest expert over the mean, mean over layers, in the last step reported; 1 = even.",
+            labels=["model_name", "lane"],
+        )
+        for digest in digests:
+            for expert, count in enumerate(digest.expert_tokens):
+                tokens.add_metric([self._model_name, digest.lane, str(expert)], count)
+            if digest.expert_tokens:
+                imbalance.add_metric([self._model_name, digest.lane], digest.expert_imbalance)
+        if tokens.samples:
+            yield tokens
+            yield imbalance

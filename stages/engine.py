@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import chain
+from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
 import zmq
@@ -23,7 +25,7 @@ from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.channel import ChannelClosed, HeadChannel
-from stagemesh.stages.messages import GenerateSummary, LaneDigest, StepResult, StopRun, TokenDelta
+from stagemesh.stages.messages import GenerateSummary, LaneDigest, StepResult, StopRun, TokenDelta, WorkerStats
 from stagemesh.stages.scheduler import COUNTS, ScheduledStep, Scheduler, SequenceUpdate
 from stagemesh.stages.structured import GrammarFactory
 
@@ -98,6 +100,8 @@ class Engine:
         self._state = "starting"
         self._epoch = 0
         self._clocks = _Clocks()
+        self._expert_tokens: list[int] = []
+        self._expert_imbalance: dict[int, list[float]] = {}  # by stage
         self._commands: deque[Callable[[], None]] = deque()
         self._wake: int | None = os.eventfd(0, os.EFD_NONBLOCK)
         self._closed = False
@@ -265,7 +269,7 @@ class Engine:
             if isinstance(message, StepResult):
                 self._finish_step(wired, message)
             else:
-                self._clocks.model_s += message.model_s
+                self._take_stats(message)
 
     def _finish_step(self, wired: _Wired, result: StepResult) -> None:
         assert self._scheduler is not None
@@ -281,6 +285,13 @@ class Engine:
         self._clocks.num_steps += 1
         self._clocks.step_s += arrived - flight.sent_at
         self._clocks.schedule_s += time.monotonic() - arrived
+
+    def _take_stats(self, stats: WorkerStats) -> None:
+        self._clocks.model_s += stats.model_s
+        if stats.expert_tokens:
+            before = self._expert_tokens or [0] * len(stats.expert_tokens)
+            self._expert_tokens = [a + b for a, b in zip(before, stats.expert_tokens, strict=True)]
+            self._expert_imbalance[stats.stage] = stats.expert_imbalance
 
     def _hand_out(self, updates: list[SequenceUpdate]) -> None:
         by_router: dict[str, list[TokenDelta]] = {}
@@ -375,11 +386,14 @@ class Engine:
 
     def _make_digest(self) -> LaneDigest:
         counts = dict.fromkeys(COUNTS, 0) if self._scheduler is None else self._scheduler.counts()
+        imbalance = list(chain.from_iterable(self._expert_imbalance.values()))
         return LaneDigest(
             lane=self._lane,
             state=self._state,
             epoch=self._epoch,
             block_size=self._config.args.block_size,
+            expert_tokens=self._expert_tokens,
+            expert_imbalance=fmean(imbalance) if imbalance else 0.0,
             **vars(self._clocks),
             **counts,
         )

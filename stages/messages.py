@@ -135,6 +135,11 @@ class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
     stage: int
     model_s: float
     """Time inside the model's layers (and sampling on the last stage)."""
+    expert_tokens: list[int] = []
+    """[E] of a mixture of experts: how often a token went to the expert of each number, over all steps and the
+    stage's mixture layers. A token counts once per layer for each of its top k. Empty for a dense model."""
+    expert_imbalance: list[float] = []
+    """One per mixture layer of the stage, in the last step: its busiest expert's tokens over the mean; 1 is even."""
 
 
 WorkerMessage = StepResult | WorkerStats
@@ -202,6 +207,10 @@ class LaneDigest(msgspec.Struct, array_like=True):
     """Sum over steps and stages: inside the model. With one step in flight at a time,
     schedule_s + step_s - model_s is what a step costs outside the model."""
     block_size: int
+    expert_tokens: list[int] = []
+    """As in WorkerStats, over the life and all stages of the lane."""
+    expert_imbalance: float = 0.0
+    """The mean over all mixture layers of the lane, as their stages last reported it; 0 where nobody has."""
 
 
 class GenerateCall(msgspec.Struct):

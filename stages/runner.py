@@ -15,6 +15,7 @@ from stagemesh.stages.batch import BatchMaker
 from stagemesh.stages.collectives import TensorGroup, TensorShard
 from stagemesh.stages.kv_cache import KVCache, host_memory_available
 from stagemesh.stages.layers.linear import MakeMethod
+from stagemesh.stages.layers.moe import MixtureOfExperts
 from stagemesh.stages.layers.rotary import RotaryTable
 from stagemesh.stages.messages import StepPlan, StepResult, TokenLogprobs
 from stagemesh.stages.models.causal_lm import CausalLM
@@ -58,6 +59,8 @@ class ModelRunner:
         self._cache: KVCache | None = None
         self._batches: BatchMaker | None = None
         self._pooler = Pooler()
+        self._mixtures: list[MixtureOfExperts] = []
+        self._expert_tokens: Tensor | None = None
 
     # -- before the first step ---------------------------------------------------------------------------
 
@@ -81,6 +84,9 @@ class ModelRunner:
         shape = (num_heads, num_kv_heads, block_size, head_dim)
         self._batches = BatchMaker(rotary, *shape, self._dtype, self._device, model_config.sliding_window, sides)
         self._model = model
+        if self._tp.rank == 0:  # one rank counts for all
+            blocks = [layer.feed_forward for layer in model.layers]
+            self._mixtures = [block for block in blocks if isinstance(block, MixtureOfExperts)]
 
     def kv_bytes_per_block(self) -> int:
         """Of the cache on this rank, over the layers of its stage."""
@@ -125,6 +131,7 @@ class ModelRunner:
         torch.cuda.synchronize(self._device)
         peak = torch.cuda.max_memory_allocated(self._device) - before
         self._cache = None
+        self._expert_tokens = None
         torch.cuda.empty_cache()
         return peak
 
@@ -159,7 +166,11 @@ class ModelRunner:
         batch = self._batches.make(plan)
         if hidden is None:
             hidden = model.embed(batch.token_ids)
-        return model.forward(hidden, batch, self._cache.layers)
+        hidden = model.forward(hidden, batch, self._cache.layers)
+        if self._mixtures:
+            tokens = torch.stack([mixture.tokens_per_expert for mixture in self._mixtures]).sum(0)
+            self._expert_tokens = tokens if self._expert_tokens is None else self._expert_tokens + tokens
+        return hidden
 
     @torch.inference_mode()
     def sample(self, plan: StepPlan, hidden: Tensor) -> StepResult | None:
@@ -218,6 +229,14 @@ class ModelRunner:
     def expert_load(self) -> dict[int, list[int]]:
         """Layer → tokens that each of its experts got in the last step; the same on every rank of the stage."""
         return self._loaded().expert_load()
+
+    def take_expert_tokens(self) -> list[int]:
+        """Tokens that the experts of each number got in all steps since the last call, summed over the stage's layers.
+
+        On tp rank 0; empty on the others, in a dense model and after no step. Waits for the device.
+        """
+        tokens, self._expert_tokens = self._expert_tokens, None
+        return [] if tokens is None else tokens.tolist()
 
     def _loaded(self) -> CausalLM:
         assert self._model is not None, "load() comes first"

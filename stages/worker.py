@@ -220,7 +220,11 @@ class _RunLoop:
         self._stats_sent = time.monotonic()
         if self._model_s == 0.0 or not self._is_rank0:
             return
-        self._channel.send(WorkerStats(epoch, self._worker._stage, self._model_s))
+        stats = WorkerStats(epoch, self._worker._stage, self._model_s, self._runner.take_expert_tokens())
+        if stats.expert_tokens:
+            loads = self._runner.expert_load().values()
+            stats.expert_imbalance = [max(load) * len(load) / sum(load) for load in loads]
+        self._channel.send(stats)
         self._model_s = 0.0
 
 

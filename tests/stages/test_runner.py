@@ -93,3 +93,33 @@ def test_edits_and_logprobs_are_the_same_in_every_layout(
         return found
 
     assert draws(ThreadLane(folder, tp=tp, partition=partition)) == draws(ThreadLane(folder))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("mixture"), "Mixtral", num_local_experts=5, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize("args", [{}, {"enable_expert_parallel": True}])
+@LAYOUTS
+def test_every_choice_of_an_expert_in_every_step_is_counted_once(
+    mixture: Path, tp: int, partition: tuple[int, ...] | None, args: dict[str, bool]
+) -> None:
+    lane = ThreadLane(mixture, tp=tp, partition=partition, args=args)
+    expected = [[0] * 5 for _ in lane.stages]
+    for part in (Part(list(range(30)), 0, list(range(9))), Part([7], 30, list(range(9))), Part([8, 9], 0, [10])):
+        lane.sample(part)
+        for counts, ranks in zip(expected, lane.stages, strict=True):
+            for load in ranks[0].expert_load().values():
+                counts[:] = [a + b for a, b in zip(counts, load, strict=True)]
+    num_tokens, top_k = 33, 2
+    for counts, ranks, num_layers in zip(expected, lane.stages, partition or (3,), strict=True):
+        assert sum(counts) == num_tokens * top_k * num_layers
+        assert [rank.take_expert_tokens() for rank in ranks] == [counts] + [[]] * (tp - 1)
+        assert ranks[0].take_expert_tokens() == [], "taken"
+
+
+def test_a_dense_model_has_no_experts_to_count(folder: Path) -> None:
+    lane = ThreadLane(folder)
+    lane.sample(Part([1, 2, 3], 0, [0]))
+    assert lane.stages[0][0].take_expert_tokens() == []
