@@ -22,7 +22,7 @@ class ObjectStoreTransport:
         self._timeout_s = timeout_s
 
     def send(self, step: int, hidden: torch.Tensor) -> None:
-        # bfloat16 has no numpy twin; the bytes travel as int16. A copy is made by the serializer.
+        # As bytes, because numpy has no bfloat16. A copy is made by the serializer.
         raw = hidden.cpu().contiguous().view(torch.uint8).numpy()
         assert self._next_worker is not None
         self._next_worker.deliver.remote(self._epoch, step, raw)
@@ -34,4 +34,4 @@ class ObjectStoreTransport:
         return into
 
     def close(self) -> None:
-        self._mailbox.open(-1)
+        self._mailbox.end(self._epoch)

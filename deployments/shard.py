@@ -68,6 +68,7 @@ class ShardWorker:
 
     def stop(self, epoch: int) -> None:
         self._worker.stop(epoch)
+        self._mailbox.end(epoch)  # a rank that waits for activations sees the stop at once, not after a timeout
 
     def progress(self) -> Progress:
         return self._worker.progress()
