@@ -17,7 +17,7 @@ import zmq
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from stagemesh.config.engine import EngineConfig
-from stagemesh.deployments.group import WorkerGroup
+from stagemesh.deployments.group import WorkerGroup, rank_resources
 from stagemesh.deployments.lane import PROGRESS_TIMEOUT_S, as_coroutine, wire
 from stagemesh.deployments.phases import Rank
 from stagemesh.stages.engine import Engine, TokenSink
@@ -84,13 +84,15 @@ class ActorLane:
     # -- in the lane's event loop ------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        plan, args = self._config.plan, self._config.args
-        rank = {"CPU": args.num_cpus_per_worker} | ({"GPU": 1} if self._config.device == "cuda" else {})
+        plan = self._config.plan
         for stage in range(plan.pp_size):
-            self._placements.append(placement_group([rank] * plan.tp_size, strategy="STRICT_PACK"))
+            bundles = [rank_resources(self._config)] * plan.tp_size
+            self._placements.append(placement_group(bundles, strategy="STRICT_PACK"))
             self._groups.append(WorkerGroup(self._config, stage, self._placements[-1]))
         await asyncio.gather(*(group.start() for group in self._groups))
         states = [await anext(group.states()) for group in self._groups]
+        if down := [state.reason for state in states if not state.is_up]:
+            raise RuntimeError("; ".join(down))
         self._workers = {
             (stage, tp_rank): worker
             for stage, state in enumerate(states)

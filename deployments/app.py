@@ -9,6 +9,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
+from stagemesh.deployments.group import rank_resources
 from stagemesh.deployments.head import Head
 from stagemesh.deployments.router import Router
 from stagemesh.deployments.stage import Stage
@@ -96,10 +97,9 @@ def _stage(config: EngineConfig, stage: int) -> Application:
 
 def _resources(config: EngineConfig) -> dict[str, Any]:
     """A placement group per replica: bundle 0 for the replica, one per rank of its TP group, on one node."""
-    own = {"CPU": config.args.num_cpus_per_worker}
-    rank = {**own, "GPU": 1} if config.device == "cuda" else own
+    num_cpus = config.args.num_cpus_per_worker
     return {
-        "ray_actor_options": {"num_cpus": config.args.num_cpus_per_worker},
-        "placement_group_bundles": [own] + [rank] * config.plan.tp_size,
+        "ray_actor_options": {"num_cpus": num_cpus},
+        "placement_group_bundles": [{"CPU": num_cpus}] + [rank_resources(config)] * config.plan.tp_size,
         "placement_group_strategy": "STRICT_PACK",
     }

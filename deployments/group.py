@@ -48,6 +48,12 @@ class _Rank:
     watcher: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
+def rank_resources(config: EngineConfig) -> dict[str, float]:
+    """What one rank takes of a node: its bundle in a placement group."""
+    own = {"CPU": config.args.num_cpus_per_worker}
+    return {**own, "GPU": 1} if config.device == "cuda" else own
+
+
 class WorkerGroup:
     """Makes the workers inside a placement group, loads them, and replaces those that die.
 
@@ -113,14 +119,14 @@ class WorkerGroup:
             return await every_rank(phase, calls, self._config.args.startup_timeout_s)
 
     def _spawn(self, tp_rank: int) -> ActorHandle:
-        args = self._config.args
+        resources = rank_resources(self._config)
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self._placement or ray.util.get_current_placement_group(),
             placement_group_bundle_index=tp_rank if self._placement else 1 + tp_rank,
         )
         return ShardWorker.options(  # type: ignore[attr-defined]  # ray.remote adds it
-            num_cpus=args.num_cpus_per_worker,
-            num_gpus=1 if self._config.device == "cuda" else 0,
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
             scheduling_strategy=strategy,
         ).remote(self._config, self._stage, tp_rank)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 from collections.abc import AsyncGenerator, Sequence
@@ -127,9 +126,8 @@ class RayLaneClient:
                     queue.put_nowait(delta)
 
     async def _first_call(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            lane = await self._heads.lane_id.remote()
-            logger.info("first lane found: %s", lane)
+        lane = await self._heads.lane_id.remote()
+        logger.info("first lane found: %s", lane)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         """asyncio holds tasks weakly; and a failure nobody awaits must still be seen."""
@@ -142,11 +140,6 @@ class RayLaneClient:
             return
         if not isinstance(error, RequestCancelledError):  # that one is our own doing: the client has left
             logger.warning("%s: %s", type(error).__name__, str(error).splitlines()[-1:])
-
-    def close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        self._socket.close(linger=0)
 
 
 async def _summary(response: Any) -> GenerateSummary:
