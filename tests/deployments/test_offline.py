@@ -9,14 +9,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import DEMO, eventually
+from model_harness import make_checkpoint, some_token_ids
 
 from stagemesh import LLM, SamplingParams
 from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.offline import LaneFailed
+from stagemesh.stages.layers.moe import MIN_DISPATCH_TOKENS
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 QUESTIONS = ["What is 17+25?", "What is 40+2?", "Hello", "The king said"]
@@ -279,15 +282,21 @@ def test_an_interrupted_call_leaves_nothing_running(llm: LLM) -> None:
     assert llm.chat(ask("What is 17+25?"), GREEDY, use_tqdm=False)[0].outputs[0].text == "42"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_ray() -> Iterator[None]:
-    """Its own instance: whatever else runs on this machine is left alone."""
+    """An instance for the tests of this file: whatever else runs on this machine is left alone."""
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
+
+
+def ranks(llm: LLM) -> dict[tuple[int, int], Any]:
+    """The actors by (stage, tp_rank)."""
+    workers: dict[tuple[int, int], Any] = llm._lane._workers  # type: ignore[attr-defined]
+    return workers
 
 
 @pytest.mark.own_ray
@@ -300,13 +309,62 @@ def test_a_lane_of_actors_answers_as_one_process_does_and_names_the_rank_that_di
     with load(tensor_parallel_size=2, pipeline_parallel_size=2, startup_timeout_s=120.0) as cut:
         outputs = cut.generate(QUESTIONS, params, use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
-        victim = cut._lane._workers[1, 1]  # type: ignore[attr-defined]
-        os.kill(ray.get(victim.pid.remote()), signal.SIGKILL)
+        os.kill(ray.get(ranks(cut)[1, 1].pid.remote()), signal.SIGKILL)
         with pytest.raises(LaneFailed, match=r"^stage 1 rank 1: \w*Actor\w*Error") as failure:
             cut.generate(QUESTIONS * 8, GREEDY, use_tqdm=False)
         assert "stage 0" not in str(failure.value), "the cause, not its effects"
     resources = ray.cluster_resources()["CPU"]
     eventually(lambda: ray.available_resources().get("CPU") == resources, 20, "the placement groups are given back")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return make_checkpoint(tmp_path_factory.mktemp("mixture"), "Qwen3Moe", eos_token_id=127, **sizes)
+
+
+@pytest.mark.own_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("expert_parallel", [True, False])
+def test_a_mixture_of_experts_cut_both_ways_answers_as_one_process_does(
+    mixture: Path, own_ray: None, expert_parallel: bool
+) -> None:
+    import ray
+
+    args: dict[str, Any] = {"tokenizer": str(DEMO), "dtype": "float32", "device": "cpu"}
+    prompts: list[Any] = [some_token_ids(count, seed=i) for i, count in enumerate([5, 37, 200] * 12)]
+    assert sum(map(len, prompts)) > 2 * MIN_DISPATCH_TOKENS, "enough for tokens to travel to the experts"
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    with LLM(str(mixture), **args) as whole:
+        expected = [output.outputs[0].token_ids for output in whole.generate(prompts, params, use_tqdm=False)]
+    cut = LLM(
+        str(mixture),
+        tensor_parallel_size=2,
+        pipeline_parallel_size=2,
+        enable_expert_parallel=expert_parallel,
+        startup_timeout_s=120.0,
+        **args,
+    )
+    with cut:
+        outputs = cut.generate(prompts, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+
+        def num_experts(shard: Any) -> int:
+            return len(shard._worker._runner._model.layers[0].feed_forward.experts.held)
+
+        held = {rank: ray.get(actor.__ray_call__.remote(num_experts)) for rank, actor in ranks(cut).items()}
+        assert held[1, 0] + held[1, 1] == (5 if expert_parallel else 10)
+
+        def break_model(shard: Any) -> None:
+            def execute(*_: object) -> None:
+                raise ArithmeticError("the flux is out of range")
+
+            shard._worker._runner.execute = execute
+
+        ray.get(ranks(cut)[0, 1].__ray_call__.remote(break_model))
+        for _ in range(2):
+            with pytest.raises(LaneFailed, match=r"^stage 0 rank 1: ArithmeticError: the flux is out of range$"):
+                cut.generate(prompts, params, use_tqdm=False)
 
 
 def test_the_cause_is_told_apart_from_its_effects() -> None:
