@@ -60,10 +60,12 @@ def scaled_linear(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tens
     """(x · x_scale) · (weight · weight_scale)ᵀ as float32 [T, out]. x: [T, in], x_scale: [T, G], both as stored."""
     if weight_scale.shape[1] == 1:
         return dot(x, weight) * x_scale * weight_scale.T
-    groups = weight_scale.shape[1]
-    a = values(x).unflatten(1, (groups, -1)) * x_scale[:, :, None]
-    b = values(weight).unflatten(1, (groups, -1)) * weight_scale[:, :, None]
-    return a.flatten(1) @ b.flatten(1).T
+    return dequantize(x, x_scale) @ dequantize(weight, weight_scale).T
+
+
+def dequantize(stored: Tensor, scale: Tensor) -> Tensor:
+    """float32 [n, in] of what quantize_groups returned, or of a weight and its scale."""
+    return (values(stored).unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
 
 
 def dot(x: Tensor, weight: Tensor) -> Tensor:

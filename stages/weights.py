@@ -3,10 +3,14 @@
 Layers pull what they need by name (`Checkpoint.read`) and state the full shape that they expect, so each
 parameter is filled exactly once by construction, and a checkpoint that does not fit is refused by tensor and
 file. Every rank maps the files and copies its own slices; ranks of one machine share the page cache.
+
+While it loads, a rank takes no more memory of its own than its part of the model and one tensor, where matrices
+that are multiplied as one count as one (q, k, v; gate, up): packing and joining need the old beside the new.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +22,9 @@ from torch import Tensor
 from stagemesh.config.checkpoint import checkpoint_files
 from stagemesh.config.errors import ConfigError
 
+Read = tuple[str, tuple[int, ...], tuple[slice, ...]]
+"""Name, shape and part of a tensor, as Checkpoint.read takes them."""
+
 
 class Checkpoint:
     """The tensors of a model folder by name. Use as a context manager: files stay mapped until its end.
@@ -27,8 +34,8 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self._folder = Path(folder)
-        self._dtype = dtype
-        self._device = device
+        self.dtype = dtype
+        self.device = device
         self._file_of = checkpoint_files(folder)
         self._open: dict[Path, Any] = {}
         self._read: set[str] = set()
@@ -57,10 +64,24 @@ class Checkpoint:
         converted to one another; quantized values are taken only as what they are. ConfigError names tensor and
         file when it is missing, of another shape or type, or unreadable.
         """
+        mapped = self.view(name, shape, part, dtype)
+        return mapped.to(device=self.device, dtype=dtype or self.dtype, copy=True)
+
+    def stack(self, reads: Sequence[Read], dtype: torch.dtype | None = None) -> Tensor:
+        """What `read` returns for each of `reads`, joined along the first dim; in memory is the result alone."""
+        mapped = [self.view(*read, dtype) for read in reads]
+        lengths = [len(part) for part in mapped]
+        out = torch.empty(sum(lengths), *mapped[0].shape[1:], dtype=dtype or self.dtype, device=self.device)
+        for part, target in zip(mapped, out.split(lengths), strict=True):
+            target.copy_(part)
+        return out
+
+    def view(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...], dtype: torch.dtype | None) -> Tensor:
+        """As `read`, but a view of the mapped file in the file's dtype, which takes no memory of the process."""
         if name not in self._file_of:
             raise ConfigError("model", str(self._folder), f"the checkpoint has no tensor {name!r}")
         file = self._file_of[name]
-        dtype = dtype or self._dtype
+        dtype = dtype or self.dtype
         try:
             source = self._slice(name)
             found = tuple(source.get_shape())
@@ -75,8 +96,7 @@ class Checkpoint:
             raise ConfigError("model", str(self._folder), reason)
         self._read.add(name)
         self.bytes_read += tensor.numel() * tensor.element_size()
-        # Without the copy a slice may stay a view of the mapped file.
-        return tensor.to(device=self._device, dtype=dtype, copy=True)
+        return tensor
 
     def _slice(self, name: str) -> Any:
         """Its shape and, once indexed, its contents."""

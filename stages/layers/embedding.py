@@ -26,7 +26,8 @@ class VocabShard:
     def read(self, checkpoint: Checkpoint, name: str, hidden_size: int) -> Tensor:
         """[P, hidden_size]: this rank's rows, zeros below them where the vocabulary has ended."""
         rows = checkpoint.read(name, (self.vocab_size, hidden_size), (slice(self.start, self.end),))
-        return pad(rows, (0, 0, 0, self.padded_rows - len(rows)))
+        missing = self.padded_rows - len(rows)
+        return pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 class VocabParallelEmbedding:

@@ -81,12 +81,9 @@ class LatentAttention:
         self.latent_norm.load(checkpoint)
         self.expand.load(checkpoint)
         self.out.load(checkpoint)
-        # The matrix itself, whatever format it is in: what the layer makes of the identity.
-        norm = self.latent_norm.weight
-        identity = torch.eye(self.mla.kv_lora_rank, dtype=norm.dtype, device=norm.device)
-        by_head = self.expand(identity).view(self.mla.kv_lora_rank, self.num_heads, -1).transpose(0, 1)
-        key, value = by_head.split([self.mla.qk_nope_head_dim, self.mla.v_head_dim], -1)
-        self.key, self.value = key.transpose(1, 2).contiguous(), value.contiguous()
+        by_head = self.expand.method.matrix().to(self.latent_norm.weight.dtype).unflatten(0, (self.num_heads, -1))
+        key, value = by_head.split([self.mla.qk_nope_head_dim, self.mla.v_head_dim], 1)
+        self.key, self.value = key.contiguous(), value.transpose(1, 2).contiguous()
         del self.expand
 
     def __call__(self, x: Tensor, batch: StepBatch, cache: Tensor) -> Tensor:

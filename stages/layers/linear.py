@@ -39,6 +39,9 @@ class LinearMethod(Protocol):
     def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
         """Read the parts; with `with_bias` their biases as well."""
 
+    def matrix(self) -> Tensor:
+        """The weights as floats, [rows of all parts, columns], for who wants them rather than their product."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """[T, columns] → [T, rows of all parts]."""
 
@@ -50,15 +53,24 @@ class DenseMethod:
     bias: Tensor | None = None
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
-        weights = [
-            checkpoint.read(f"{p.name}.weight", (p.out_features, p.in_features), (p.rows, p.columns)) for p in parts
-        ]
-        self.weight = pack_weight(torch.cat(weights))
-        if with_bias:
-            self.bias = torch.cat([checkpoint.read(f"{p.name}.bias", (p.out_features,), (p.rows,)) for p in parts])
+        self.weight = pack_weight(read_weight(checkpoint, parts))
+        self.bias = read_bias(checkpoint, parts) if with_bias else None
+
+    def matrix(self) -> Tensor:
+        return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def read_weight(checkpoint: Checkpoint, parts: Sequence[MatrixPart], dtype: torch.dtype | None = None) -> Tensor:
+    """The parts of tensors that are stored as they are, [rows of all parts, columns]."""
+    reads = [(f"{p.name}.weight", (p.out_features, p.in_features), (p.rows, p.columns)) for p in parts]
+    return checkpoint.stack(reads, dtype)
+
+
+def read_bias(checkpoint: Checkpoint, parts: Sequence[MatrixPart]) -> Tensor:
+    return checkpoint.stack([(f"{p.name}.bias", (p.out_features,), (p.rows,)) for p in parts])
 
 
 MakeMethod = Callable[[str], LinearMethod]

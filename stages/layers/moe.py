@@ -86,14 +86,11 @@ class Experts:
             return
         gate, up, down = self.projections
         wide, narrow = (self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
-        rows, columns = (self.part,), (slice(0, self.hidden_size), self.part)
-        self.gate_up = torch.stack(
-            [
-                torch.cat([checkpoint.read(f"{name}.{side}.weight", wide, rows) for side in (gate, up)])
-                for name in self.names
-            ]
-        )
-        self.down = torch.stack([checkpoint.read(f"{name}.{down}.weight", narrow, columns) for name in self.names])
+        columns = (slice(0, self.hidden_size), self.part)
+        gates_and_ups = [(f"{name}.{side}.weight", wide, (self.part,)) for name in self.names for side in (gate, up)]
+        downs = [(f"{name}.{down}.weight", narrow, columns) for name in self.names]
+        self.gate_up = checkpoint.stack(gates_and_ups).unflatten(0, (len(self.names), -1))
+        self.down = checkpoint.stack(downs).unflatten(0, (len(self.names), -1))
 
     def __call__(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """What the experts of this rank add to x [T, hidden]; ids are those of the model, [T, k]."""

@@ -8,7 +8,7 @@ from stagemesh.stages.models.deepseek import DeepseekForCausalLM
 from stagemesh.stages.models.llama import LlamaForCausalLM
 from stagemesh.stages.models.mixture import MixtralForCausalLM, QwenMoeForCausalLM
 
-_MODELS: dict[str, type[CausalLM]] = {
+MODELS: dict[str, type[CausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": LlamaForCausalLM,
     "Qwen2ForCausalLM": LlamaForCausalLM,
@@ -21,12 +21,8 @@ _MODELS: dict[str, type[CausalLM]] = {
 }
 
 
-def known_architectures() -> tuple[str, ...]:
-    return tuple(_MODELS)
-
-
 def model_class(architecture: str) -> type[CausalLM]:
     """The model class of an `architectures` entry of a config.json; ConfigError names the known ones."""
-    if architecture not in _MODELS:
-        raise ConfigError("architectures", architecture, f"is not among {', '.join(_MODELS)}")
-    return _MODELS[architecture]
+    if architecture not in MODELS:
+        raise ConfigError("architectures", architecture, f"is not among {', '.join(MODELS)}")
+    return MODELS[architecture]

@@ -41,6 +41,9 @@ class RecordingMethod:
             shape = (part.out_features, part.in_features)
             self.matrices[part.name] = checkpoint.read(f"{part.name}.weight", shape, dtype=torch.float32)
 
+    def matrix(self) -> Tensor:
+        return self.dense.matrix()
+
     def __call__(self, x: Tensor) -> Tensor:
         inputs = x.float()
         if not len(inputs):

@@ -6,8 +6,9 @@ side, so every layout that the model allows also works quantized.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,14 +16,32 @@ from torch.nn.functional import pad
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.quantization import EightBit, FourBit, Quantization
-from stagemesh.kernels.quant_int4 import AWQ_ORDER, PER_WORD, int4_linear, pack_rows, unpack_columns, unpack_rows
-from stagemesh.kernels.quant_w8a8 import FP8, quantize_groups, w8a8_linear
-from stagemesh.stages.layers.linear import DenseMethod, LinearMethod, MakeMethod, MatrixPart, dense_method
+from stagemesh.kernels.quant_int4 import (
+    AWQ_ORDER,
+    PER_WORD,
+    dequantize_int4,
+    int4_linear,
+    pack_rows,
+    unpack_columns,
+    unpack_rows,
+)
+from stagemesh.kernels.quant_w8a8 import FP8, dequantize, quantize_groups, w8a8_linear
+from stagemesh.stages.layers.linear import (
+    DenseMethod,
+    LinearMethod,
+    MakeMethod,
+    MatrixPart,
+    dense_method,
+    read_bias,
+    read_weight,
+)
 from stagemesh.stages.weights import Checkpoint
 
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
 """Both are multiplied with: the second is Hugging Face's name for what DeepSeek took for an inverse."""
 INPUT_SCALES = ("input_scale", "activation_scale")
+UNPACKED = 2**20
+"""Weights that are converted at a time: on the way each takes up to 12 bytes."""
 
 
 def linear_methods(quantization: Quantization | None) -> MakeMethod:
@@ -40,7 +59,7 @@ def linear_methods(quantization: Quantization | None) -> MakeMethod:
     return make_method
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _EightBitPiece:
     """Parts that share their activations' scale, as w8a8_linear takes them."""
 
@@ -64,16 +83,15 @@ class EightBitMethod:
         if self.format.weights == "block":
             block, columns = self.format.block[1], parts[0].columns
             self.padding = (columns.start % block, -columns.stop % block)
-        pieces: list[_EightBitPiece] = []
-        for part in parts:
-            piece = self._read(checkpoint, part)
-            if pieces and _same(pieces[-1].input_scale, piece.input_scale):
-                pieces[-1].weight = torch.cat((pieces[-1].weight, piece.weight))
-                pieces[-1].scale = torch.cat((pieces[-1].scale, piece.scale))
-            else:
-                pieces.append(piece)
-        self.pieces = pieces
+        alike = groupby(parts, lambda part: self._read_input_scale(checkpoint, part))
+        self.pieces = [self._read(checkpoint, list(group), input_scale) for input_scale, group in alike]
         self.bias = read_bias(checkpoint, parts) if with_bias else None
+
+    def matrix(self) -> Tensor:
+        before, after = self.padding
+        matrices = [dequantize(piece.weight, piece.scale) for piece in self.pieces]
+        whole = torch.cat(matrices)
+        return whole[:, before : whole.shape[1] - after]
 
     def __call__(self, x: Tensor) -> Tensor:
         if any(self.padding):
@@ -81,15 +99,15 @@ class EightBitMethod:
         outputs = [w8a8_linear(x, p.weight, p.scale, p.input_scale) for p in self.pieces]
         return add_bias(outputs, self.bias)
 
-    def _read(self, checkpoint: Checkpoint, part: MatrixPart) -> _EightBitPiece:
-        name, shape, cut = f"{part.name}.weight", (part.out_features, part.in_features), (part.rows, part.columns)
+    def _read(self, checkpoint: Checkpoint, parts: list[MatrixPart], input_scale: float | None) -> _EightBitPiece:
         if self.format.online:
-            return _EightBitPiece(*quantize_groups(checkpoint.read(name, shape, cut), 1, self.dtype), None)
-        weight = checkpoint.read(name, shape, cut, self.dtype)
+            return _EightBitPiece(*_read_quantized(checkpoint, parts, self.dtype), None)
+        weight = read_weight(checkpoint, parts, self.dtype)
         if any(self.padding):
             # torch pads bytes, not fp8; the byte 0 is the number 0 in both types.
             weight = pad(weight.view(torch.uint8), self.padding).view(self.dtype)
-        return _EightBitPiece(weight, self._read_scale(checkpoint, part), self._read_input_scale(checkpoint, part))
+        scale = torch.cat([self._read_scale(checkpoint, part) for part in parts])
+        return _EightBitPiece(weight, scale, None if input_scale is None else scale.new_tensor(input_scale))
 
     def _read_scale(self, checkpoint: Checkpoint, part: MatrixPart) -> Tensor:
         """float32 [rows, groups]."""
@@ -105,13 +123,13 @@ class EightBitMethod:
         scales = checkpoint.read(name, blocks, covering, torch.float32).repeat_interleave(size, 0)
         return scales[part.rows.start % size :][:rows].contiguous()
 
-    def _read_input_scale(self, checkpoint: Checkpoint, part: MatrixPart) -> Tensor | None:
+    def _read_input_scale(self, checkpoint: Checkpoint, part: MatrixPart) -> float | None:
         if not self.format.static_activations:
             return None
-        return _read_scalar(checkpoint, _present(checkpoint, part.name, INPUT_SCALES))
+        return _read_scalar(checkpoint, _present(checkpoint, part.name, INPUT_SCALES)).item()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _FourBitPiece:
     """Parts whose inputs lie in the same groups, as int4_linear takes them."""
 
@@ -119,6 +137,14 @@ class _FourBitPiece:
     scales: Tensor
     zeros: Tensor
     groups: Tensor
+
+    @staticmethod
+    def join(pieces: list[_FourBitPiece]) -> _FourBitPiece:
+        """One for all, of the same groups."""
+        if len(pieces) == 1:
+            return pieces[0]
+        weights, scales, zeros = ([getattr(p, name) for p in pieces] for name in ("weight", "scales", "zeros"))
+        return _FourBitPiece(torch.cat(weights, 1), torch.cat(scales, 1), torch.cat(zeros, 1), pieces[0].groups)
 
 
 class FourBitMethod:
@@ -131,17 +157,12 @@ class FourBitMethod:
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
         read = self._read_awq if self.format.layout == "awq" else self._read_gptq
-        pieces: list[_FourBitPiece] = []
-        for part in parts:
-            piece = read(checkpoint, part)
-            if pieces and torch.equal(pieces[-1].groups, piece.groups):
-                for tensor in ("weight", "scales", "zeros"):
-                    joined = torch.cat((getattr(pieces[-1], tensor), getattr(piece, tensor)), 1)
-                    setattr(pieces[-1], tensor, joined)
-            else:
-                pieces.append(piece)
-        self.pieces = pieces
+        alike = groupby([read(checkpoint, part) for part in parts], lambda piece: piece.groups.tolist())
+        self.pieces = [_FourBitPiece.join(list(group)) for _, group in alike]
         self.bias = read_bias(checkpoint, parts) if with_bias else None
+
+    def matrix(self) -> Tensor:
+        return torch.cat([dequantize_int4(p.weight, p.scales, p.zeros, p.groups) for p in self.pieces], 1).T
 
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [int4_linear(x, p.weight, p.scales, p.zeros, p.groups) for p in self.pieces]
@@ -154,15 +175,18 @@ class FourBitMethod:
         words, features = _covering(part.rows, PER_WORD), _inside(part.rows, PER_WORD)
         packed = part.out_features // PER_WORD
         num_groups, group_of = self._consecutive_groups(part)
-        qweight = checkpoint.read(f"{name}.qweight", (part.in_features, packed), (part.columns, words), torch.int32)
         first, last, groups = _used(group_of)
         qzeros = checkpoint.read(f"{name}.qzeros", (num_groups, packed), (slice(first, last), words), torch.int32)
         scales = checkpoint.read(
             f"{name}.scales", (num_groups, part.out_features), (slice(first, last), part.rows), torch.float32
         )
-        weight = unpack_columns(qweight, AWQ_ORDER)[:, features]
+        weight = qzeros.new_empty(-(-len(group_of) // PER_WORD), scales.shape[1])
+        step = max(UNPACKED // scales.shape[1] // PER_WORD, 1)  # words
+        for inputs, target in zip(_stretches(part.columns, step * PER_WORD), weight.split(step), strict=True):
+            qweight = checkpoint.read(f"{name}.qweight", (part.in_features, packed), (inputs, words), torch.int32)
+            target.copy_(_pack(unpack_columns(qweight, AWQ_ORDER)[:, features]))
         zeros = unpack_columns(qzeros, AWQ_ORDER)[:, features]
-        return _FourBitPiece(_pack(weight), scales, zeros.contiguous(), groups.to(scales.device))
+        return _FourBitPiece(weight, scales, zeros.contiguous(), groups.to(scales.device))
 
     def _read_gptq(self, checkpoint: Checkpoint, part: MatrixPart) -> _FourBitPiece:
         """qweight [in / 8, out], qzeros [groups, out / 8], scales [groups, out], g_idx [in].
@@ -179,9 +203,6 @@ class FourBitMethod:
                 raise ConfigError("model", f"{name}.g_idx", f"names groups outside of 0..{num_groups - 1}")
         first, last, groups = _used(group_of)
         rows, features = _covering(part.columns, PER_WORD), _inside(part.columns, PER_WORD)
-        qweight = checkpoint.read(
-            f"{name}.qweight", (part.in_features // PER_WORD, part.out_features), (rows, part.rows), torch.int32
-        )
         words, outputs = _covering(part.rows, PER_WORD), _inside(part.rows, PER_WORD)
         qzeros = checkpoint.read(
             f"{name}.qzeros", (num_groups, part.out_features // PER_WORD), (slice(first, last), words), torch.int32
@@ -189,11 +210,17 @@ class FourBitMethod:
         scales = checkpoint.read(
             f"{name}.scales", (num_groups, part.out_features), (slice(first, last), part.rows), torch.float32
         )
-        if features != slice(0, (rows.stop - rows.start) * PER_WORD):
-            qweight = _pack(unpack_rows(qweight)[features])
+        tensor = (f"{name}.qweight", (part.in_features // PER_WORD, part.out_features))
+        if features.start == 0:
+            weight = checkpoint.read(*tensor, (rows, part.rows), torch.int32)
+        else:
+            weight = qzeros.new_empty(-(-len(group_of) // PER_WORD), scales.shape[1])
+            step = max(UNPACKED // len(group_of), 1)
+            for features_out, target in zip(_stretches(part.rows, step), weight.split(step, 1), strict=True):
+                target.copy_(_pack(unpack_rows(checkpoint.read(*tensor, (rows, features_out), torch.int32))[features]))
         # The first version stores zeros less 1, and 0 as 15.
         zeros = (unpack_columns(qzeros)[:, outputs] + self.format.zero_offset) & 15
-        return _FourBitPiece(qweight, scales, zeros, groups.to(scales.device))
+        return _FourBitPiece(weight, scales, zeros, groups.to(scales.device))
 
     def _consecutive_groups(self, part: MatrixPart) -> tuple[int, Tensor]:
         """How many groups the matrix has, and the group of each of the rank's inputs, where they follow one another."""
@@ -201,8 +228,24 @@ class FourBitMethod:
         return -(-part.in_features // size), torch.arange(part.columns.start, part.columns.stop) // size
 
 
-def read_bias(checkpoint: Checkpoint, parts: Sequence[MatrixPart]) -> Tensor:
-    return torch.cat([checkpoint.read(f"{p.name}.bias", (p.out_features,), (p.rows,)) for p in parts])
+def _read_quantized(checkpoint: Checkpoint, parts: Sequence[MatrixPart], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Plain weights in `dtype`, [rows of all parts, columns], and a scale for each row."""
+    heights = [part.rows.stop - part.rows.start for part in parts]
+    width = parts[0].columns.stop - parts[0].columns.start
+    weight = torch.empty(sum(heights), width, dtype=dtype, device=checkpoint.device)
+    scale = torch.empty(sum(heights), 1, device=checkpoint.device)
+    step = max(UNPACKED // width, 1)
+    for part, part_weight, part_scale in zip(parts, weight.split(heights), scale.split(heights), strict=True):
+        shape, targets = (part.out_features, part.in_features), (part_weight.split(step), part_scale.split(step))
+        for rows, stored, row_scale in zip(_stretches(part.rows, step), *targets, strict=True):
+            plain = checkpoint.read(f"{part.name}.weight", shape, (rows, part.columns))
+            stored[:], row_scale[:] = quantize_groups(plain, 1, dtype)
+    return weight, scale
+
+
+def _stretches(part: slice, length: int) -> Iterator[slice]:
+    """`part` in pieces of `length`, the last one perhaps shorter."""
+    return (slice(start, min(start + length, part.stop)) for start in range(part.start, part.stop, length))
 
 
 def add_bias(outputs: list[Tensor], bias: Tensor | None) -> Tensor:
@@ -248,7 +291,3 @@ def _read_scalar(checkpoint: Checkpoint, name: str) -> Tensor:
     shape = checkpoint.shape(name)
     expected = shape if shape in ((), (1,), (1, 1)) else (1,)
     return checkpoint.read(name, expected, dtype=torch.float32).reshape(())
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)

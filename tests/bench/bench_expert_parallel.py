@@ -11,26 +11,30 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from stagemesh.config.model import MoeConfig
 from stagemesh.stages.collectives import DistGroup, TensorShard
 from stagemesh.stages.layers import moe as moe_layer
 from stagemesh.stages.layers.moe import MixtureOfExperts, MoeNames
+from stagemesh.stages.weights import Checkpoint
 
 SIZES = (1, 16, 64, 256, 1024, 4096)
 REPEATS = 7
 
 
-class RandomCheckpoint:
-    def read(
-        self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        return (torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.02)[part].clone()
+class RandomCheckpoint(Checkpoint):
+    """Random tensors by name, the same on every rank."""
+
+    def __init__(self) -> None:
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def view(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...], dtype: torch.dtype | None) -> Tensor:
+        return (torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.02)[part]
 
 
 def measure(rank: int, store: str, size: int, num_experts: int, top_k: int, hidden: int, inner: int) -> None:
@@ -47,7 +51,7 @@ def measure(rank: int, store: str, size: int, num_experts: int, top_k: int, hidd
     names = MoeNames("gate", "experts.{}", ("w1", "w3", "w2"))
     shard = TensorShard(rank, size, DistGroup())
     layer = MixtureOfExperts("moe", names, moe, hidden, shard, expert_parallel=True)
-    checkpoint: Any = RandomCheckpoint()
+    checkpoint = RandomCheckpoint()
     layer.load(checkpoint)
     for num_tokens in SIZES:
         x = torch.randn(num_tokens, hidden, generator=torch.Generator().manual_seed(0))

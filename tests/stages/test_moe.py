@@ -28,6 +28,7 @@ from stagemesh.kernels.moe import moe_experts, top_k_in_groups, top_k_softmax
 from stagemesh.stages.collectives import TensorShard
 from stagemesh.stages.layers import moe as moe_layer
 from stagemesh.stages.layers.moe import MixtureOfExperts, MoeNames
+from stagemesh.stages.weights import Checkpoint
 
 DEEPSEEK: dict[str, Any] = {
     "head_dim": 8,  # what transformers takes for qk_rope_head_dim
@@ -188,14 +189,15 @@ def in_turn(num_tokens: int, num_experts: int) -> Tensor:
 ROUTINGS: list[Callable[[int, int], Tensor]] = [all_to_one, only_the_first_two, in_turn]
 
 
-class FakeCheckpoint:
+class FakeCheckpoint(Checkpoint):
     """Random tensors by name, the same on every rank."""
 
-    def read(
-        self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def __init__(self) -> None:
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def view(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...], dtype: torch.dtype | None) -> Tensor:
         seed = torch.Generator().manual_seed(sum(name.encode()) * len(name))
-        return torch.randn(shape, generator=seed)[part].clone()
+        return torch.randn(shape, generator=seed)[part]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 17])
@@ -225,7 +227,7 @@ def test_both_ways_are_right_for_every_routing(
     )
     names = MoeNames("gate", "experts.{}", ("w1", "w3", "w2"))
     whole = MixtureOfExperts("moe", names, config, HIDDEN, TensorShard(), expert_parallel=False)
-    checkpoint: Any = FakeCheckpoint()
+    checkpoint = FakeCheckpoint()
     whole.load(checkpoint)
     expected = naive_mixture(x, whole.experts.gate_up, whole.experts.down, weights, expert_ids)
     assert_close(whole(x), expected)
