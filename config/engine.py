@@ -46,6 +46,8 @@ class EngineArgs(Settings):
     """Type of the KV cache; auto is dtype, fp8 (e4m3) holds twice to four times the tokens."""
     seed: int = 0
     """Seed of the engine itself; each request has its own."""
+    generation_config: Literal["auto", "vllm"] = "auto"
+    """Sampling where a request is silent; auto is as the model's generation_config.json says, vllm without it."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share every layer of a stage; must divide the attention heads."""

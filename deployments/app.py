@@ -9,6 +9,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
+from stagemesh.deployments.generation_config import default_sampling
 from stagemesh.deployments.group import rank_resources
 from stagemesh.deployments.head import Head
 from stagemesh.deployments.router import Router
@@ -32,7 +33,9 @@ STAGE_AUTOSCALING = {
 def build(args: dict[str, Any]) -> Application:
     """The `import_path` of every Serve YAML. Raises ConfigError before anything starts."""
     config = EngineConfig.resolve(EngineArgs.parse(args))
-    Tokenizer.from_folder(config.model_path)  # what is wrong with it is better told here than by every router
+    # What is wrong with these is better told here than by every router.
+    Tokenizer.from_folder(config.model_path)
+    default_sampling(config)
     autoscaling = config.args.autoscaling_config
     lanes: dict[str, Any] = (
         {"num_replicas": config.args.data_parallel_size} if autoscaling is None else {"autoscaling_config": autoscaling}

@@ -46,7 +46,7 @@ MAX_CHOICES = 256
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 DEFAULT_COMPLETION_TOKENS = 16
-"""max_tokens of /v1/completions when not given, as OpenAI has it."""
+"""max_tokens of /v1/completions when not given, as OpenAI has it, and vLLM, whatever the model's own default is."""
 MAX_LOGPROBS = 20
 """Likeliest tokens reported per token, as vLLM's `max_logprobs` and OpenAI have it."""
 MAX_BAD_WORDS = 128
@@ -133,8 +133,7 @@ class InferenceService:
         model_names: what requests may call the model; answers carry the one they asked for, else the first.
         max_model_len: most tokens of a prompt and its answer together.
         vocab_size: of the model, the bound of token ids that a client may send.
-        sampling_defaults: e.g. {"temperature": 0.6} from the model's generation_config.json, used where a
-        request says nothing.
+        sampling_defaults: e.g. {"temperature": 0.6}, used where a request says nothing; see generation_config.py.
         """
         self.metrics = Metrics(model_names[0], lanes.digests)
         self.max_model_len = max_model_len
@@ -143,6 +142,7 @@ class InferenceService:
         self._models = {name: ModelCard(name, int(time.time()), max_model_len) for name in model_names}
         self._vocab_size = vocab_size
         self._sampling_defaults = dict(sampling_defaults or {})
+        self._default_max_tokens = self._sampling_defaults.pop("max_tokens", max_model_len)
 
     @property
     def max_body_bytes(self) -> int:
@@ -192,7 +192,7 @@ class InferenceService:
             **variables,
         )
         (prompt,) = await self._tokenized("messages", [text], add_special_tokens=False)
-        max_tokens = self.max_model_len if request.max_tokens is None else request.max_tokens
+        max_tokens = self._default_max_tokens if request.max_tokens is None else request.max_tokens
         if request.max_completion_tokens is not None:
             max_tokens = request.max_completion_tokens
             if max_tokens < 1:

@@ -6,7 +6,6 @@ Ray Serve (`deployments/actor_lane.py`). Either way it is the engine that serves
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import random
@@ -16,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -31,6 +29,7 @@ from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.choice import Choice
 from stagemesh.deployments.embeddings import vector_of
+from stagemesh.deployments.generation_config import default_sampling
 from stagemesh.deployments.limits import check_params, check_prompt
 from stagemesh.deployments.offline_answers import GrowingAnswer, GrowingChoice
 from stagemesh.stages.engine import Engine, TokenSink
@@ -73,8 +72,6 @@ WITHOUT_EFFECT = {
 """vLLM's arguments that say how it should work inside, not what to answer: taken, and logged as unused."""
 DTYPES = {"half": "float16", "float": "float32"}
 """vLLM's other names for them."""
-GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""What a model's generation_config.json may say about sampling, under the same names."""
 
 
 class LaneFailed(RuntimeError):
@@ -138,12 +135,8 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a call without `sampling_params` uses: the model's own advice, in its generation_config.json."""
-        path = Path(self.config.model_path) / "generation_config.json"
-        advice = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if advice.get("do_sample") is False:
-            return SamplingParams(temperature=0.0)
-        return SamplingParams(**{name: advice[name] for name in GENERATION_DEFAULTS if advice.get(name) is not None})
+        """What a call without `sampling_params` uses: the defaults of the model, where it has some."""
+        return SamplingParams(**default_sampling(self.config))
 
     def generate(
         self,

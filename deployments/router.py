@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from stagemesh.config.engine import EngineConfig
+from stagemesh.deployments.generation_config import default_sampling
 from stagemesh.deployments.grpc_api import GrpcApi
 from stagemesh.deployments.http_api import build_http_app
 from stagemesh.deployments.inference import InferenceService
@@ -32,6 +33,7 @@ class Router(GrpcApi):
             model_names=config.served_model_names,
             max_model_len=config.max_model_len,
             vocab_size=config.model.vocab_size,
+            sampling_defaults=default_sampling(config),
         )
 
     def __serve_build_asgi_app__(self) -> Starlette:

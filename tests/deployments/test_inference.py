@@ -90,6 +90,18 @@ async def test_defaults_of_the_model_apply_where_the_request_is_silent(lanes, to
     assert (lanes.calls[0][1].temperature, lanes.calls[0][1].top_k) == (0.6, 5)
 
 
+async def test_the_models_own_max_tokens_holds_for_chat_and_never_for_more_than_fits(lanes, tokenizer):
+    fields = {"lanes": lanes, "tokenizer": tokenizer, "model_names": ["tiny"], "vocab_size": 300}
+    service = InferenceService(max_model_len=64, sampling_defaults={"max_tokens": 5}, **fields)
+    await (await chat(service)).collect()
+    await (await chat(service, max_tokens=9)).collect()
+    await (await complete(service, max_tokens=None)).collect()
+    service = InferenceService(max_model_len=64, sampling_defaults={"max_tokens": 2048}, **fields)
+    await (await chat(service)).collect()
+    limits = [params.max_tokens for _, params, _ in lanes.calls]
+    assert limits == [5, 9, 16, 64 - len(lanes.calls[3][0])]
+
+
 async def test_max_tokens_is_16_for_completions_and_all_that_fits_for_chat(service, lanes):
     await (await complete(service, max_tokens=None)).collect()
     await (await chat(service)).collect()

@@ -26,7 +26,9 @@ QUESTIONS = ["What is 17+25?", "What is 40+2?", "Hello", "The king said"]
 
 
 def load(**args: Any) -> LLM:
-    return LLM(str(DEMO), **{"dtype": "float32", "device": "cpu", "max_model_len": 256, "max_num_seqs": 32, **args})
+    return LLM(
+        **{"model": str(DEMO), "dtype": "float32", "device": "cpu", "max_model_len": 256, "max_num_seqs": 32, **args}
+    )
 
 
 def ask(question: str) -> list[dict[str, str]]:
@@ -207,6 +209,16 @@ def test_a_token_id_that_the_model_does_not_have_is_refused_and_the_lane_lives(l
     with pytest.raises(ConfigError, match="=2048: token ids"):
         llm.generate("Hello", SamplingParams(max_tokens=4, **params), use_tqdm=False)
     assert llm.generate("Hello", GREEDY, use_tqdm=False)[0].finished
+
+
+def test_without_parameters_a_call_has_the_defaults_of_the_model(tmp_path: Path) -> None:
+    model = str(make_checkpoint(tmp_path, eos_token_id=127))
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 3}')
+    with load(model=model, tokenizer=str(DEMO)) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(temperature=0.0, max_tokens=3)
+        assert len(llm.generate([[5, 6]], use_tqdm=False)[0].outputs[0].token_ids) == 3
+    with load(model=model, tokenizer=str(DEMO), generation_config="vllm") as llm:
+        assert llm.get_default_sampling_params() == SamplingParams()
 
 
 def test_use_tqdm_says_which_progress_bar_or_none(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,49 @@
+"""Sampling defaults that a model's maker gives with it, in generation_config.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pydantic
+
+from stagemesh.config.base import Settings
+from stagemesh.config.engine import EngineConfig
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class _GenerationJson(Settings):
+    """The keys that vLLM takes over, and no others: it does not look at `do_sample` either."""
+
+    model_config = pydantic.ConfigDict(extra="ignore")
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+
+def default_sampling(config: EngineConfig) -> dict[str, Any]:
+    """Fields of SamplingParams with the model's own defaults, those alone that its generation_config.json names.
+
+    Empty with generation_config="vllm". Raises ConfigError that names the key and the file.
+    """
+    path = config.folder_here() / "generation_config.json"
+    if config.args.generation_config == "vllm" or not path.exists():
+        return {}
+    try:
+        given = _GenerationJson.parse(json.loads(path.read_text(encoding="utf-8"))).model_dump(exclude_none=True)
+        if "max_new_tokens" in given:
+            given["max_tokens"] = given.pop("max_new_tokens")
+        SamplingParams(**given)
+    except ConfigError as error:
+        raise ConfigError(error.field, error.value, f"{error.reason} (in {path})") from None
+    if given:
+        logger.info("defaults of this model (generation_config='vllm' leaves them out): %s", given)
+    return given
