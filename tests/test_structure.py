@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -140,27 +139,27 @@ def test_no_folder_of_the_top_level_is_a_regular_package() -> None:
     assert [folder for folder in MAY_IMPORT if (REPO / folder / "__init__.py").exists()] == []
 
 
-def test_every_folder_is_packaged() -> None:
+def packaged_files() -> list[PurePosixPath]:
+    return [path for path in files() if path.parts[0] in MAY_IMPORT and path.parent != SCRIPTS]
+
+
+def test_every_folder_of_modules_is_packaged() -> None:
     folders = {
         str(PurePosixPath("stagemesh", path.parent)).replace("/", ".")
-        for path in files()
-        if path.parts[0] in MAY_IMPORT and path.parent != SCRIPTS
+        for path in packaged_files()
+        if path.suffix == ".py"
     }
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders | {"stagemesh"}
 
 
 def test_every_file_that_is_no_module_is_packaged() -> None:
-    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]
-    missing = [
-        str(path)
-        for path in files()
-        if path.parts[0] in MAY_IMPORT and path.parent != SCRIPTS and path.suffix not in (".py", ".md")
-        if not any(
-            fnmatch(path.name, pattern)
-            for pattern in patterns.get("stagemesh." + str(path.parent).replace("/", "."), [])
-        )
-    ]
-    assert missing == []
+    included = {
+        PurePosixPath(path.relative_to(REPO))
+        for package, patterns in PYPROJECT["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in REPO.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
+    assert [path for path in packaged_files() if path.suffix not in (".py", ".md") and path not in included] == []
 
 
 def test_every_dependency_has_a_tested_version() -> None:
