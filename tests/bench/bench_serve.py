@@ -23,7 +23,8 @@ from harness import DEMO, Cluster, running_cluster  # noqa: E402
 from load import closed_loop  # noqa: E402
 from models import make_llama  # noqa: E402
 
-LAYOUTS = [(1, 1), (2, 2)]
+# Of the 135 M model's 9 heads no two ranks can take halves, so it is cut into stages only.
+LAYOUTS = {"demo": [(1, 1), (2, 2)], "135m": [(1, 1), (1, 2)]}
 CONCURRENCY = [1, 8, 32]
 
 
@@ -78,11 +79,11 @@ def measure(cluster: Cluster, model: str, quick: bool) -> list[dict[str, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--model", choices=["demo", "135m"], action="append")
+    parser.add_argument("--model", choices=list(LAYOUTS), action="append")
     parser.add_argument("--layout", action="append", help="TPxPP, e.g. 2x2")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
-    layouts = [tuple(map(int, text.split("x"))) for text in options.layout] if options.layout else LAYOUTS
+    asked = [tuple(map(int, text.split("x"))) for text in options.layout or []]
     folders = {
         "demo": (DEMO, "float32"),
         "135m": (Path(tempfile.gettempdir()) / "stagemesh-bench" / "llama-135m", "bfloat16"),
@@ -96,7 +97,7 @@ def main() -> None:
             folder, dtype = folders[model]
             if model == "135m":
                 make_llama(folder)
-            for tp, pp in layouts:
+            for tp, pp in asked or LAYOUTS[model]:
                 cluster.deploy(
                     model=str(folder),
                     dtype=dtype,
