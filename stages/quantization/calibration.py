@@ -57,7 +57,9 @@ class RecordingMethod:
 
     @property
     def moment(self) -> Tensor:
-        """Mean of x·xᵀ over the tokens, [in, in]; that of unrelated inputs for an expert that had no tokens."""
+        """Mean of x·xᵀ over the tokens, [in, in]; that of unrelated inputs where there were none, as for an expert
+        that no token went to.
+        """
         if self._moment is None:
             return torch.eye(next(iter(self.matrices.values())).shape[1])
         return self._moment / self.num_tokens

@@ -155,6 +155,9 @@ def _check(folder: Path, config: ModelConfig, recipe: Recipe, out: Path, has_tex
     if recipe.needs_text and not has_text:
         what = recipe.to if recipe.to in ("awq", "gptq") else "static activation scales"
         raise ConfigError("calibration", None, f"{what} needs a text file like what the model is used for")
+    if recipe.static_activations and config.mla is not None:
+        reason = "kv_b_proj of latent attention is never applied here, so nothing is known of its inputs"
+        raise ConfigError("static_activations", True, reason)
     if recipe.group_size < MIN_GROUP_SIZE:
         raise ConfigError("group_size", recipe.group_size, f"must be at least {MIN_GROUP_SIZE}")
     if recipe.scheme == "block" and (recipe.to != "fp8" or recipe.static_activations):
@@ -199,8 +202,18 @@ def _eight_bit_layer(methods: list[RecordingMethod], recipe: Recipe) -> dict[str
                 tensors[f"{name}.weight_scale"] = scale
             tensors[f"{name}.weight"] = stored
             if recipe.static_activations:
-                tensors[f"{name}.input_scale"] = torch.tensor([max(method.largest, 1e-6) / largest(dtype)])
+                tensors[f"{name}.input_scale"] = torch.tensor([_largest_input(method, methods) / largest(dtype)])
     return tensors
+
+
+def _largest_input(method: RecordingMethod, methods: list[RecordingMethod]) -> float:
+    """For an expert that had no tokens that of the other experts of its layer."""
+
+    def projection(other: RecordingMethod) -> str:
+        return next(iter(other.matrices)).rsplit(".", 1)[1]
+
+    seen = [method] if method.num_tokens else [m for m in methods if projection(m) == projection(method)]
+    return max(1e-6, *(m.largest for m in seen))
 
 
 def _block_scales(weight: Tensor, dtype: torch.dtype) -> Tensor:
