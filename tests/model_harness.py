@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ GREEDY = SampleSpec(0.0, 1.0, 0, 0.0, 0, 0, [])
 
 
 def make_checkpoint(folder: Path, family: str = "Llama", *, max_shard_size: str = "5GB", **changes: Any) -> Path:
-    """A Hugging Face folder of a small `family` ("Llama", "Qwen3") model with random float32 weights."""
+    """A Hugging Face folder of a small model of `family` ("Llama", "Qwen3Moe") with random float32 weights."""
     settings: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -58,21 +59,24 @@ def make_checkpoint(folder: Path, family: str = "Llama", *, max_shard_size: str 
     return folder
 
 
+@lru_cache(maxsize=8)
+def _reference(folder: Path, dtype: torch.dtype) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
 def reference_logits(folder: Path, token_ids: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """[T, vocab] of the whole sequence at once, by transformers."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    """[T, vocab] of the whole sequence at once, by transformers. What a folder holds must not change in between."""
     with torch.inference_mode():
-        logits: Tensor = model(torch.tensor([list(token_ids)])).logits[0]
+        logits: Tensor = _reference(folder, dtype)(torch.tensor([list(token_ids)])).logits[0]
     return logits
 
 
-def reference_greedy(folder: Path, token_ids: Sequence[int], count: int) -> list[int]:
+@lru_cache
+def reference_greedy(folder: Path, token_ids: tuple[int, ...], count: int) -> list[int]:
     """The next `count` tokens by transformers, each from the whole sequence at once."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = list(token_ids)
-    with torch.inference_mode():
-        for _ in range(count):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    for _ in range(count):
+        ids.append(int(reference_logits(folder, ids)[-1].argmax()))
     return ids[len(token_ids) :]
 
 
@@ -245,4 +249,4 @@ def check_against_transformers(folder: Path, tp: int, partition: tuple[int, ...]
     for _ in range(12):
         context = 0 if not answer else 20 + len(answer) - 1
         answer += lane.sample(Part(answer[-1:] or ids[:20], context, blocks))
-    assert answer == reference_greedy(folder, ids[:20], 12)
+    assert answer == reference_greedy(folder, tuple(ids[:20]), 12)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matrix import FAMILIES, FORMATS, has_experts
 from model_harness import Part, ThreadLane, make_checkpoint, reference_logits
 from quantized_checkpoints import (
     awq,
@@ -22,7 +24,13 @@ from quantized_checkpoints import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
+from stagemesh.kernels.quant_w8a8 import dequantize
+from stagemesh.stages.layers.latent_attention import LatentAttention
+from stagemesh.stages.layers.linear import MatrixPart
+from stagemesh.stages.quantization import methods
+from stagemesh.stages.weights import Checkpoint
 
 IDS = [5, 99, 17, 3, 64, 120, 8, 8, 77, 31, 2, 50, 13]
 TABLE = [3, 1, 4, 0, 2]
@@ -73,15 +81,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
+    @functools.cache
+    def make(name: str) -> Path:
+        convert, config = (EIGHT_BIT | FOUR_BIT)[name][:2]
+        return write_quantized(source, tmp_path_factory.mktemp(name) / "model", convert, config)
 
-    def get(name: str) -> Path:
-        if name not in made:
-            convert, config = (EIGHT_BIT | FOUR_BIT)[name][:2]
-            made[name] = write_quantized(source, tmp_path_factory.mktemp(name) / "model", convert, config)
-        return made[name]
-
-    return get
+    return make
 
 
 def run(folder: Path, tp: int = 1, partition: tuple[int, ...] | None = None, **args: Any) -> Tensor:
@@ -157,6 +162,18 @@ def test_layers_that_the_checkpoint_left_out_stay_dense(source: Path, tmp_path: 
     torch.testing.assert_close(run(folder, 2), reference_logits(folder / "dense", IDS), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", EIGHT_BIT | FOUR_BIT)
+def test_a_method_gives_its_weights_as_floats(quantized: Any, name: str) -> None:
+    folder, layer = quantized(name), "model.layers.0.mlp.down_proj"
+    config = EngineConfig.resolve(EngineArgs(model=str(folder), device="cpu"))
+    part = MatrixPart(layer, 64, 96, slice(5, 40), slice(20, 70))
+    method = methods.linear_methods(config.quantization)(layer)
+    with Checkpoint(folder, torch.float32) as checkpoint:
+        method.load(checkpoint, [part], with_bias=False)
+    expected = load_file(folder / "dense" / "model.safetensors")[f"{layer}.weight"][5:40, 20:70]
+    torch.testing.assert_close(method.matrix(), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name, tensor", [("fp8-channel", "weight_scale"), ("awq", "qzeros"), ("gptq", "scales")])
 def test_a_missing_quantized_tensor_is_named(quantized: Any, tmp_path: Path, name: str, tensor: str) -> None:
     folder = quantized(name)
@@ -190,36 +207,92 @@ def test_an_fp8_cache_gives_nearly_the_same_answers_in_a_quarter_of_the_room(
     assert plain.kv_bytes_per_block() == 4 * small.kv_bytes_per_block()
 
 
-MIXTURE = {"num_experts_per_tok": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Mistral": {"sliding_window": 6},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Mixtral": MIXTURE | {"num_local_experts": 4},
-    "Qwen2Moe": MIXTURE
-    | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
-    "Qwen3Moe": MIXTURE | {"num_experts": 4, "moe_intermediate_size": 32},
-}
+# -- every family ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fp8-channel", "fp8-block", "int8-channel", "awq", "gptq-act-order"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_runs_in_every_format_and_cut(tmp_path: Path, family: str, name: str) -> None:
-    convert, config = (EIGHT_BIT | FOUR_BIT)[name][:2]
+@pytest.fixture(scope="module")
+def of_family(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a family in a format; that of the plain checkpoint for "plain"."""
 
-    def convert_all_but_routers(layer: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    @functools.cache
+    def make(family: str, name: str) -> Path:
+        folder = tmp_path_factory.mktemp("family") / "model"
+        if name == "plain":
+            return make_checkpoint(folder, FAMILIES[family][0], **FAMILIES[family][1])
+        convert, config = (EIGHT_BIT | FOUR_BIT)[name][:2]
+        return write_quantized(make(family, "plain"), folder, all_but_routers(convert), config)
+
+    return make
+
+
+def all_but_routers(convert: Any) -> Any:
+    def convert_most(layer: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         return ({"weight": weight}, weight) if layer.endswith("gate") else convert(layer, weight)
 
-    source = make_checkpoint(tmp_path / "source", family, **FAMILIES[family])
-    folder = write_quantized(source, tmp_path / "model", convert_all_but_routers, config)
+    return convert_most
+
+
+def cuts(family: str) -> list[tuple[int, Any, bool]]:
+    """TP, layers per stage, and whether experts are kept whole."""
+    plain: list[tuple[int, Any, bool]] = [(1, None, False), (2, None, False), (1, (2, 1), False), (2, (2, 1), False)]
+    return plain + ([(2, None, True), (2, (1, 2), True)] if has_experts(family) else [])
+
+
+CELLS = [(family, name) for family in FAMILIES for names in FORMATS.values() for name in names]
+
+
+@pytest.mark.parametrize("family, name", [cell for cell in CELLS if not cell[1].startswith("online")])
+def test_every_family_loads_every_format_in_every_cut(
+    of_family: Any, family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights alone are rounded here, so that what is loaded can be compared to the last bit but some."""
+    monkeypatch.setattr(methods, "w8a8_linear", linear_with_plain_activations)
+    folder = of_family(family, name)
     expected = reference_logits(folder / "dense", IDS)
-    cuts: list[tuple[int, Any, bool]] = [(1, None, False), (2, (2, 1), False)]
-    if "num_experts_per_tok" in FAMILIES[family]:
-        cuts.append((2, None, True))
-    for tp, partition, by_experts in cuts:
+    for tp, partition, by_experts in cuts(family):
         ours = run(folder, tp, partition, enable_expert_parallel=by_experts)
-        if name in FOUR_BIT:
-            torch.testing.assert_close(ours, expected, atol=2e-4, rtol=0)
-        else:
-            assert 1e-3 < error(ours, expected) < 0.4
+        torch.testing.assert_close(ours, expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family, name", [cell for cell in CELLS if cell[1] not in FOUR_BIT])
+def test_every_family_computes_in_8_bits_in_every_cut(of_family: Any, family: str, name: str) -> None:
+    online = name.removeprefix("online-") if name.startswith("online") else "auto"
+    folder = of_family(family, name if online == "auto" else "plain")
+    expected = reference_logits(folder / "dense" if online == "auto" else folder, IDS)
+    for tp, partition, by_experts in cuts(family):
+        ours = run(folder, tp, partition, enable_expert_parallel=by_experts, quantization=online)
+        assert 1e-3 < error(ours, expected) < 0.4
+
+
+@pytest.mark.parametrize("tp, partition, by_experts", cuts("DeepSeek-V3"))
+def test_deepseek_v3_loads_in_blocks_of_128_as_it_is_published(
+    tmp_path: Path, tp: int, partition: tuple[int, ...] | None, by_experts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices of several blocks, the last ones not whole, and cuts through the middle of a block."""
+    monkeypatch.setattr(methods, "w8a8_linear", linear_with_plain_activations)
+    sizes = {"hidden_size": 256, "intermediate_size": 320, "moe_intermediate_size": 192, "q_lora_rank": 160}
+    sizes |= {"kv_lora_rank": 136, "qk_nope_head_dim": 24, "v_head_dim": 24}
+    cls, settings = FAMILIES["DeepSeek-V3"]
+    source = make_checkpoint(tmp_path / "source", cls, **(settings | sizes))
+    convert = all_but_routers(eight_bit("fp8", "block", names="hf"))
+    folder = write_quantized(source, tmp_path / "fp8", convert, fp8_config(weight_block_size=[128, 128]))
+    ours = run(folder, tp, partition, enable_expert_parallel=by_experts)
+    assert error(ours, reference_logits(folder / "dense", IDS)) < 1e-5
+
+
+def test_latent_attention_does_not_round_its_weights_to_a_scale_of_activations(tmp_path: Path) -> None:
+    """It takes the matrix of kv_b_proj apart, which is not what a static scale was measured for."""
+    cls, settings = FAMILIES["DeepSeek-V3"]
+    source = make_checkpoint(tmp_path / "source", cls, **settings)
+    convert = all_but_routers(eight_bit("fp8", "tensor", static=0.03, names="hf"))
+    folder = write_quantized(source, tmp_path / "fp8", convert, fp8_config(activation_scheme="static"))
+    attention = ThreadLane(folder).stages[0][0]._loaded().layers[0].attention
+    assert isinstance(attention, LatentAttention)
+    dense = load_file(folder / "dense" / "model.safetensors")["model.layers.0.self_attn.kv_b_proj.weight"]
+    key, value = dense.unflatten(0, (8, -1)).split([16, 8], 1)
+    torch.testing.assert_close(attention.key, key, atol=1e-6, rtol=0)
+    torch.testing.assert_close(attention.value, value.transpose(1, 2), atol=1e-6, rtol=0)
+
+
+def linear_with_plain_activations(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
+    return x @ dequantize(weight, scale).T
