@@ -18,8 +18,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from stagemesh.config.engine import EngineConfig
 from stagemesh.deployments.group import WorkerGroup, rank_resources
-from stagemesh.deployments.lane import PROGRESS_TIMEOUT_S, as_coroutine, wire
-from stagemesh.deployments.phases import Rank
+from stagemesh.deployments.lane import wire
+from stagemesh.deployments.phases import Rank, progress
 from stagemesh.stages.engine import Engine, TokenSink
 
 logger = logging.getLogger(__name__)
@@ -107,9 +107,7 @@ class ActorLane:
 
     async def _watch(self) -> None:
         """Wait until a rank leaves its run loop, which none does while the lane is open."""
-        runs = {
-            rank: asyncio.ensure_future(as_coroutine(worker.run.remote())) for rank, worker in self._workers.items()
-        }
+        runs = {rank: asyncio.ensure_future(worker.run.remote()) for rank, worker in self._workers.items()}
         await asyncio.wait(runs.values(), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait(runs.values(), timeout=AFTERMATH_S)
         failed = {rank: error for rank, run in runs.items() if run.done() and (error := run.exception()) is not None}
@@ -126,15 +124,13 @@ class ActorLane:
             asyncio.run_coroutine_threadsafe(self._report(reason), self._loop)
 
     async def _report(self, reason: str) -> None:
-        asked = {r: asyncio.ensure_future(as_coroutine(w.progress.remote())) for r, w in self._workers.items()}
-        await asyncio.wait(asked.values(), timeout=PROGRESS_TIMEOUT_S)
         where = []
-        for (stage, tp_rank), task in asked.items():
+        for (stage, tp_rank), answer in (await progress(self._workers)).items():
             who = f"stage {stage} rank {tp_rank}"
-            if not task.done() or task.exception() is not None:
+            if answer is None:
                 where.append(f"{who} does not answer")
-            elif task.result().phase != "idle":
-                where.append(f"{who} in '{task.result().phase}' for {task.result().seconds:.1f} s")
+            elif answer.phase != "idle":
+                where.append(f"{who} in '{answer.phase}' for {answer.seconds:.1f} s")
         self._on_failure("; ".join([reason, *where]))
 
     async def _stop(self) -> None:

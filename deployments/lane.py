@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from stagemesh.config.engine import EngineConfig
 from stagemesh.deployments.group import GroupState, WorkerGroup
-from stagemesh.deployments.phases import PhaseError, Rank, every_rank, timed
+from stagemesh.deployments.phases import PhaseError, Rank, every_rank, progress, timed
 from stagemesh.stages.channel import HeadChannel
 from stagemesh.stages.engine import Engine
 from stagemesh.stages.wiring import Wiring
@@ -24,7 +24,6 @@ logger = logging.getLogger("ray.serve")
 RETRY_PAUSE_S = 0.3
 STOP_TIMEOUT_S = 5.0
 """A survivor of a broken epoch that has not left its run loop by then is taken for hung, and killed."""
-PROGRESS_TIMEOUT_S = 2.0
 
 
 class Lane:
@@ -140,9 +139,7 @@ class Lane:
             try:
                 with timed(f"lane {self._lane}", f"rendezvous of epoch {self._epoch}"):
                     channel = await self._wire(workers, min(state.num_blocks for state in states))
-                runs = {
-                    rank: asyncio.ensure_future(as_coroutine(worker.run.remote())) for rank, worker in workers.items()
-                }
+                runs = {rank: asyncio.ensure_future(worker.run.remote()) for rank, worker in workers.items()}
                 await asyncio.wrap_future(self._engine.attach(channel, self._epoch, self.num_blocks))
                 await asyncio.wrap_future(self._engine.set_state("serving"))
                 self._serving.set()
@@ -209,15 +206,12 @@ class Lane:
     async def _kill_stuck(self, workers: dict[Rank, Any]) -> None:
         """Name and kill the rank that a step waits for: one that does not answer, else the one that has
         been in the model for longest (the others wait for its activations or its part of a sum)."""
-        asked = {rank: asyncio.ensure_future(as_coroutine(w.progress.remote())) for rank, w in workers.items()}
-        await asyncio.wait(asked.values(), timeout=PROGRESS_TIMEOUT_S)
-        silent = [rank for rank, task in asked.items() if not task.done()]
-        for rank in silent:
-            asked[rank].cancel()
-        answers = {r: t.result() for r, t in asked.items() if t.done() and t.exception() is None}
-        for progress in answers.values():
-            logger.error("lane %s: %s", self._lane, progress)
-        busy = sorted((r for r in answers if answers[r].phase == "model"), key=lambda r: -answers[r].seconds)
+        answers = await progress(workers)
+        for answer in filter(None, answers.values()):
+            logger.error("lane %s: %s", self._lane, answer)
+        silent = [rank for rank, answer in answers.items() if answer is None]
+        in_model = {rank: a.seconds for rank, a in answers.items() if a is not None and a.phase == "model"}
+        busy = sorted(in_model, key=lambda rank: -in_model[rank])
         for rank in silent or busy[:1]:
             logger.error("lane %s: stage %d rank %d is stuck, killed", self._lane, *rank)
             ray.kill(workers[rank])
@@ -271,7 +265,3 @@ async def wire(
         raise
     channel.connect([endpoints[rank].plan_address for rank in workers])
     return channel
-
-
-async def as_coroutine(ref: Any) -> Any:
-    return await ref

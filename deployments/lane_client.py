@@ -68,7 +68,7 @@ class RayLaneClient:
         # In a context of its own: calls made from one HTTP request would share its id, by which Serve tells
         # requests that wait for a replica apart, and all but the last would wait for ever.
         response = contextvars.Context().run(self._heads.generate.remote, call)
-        ended = asyncio.ensure_future(_summary(response))
+        ended = asyncio.ensure_future(response)
         ended.add_done_callback(lambda _: queue.put_nowait(None))
         self._keep(ended)
 
@@ -140,7 +140,3 @@ class RayLaneClient:
             return
         if not isinstance(error, RequestCancelledError):  # that one is our own doing: the client has left
             logger.warning("%s: %s", type(error).__name__, str(error).splitlines()[-1:])
-
-
-async def _summary(response: Any) -> GenerateSummary:
-    return await response

@@ -7,13 +7,16 @@ import logging
 import time
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from stagemesh.stages.wiring import Progress
 
 logger = logging.getLogger("ray.serve")
 
 Rank = tuple[int, int]
 """(stage, tp_rank)"""
 Answer = TypeVar("Answer")
+PROGRESS_TIMEOUT_S = 2.0
 
 
 class PhaseError(RuntimeError):
@@ -47,6 +50,17 @@ async def every_rank(phase: str, calls: Mapping[Rank, Awaitable[Answer]], timeou
     if failures:
         raise PhaseError(phase, failures)
     return {rank: task.result() for rank, task in tasks.items()}
+
+
+async def progress(workers: Mapping[Rank, Any]) -> dict[Rank, Progress | None]:
+    """What every ShardWorker is doing; None for one that does not answer within PROGRESS_TIMEOUT_S."""
+    asked = {rank: asyncio.ensure_future(worker.progress.remote()) for rank, worker in workers.items()}
+    await asyncio.wait(asked.values(), timeout=PROGRESS_TIMEOUT_S)
+    answers = {}
+    for rank, task in asked.items():
+        answers[rank] = task.result() if task.done() and task.exception() is None else None
+        task.cancel()
+    return answers
 
 
 def _first_lines(text: str, limit: int = 600) -> str:
