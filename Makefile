@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONFIG ?= config/demo.yaml
 PACKAGES := config deployments kernels router stages
 
-.PHONY: help install serve test check format bench proto clean
+.PHONY: help install serve test check format accuracy bench proto clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -33,6 +33,9 @@ check: install .typing/stagemesh ## lint, format, types, and who imports whom
 format: install ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+accuracy: install ## 400 questions over HTTP to the demo model in every quantized format
+	$(BIN)/python -m pytest -s -m full $(ARGS)
 
 bench: install ## throughput and latencies over HTTP, and the time of a step outside the model
 	$(BIN)/python tests/bench/bench_serve.py $(ARGS)
