@@ -3,8 +3,8 @@
     out[t] = Σ_j weights[t, j] · expert(expert_ids[t, j])(x[t]),    expert(x) = down · (silu(gate·x) ⊙ up·x)
 
 The T·k pairs of token and expert are sorted by expert, so each expert multiplies its tokens once; the results go
-back to the order of the pairs and are weighted and added there, in float32 and in the order of the choices. So a
-token's output does not depend on who else is in the step.
+back to the order of the pairs and are weighted and added there, in float32 and in the order of the choices: who else
+is in the step does not change the order in which a token's experts are added.
 """
 
 from __future__ import annotations

@@ -23,14 +23,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stagemesh.kernels.paged_attention import Ints
 from stagemesh.kernels.quant_w8a8 import fp8_values
-from stagemesh.kernels.store_kv import store_kv_rows
-
-Ints = npt.NDArray[np.integer]
+from stagemesh.kernels.store_kv import slot_rows, store_kv_rows
 
 MAX_GROUP_BYTES = 8 << 20
 """Keys and values gathered at once for a group of decode sequences, so that they stay in the CPU's cache."""
@@ -186,7 +184,7 @@ class CpuPagedAttention:
     def prepare(self, query_lens: Ints, context_lens: Ints, block_tables: Ints, slots: Ints) -> CpuAttentionStep:
         """Index arithmetic for one step of S sequences and T tokens.
 
-        query_lens, context_lens: [S]; block_tables: [S, max_blocks]; slots: [T] as in store_kv.
+        query_lens, context_lens: [S]; block_tables: [S, max_blocks]; slots: int64 [T] as in store_kv.
         """
         if self._window is not None:
             context_lens, block_tables = self._drop_old_blocks(context_lens, block_tables, self._window)
@@ -209,7 +207,8 @@ class CpuPagedAttention:
             self._prefill_chunk(int(ends[s]), int(query_lens[s]), int(context_lens[s]), block_tables[s])
             for s in prefills
         ]
-        return CpuAttentionStep(self._rows_to_store(slots), groups, chunks)
+        rows = slot_rows(torch.from_numpy(slots), len(self._sides), self._block_size)
+        return CpuAttentionStep(rows, groups, chunks)
 
     def _drop_old_blocks(self, context_lens: Ints, block_tables: Ints, window: int) -> tuple[Ints, Ints]:
         """The same without the blocks that no query of the step sees, as if the sequences began behind them."""
@@ -254,11 +253,6 @@ class CpuPagedAttention:
         tile = min(max(tile, MIN_TILE), MAX_TILE)
         masks = (self._square_mask, self._old_mask)
         return _PrefillChunk(end - query_len, end, context_len, tile, gather, *masks, self._window)
-
-    def _rows_to_store(self, slots: Ints) -> Tensor:
-        """[T] → int64 [T, 2·K], for store_kv_rows."""
-        blocks, offsets = np.divmod(slots.astype(np.int64)[:, None], self._block_size)
-        return torch.from_numpy((blocks * len(self._sides) + self._sides) * self._block_size + offsets)
 
     def _gather(self, tables: Ints) -> _Gather:
         """For block tables [S, blocks]: keys of all sequences and heads, then values, head before block."""

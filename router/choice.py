@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stagemesh.router.key import key_length, prefix_key
-from stagemesh.router.load import SLACK_TOKENS, Digest, LaneLoads, load_bound
+from stagemesh.router.load import Digest, LaneLoads, load_bound
 from stagemesh.router.memory import MAX_ENTRIES, PrefixMemory, prefix_hashes
 from stagemesh.router.ring import HashRing
 
@@ -46,8 +46,7 @@ class LaneChooser:
     Not thread-safe.
     """
 
-    def __init__(self, slack_tokens: int = SLACK_TOKENS, max_remembered: int = MAX_ENTRIES) -> None:
-        self._slack_tokens = slack_tokens
+    def __init__(self, max_remembered: int = MAX_ENTRIES) -> None:
         self._loads = LaneLoads()
         self._memory = PrefixMemory(max_remembered)
         self._ring = HashRing(())
@@ -85,7 +84,7 @@ class LaneChooser:
             raise NoLane("no lane is running")
         best = min(_RANKS[lane.state] for lane in lanes.values())
         ready = {name: lane for name, lane in lanes.items() if _RANKS[lane.state] == best}
-        bound = load_bound((lane.tokens for lane in ready.values()), len(prompt_token_ids), self._slack_tokens)
+        bound = load_bound((lane.tokens for lane in ready.values()), len(prompt_token_ids))
         clockwise = [name for name in self._ring.lanes_from(prefix_key(prompt_token_ids)) if name in lanes]
         eligible = [name for name in clockwise if name in ready and lanes[name].tokens <= bound]
         first = eligible[0]

@@ -20,17 +20,17 @@ MAX_OPEN_REQUESTS = 1 << 16
 """Requests that can still be taken back when they end early; for older ones the next digests do it."""
 
 
-def load_bound(loads: Iterable[int], num_prompt_tokens: int, slack_tokens: int = SLACK_TOKENS) -> float:
+def load_bound(loads: Iterable[int], num_prompt_tokens: int) -> float:
     """Load in tokens up to which a lane takes a request: 1.25 x the mean plus a slack.
 
-    The slack is the request's own prompt, or `slack_tokens` if that is more. A mean alone would be nonsense
+    The slack is the request's own prompt, or SLACK_TOKENS if that is more. A mean alone would be nonsense
     at low load: of two lanes the only busy one is always at twice the mean. Moving on costs a computation
     of the whole prompt in a cold lane, so a lane has to be ahead of the others by more than that before it
-    is left; and below `slack_tokens` (a fraction of one step's batch) a difference is noise between two
+    is left; and below SLACK_TOKENS (a fraction of one step's batch) a difference is noise between two
     digests. The lane with the least load is never above the bound, so there is always one to go to.
     """
     loads = list(loads)
-    return BOUND_FACTOR * sum(loads) / max(len(loads), 1) + max(num_prompt_tokens, slack_tokens)
+    return BOUND_FACTOR * sum(loads) / max(len(loads), 1) + max(num_prompt_tokens, SLACK_TOKENS)
 
 
 class Digest(Protocol):
@@ -80,7 +80,7 @@ class LaneLoads:
 
     def set_lanes(self, names: Iterable[str]) -> None:
         """The lanes that run now; what is known of the others is forgotten."""
-        self.lanes = {name: self.lanes.get(name, LaneLoad()) for name in names}
+        self.lanes = {name: self.lanes.get(name) or LaneLoad() for name in names}
 
     def update(self, digest: Digest) -> None:
         """Takes a head's word. A lane that is not among those running is ignored."""

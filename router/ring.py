@@ -20,12 +20,12 @@ POINTS_PER_LANE = 128
 class HashRing:
     """An immutable ring over a set of lane names. The order in which they are given does not matter."""
 
-    def __init__(self, lanes: Iterable[str], points_per_lane: int = POINTS_PER_LANE) -> None:
+    def __init__(self, lanes: Iterable[str]) -> None:
         lanes = set(lanes)
         points = sorted(
             (xxhash.xxh3_64_intdigest(f"{lane}#{number}".encode()), lane)
             for lane in lanes
-            for number in range(points_per_lane)
+            for number in range(POINTS_PER_LANE)
         )
         self._num_lanes = len(lanes)
         self._places = [place for place, _ in points]

@@ -97,7 +97,7 @@ class LatentAttention:
         turned = self._halves(torch.cat((turning, shared_key[:, None]), 1))
         rotary_(turned, batch.cos, batch.sin)
         query = torch.cat((torch.bmm(plain.transpose(0, 1), self.key).transpose(0, 1), turned[:, :-1]), -1)
-        kv = torch.cat((self.latent_norm(latent.contiguous())[:, None], turned[:, -1:]), -1)
+        kv = torch.cat((self.latent_norm(latent)[:, None], turned[:, -1:]), -1)
         attended = batch.attend(query, kv, cache, mla.scale).view(query.shape)[..., : mla.kv_lora_rank]
         return self.out(torch.bmm(attended.transpose(0, 1), self.value).transpose(0, 1).flatten(1))
 

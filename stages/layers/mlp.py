@@ -32,7 +32,6 @@ class GatedMLP:
         projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> None:
         gate, up, down = projections
-        self.tp = tp
         rows = [even_part(intermediate_size, tp)]
         self.gate_up = ColumnParallelLinear(
             hidden_size,
@@ -53,7 +52,7 @@ class GatedMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden]."""
-        return self.tp.all_reduce(self.partial(x))
+        return self.down(silu_and_mul(self.gate_up(x)))
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's summand of the output, for who has more to add before the ranks are summed."""

@@ -296,6 +296,7 @@ class _Source:
 
     def __init__(self, folder: Path) -> None:
         self._file_of = checkpoint_files(folder)
+        self._open = {path: safe_open(str(path), framework="pt") for path in set(self._file_of.values())}
         self.done: set[str] = set()
 
     def read(self, name: str) -> Tensor | None:
@@ -328,7 +329,7 @@ class _Source:
         return tensor
 
     def _slice(self, name: str) -> Any:
-        return safe_open(str(self._file_of[name]), framework="pt").get_slice(name)
+        return self._open[self._file_of[name]].get_slice(name)
 
 
 class _ShardWriter:
