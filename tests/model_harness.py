@@ -225,7 +225,7 @@ def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
 
 
 def check_against_transformers(folder: Path, tp: int, partition: tuple[int, ...] | None, **args: Any) -> None:
-    """Prefill, chunks, decode, a prefix that another sequence computed, and greedy answers."""
+    """Logits of prefill, chunks, decode and a prefix that another sequence computed, and greedy answers to each."""
     lane = ThreadLane(folder, tp=tp, partition=partition, args=args)
     ids = some_token_ids(37, seed=1)
     expected = reference_logits(folder, ids)
@@ -244,9 +244,16 @@ def check_against_transformers(folder: Path, tp: int, partition: tuple[int, ...]
     ours = lane.logits(Part(other, 16, table[:4] + table[20:23]), Part(ids[36:], 36, table[10:20]))
     assert_same_logits(ours, torch.cat((reference_logits(folder, shared + other)[16:], expected[36:])))
 
-    answer: list[int] = []
-    blocks = table[30:45]
-    for _ in range(12):
-        context = 0 if not answer else 20 + len(answer) - 1
-        answer += lane.sample(Part(answer[-1:] or ids[:20], context, blocks))
-    assert answer == reference_greedy(folder, tuple(ids[:20]), 12)
+    # The same answer to ids[:20] as one prompt, in chunks, and behind a prefix that is cached; then all in one step.
+    ways = [(0, (20,), table[24:32]), (0, (7, 1, 12), table[32:40]), (16, (4,), table[:4] + table[40:44])]
+    answers: list[list[int]] = []
+    for start, lengths, blocks in ways:
+        for length in lengths:
+            token_ids = lane.sample(Part(ids[start : start + length], start, blocks))
+            start += length
+        answers.append(token_ids)
+    for context in range(20, 31):
+        parts = [Part(answer[-1:], context, blocks) for answer, (_, _, blocks) in zip(answers, ways, strict=True)]
+        for answer, token_id in zip(answers, lane.sample(*parts), strict=True):
+            answer.append(token_id)
+    assert answers == [reference_greedy(folder, tuple(ids[:20]), 12)] * 3
