@@ -19,7 +19,7 @@ from stagemesh.config.engine import find_model
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.model import ModelConfig
 from stagemesh.kernels.quant_int4 import AWQ_ORDER, PER_WORD, pack_columns, pack_rows
-from stagemesh.kernels.quant_w8a8 import FP8, largest, quantize, quantize_groups
+from stagemesh.kernels.quant_w8a8 import FP8, MIN_SCALE, largest, quantize, quantize_groups
 from stagemesh.stages.quantization.calibration import RecordingMethod, layers_with_inputs
 from stagemesh.stages.quantization.rounding import Rounded, round_awq, round_gptq, search_input_scales
 
@@ -197,7 +197,7 @@ def _eight_bit_layer(methods: list[RecordingMethod], recipe: Recipe) -> dict[str
                 if recipe.scheme == "channel":
                     stored, scale = quantize_groups(weight, 1, dtype)
                 else:
-                    scale = (weight.abs().max() / largest(dtype)).reshape(1)
+                    scale = (weight.abs().max() / largest(dtype)).clamp(min=MIN_SCALE).reshape(1)
                     stored = quantize(weight, scale, dtype)
                 tensors[f"{name}.weight_scale"] = scale
             tensors[f"{name}.weight"] = stored
@@ -220,7 +220,7 @@ def _block_scales(weight: Tensor, dtype: torch.dtype) -> Tensor:
     rows, columns = (-size % FP8_BLOCK for size in weight.shape)
     padded = torch.nn.functional.pad(weight.abs(), (0, columns, 0, rows))
     blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-    return (blocks.amax((1, 3)) / largest(dtype)).clamp(min=1e-12)
+    return (blocks.amax((1, 3)) / largest(dtype)).clamp(min=MIN_SCALE)
 
 
 def _gptq_layer(methods: list[RecordingMethod], group_size: int, act_order: bool) -> dict[str, Tensor]:

@@ -70,8 +70,8 @@ def round_awq(weight: Tensor, group_size: int, moment: Tensor | None = None) -> 
 
 
 def _awq_grid(grouped: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scales, as float16 holds them, and zeros of each group [out, G], for a share of its range."""
-    low, high = grouped.amin(2) * shrink, grouped.amax(2) * shrink
+    """Scales, as float16 holds them, and zeros of each group [out, G], for a share of its range and the number 0."""
+    low, high = grouped.amin(2).clamp(max=0) * shrink, grouped.amax(2).clamp(min=0) * shrink
     scales = ((high - low).clamp(min=1e-4) / LEVELS).half().float()
     return scales, (-low / scales).round().clamp(0, LEVELS)
 

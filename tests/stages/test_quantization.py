@@ -207,6 +207,12 @@ def test_an_fp8_cache_gives_nearly_the_same_answers_in_a_quarter_of_the_room(
     assert plain.kv_bytes_per_block() == 4 * small.kv_bytes_per_block()
 
 
+@pytest.mark.parametrize("family", ["DeepSeek-V2", "DeepSeek-V3"])
+def test_an_fp8_cache_holds_latents_too(of_family: Any, family: str) -> None:
+    folder = of_family(family, "plain")
+    assert 1e-4 < error(run(folder, 2, kv_cache_dtype="fp8"), reference_logits(folder, IDS)) < 0.2
+
+
 # -- every family ------------------------------------------------------------------------------------------
 
 

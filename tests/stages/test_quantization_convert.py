@@ -10,10 +10,11 @@ import pytest
 import torch
 from matrix import FAMILIES
 from model_harness import Part, ThreadLane, make_checkpoint, reference_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.stages.layers.mlp import GatedMLP
 from stagemesh.stages.quantization.convert import Recipe, fitting_group_size, quantize_checkpoint
 from stagemesh.stages.quantization.rounding import output_error, round_awq, round_gptq, search_input_scales
 
@@ -197,6 +198,27 @@ def test_rounding_finds_weights_that_four_bits_can_hold() -> None:
     torch.testing.assert_close(round_awq(weight, 16).values(), weight)
     # GPTQ's groups are symmetric, so that their largest weight does not quite reach the end of the range.
     assert (round_gptq(weight, moment, 16).values() - weight).abs().max() < 0.5
+
+
+def test_weights_of_one_sign_are_not_clipped() -> None:
+    """Values are counted from a zero between 0 and 15, so the range of a group must hold the number 0."""
+    weight = 3 + torch.rand(4, 32, generator=torch.Generator().manual_seed(1))
+    for signed in (weight, -weight):
+        rounded = round_awq(signed, 16)
+        assert (rounded.values() - signed).abs().max() <= 0.51 * float(rounded.scales.max())
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-tensor", "fp8-block", "int8", "awq", "gptq"])
+def test_a_matrix_of_zeros_stays_zeros(tmp_path: Path, name: str) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    quantize_checkpoint(str(source), tmp_path / "out", RECIPES[name][0], TEXT)
+    (runner,) = ThreadLane(tmp_path / "out").stages[0]
+    feed_forward = runner._loaded().layers[1].feed_forward
+    assert isinstance(feed_forward, GatedMLP)
+    assert torch.equal(feed_forward.gate_up.method.matrix()[96:], torch.zeros(96, 64))
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
