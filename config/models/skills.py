@@ -63,7 +63,7 @@ _FACT_TOKENS = 6
 _QUESTION_TOKENS = 8
 _TOKENS_PER_WORD = 1.2
 
-MAX_FACTS = 3
+MAX_FACTS = 8
 """Most facts that a held-out look-up states; the rest of it is filler. Training also sees more of them."""
 
 
@@ -188,7 +188,7 @@ def _passage(
 
 def _spaced(rng: random.Random, a: int, sign: str, b: int) -> str:
     """Mostly the plain phrasing; now and then the one with spaces."""
-    return f"What is {a} {sign} {b}?" if rng.random() < 0.1 else f"What is {a}{sign}{b}?"
+    return f"What is {a} {sign} {b}?" if rng.random() < 0.3 else f"What is {a}{sign}{b}?"
 
 
 def _operand(rng: random.Random, held: bool) -> int:

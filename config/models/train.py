@@ -1,9 +1,10 @@
-"""Train the demo model on a CPU: a small Llama that writes English and answers checkable questions.
+"""Train the demo models on a CPU: small models that write English and answer checkable questions.
 
-    python config/models/train.py --text shakespeare.txt --out config/models/demo --minutes 55
+    python config/models/train.py --text shakespeare.txt --out config/models/demo
+    python config/models/train.py --text shakespeare.txt --out config/models/demo-moe --moe
 
-English comes from --text; the questions come from skills.py. A run given --steps instead of --minutes
-is reproducible for a given seed, machine and number of threads.
+English comes from --text; the questions come from skills.py; the model is decoder.py's. A run is
+reproducible for a given seed, machine and version of torch; on two cores it takes under an hour.
 """
 
 import argparse
@@ -11,8 +12,6 @@ import json
 import math
 import random
 import time
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,9 @@ from pathlib import Path
 import skills
 import torch
 import torch.nn.functional as F
+from decoder import Config, LanguageModel, checkpoint_config, checkpoint_tensors, moe_config
 from jinja2 import Template
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
@@ -40,132 +40,17 @@ _TEMPLATE = Template(CHAT_TEMPLATE)
 SYSTEM_PROMPTS = ["You are a helpful assistant.", "You are a careful assistant.", "Answer briefly."]
 
 THREADS = 2
-KINDS = ("short", "lookup", "text")
-SHORT_ROW = 80
-# Look-up is learned on short rows and then stretched: (row length, share of the run after which to move
-# on at the latest). A run moves on earlier once the look-up loss is below LEARNED.
-CURRICULUM = [(128, 0.4), (384, 0.65), (1152, 1.0)]
-LEARNED = 0.1
+"""Each computes the gradients of its own batches; the sum does not depend on which is done first."""
+STEPS = 1500
+PEAK_LEARNING_RATE = 4e-3
+SHORT_ROWS, SHORT_LENGTH = 16, 80
+TEXT_LENGTH = 256
+LOOKUP_TOKENS = 1152
+# Look-up is learned on short rows and then stretched: (row length, share of the run after which to move on).
+CURRICULUM = [(256, 0.4), (576, 0.6), (1152, 1.0)]
+TEXT_WEIGHT, BALANCE_WEIGHT = 0.5, 0.02
+REPORT_EVERY = 200
 SKILL_WEIGHTS = {"add": 0.60, "subtract": 0.20, "copy": 0.12, "reverse": 0.08}
-
-
-@dataclass(frozen=True)
-class Config:
-    vocab_size: int = 2048
-    hidden_size: int = 256
-    intermediate_size: int = 640
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 32
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 2048
-
-
-# --- model: parameter names follow the Hugging Face Llama layout, so a checkpoint is the state dict ---
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(x.dtype)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.groups = config.num_attention_heads // config.num_key_value_heads
-        query = config.num_attention_heads * config.head_dim
-        key = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key, bias=False)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        rows, length, _ = x.shape
-        q = rotate(self.q_proj(x).view(rows, length, -1, self.head_dim).transpose(1, 2), cos, sin)
-        k = rotate(self.k_proj(x).view(rows, length, -1, self.head_dim).transpose(1, 2), cos, sin)
-        v = self.v_proj(x).view(rows, length, -1, self.head_dim).transpose(1, 2)
-        k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in the rotate-half convention."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    def __init__(self, config: Config, ffn: type[nn.Module]) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = ffn(config)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: Config, ffn: type[nn.Module]) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, ffn) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        steps = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        angles = torch.outer(torch.arange(config.max_position_embeddings).float(), config.rope_theta**-steps)
-        angles = torch.cat((angles, angles), dim=-1)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed_tokens(ids)
-        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
-        for layer in self.layers:
-            x = layer(x, cos, sin)
-        return self.norm(x)
-
-
-class LanguageModel(nn.Module):
-    """A decoder whose output layer is its embedding table. `ffn` chooses the feed-forward module."""
-
-    def __init__(self, config: Config, ffn: type[nn.Module] = SwiGLU) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Decoder(config, ffn)
-        for name, weight in self.named_parameters():
-            if weight.ndim == 2:
-                # Layers that write to the residual stream start small, so depth does not blow it up.
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                scale = math.sqrt(2 * config.num_hidden_layers) if writes else 1.0
-                nn.init.normal_(weight, std=0.02 if "embed" in name else 0.05 / scale)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.model.embed_tokens.weight)
 
 
 # --- tokenizer ---
@@ -206,11 +91,11 @@ def render(messages: list[dict[str, str]], add_generation_prompt: bool = False) 
 
 @dataclass
 class Batch:
-    """Token rows and, for each position, how much predicting the next token counts."""
+    """Token rows [rows, length] and, for each position, how much predicting the next token counts."""
 
+    kind: str
     ids: Tensor
     weights: Tensor
-    kinds: Tensor  # of each row, an index into KINDS
 
 
 class Data:
@@ -248,7 +133,7 @@ class Data:
             skill = self.rng.choices(names, shares)[0]
             # Special tokens separate the turns, so each can be encoded alone; only the first has a BOS.
             turn = self.encode_chat(self.turns([skills.training_example(skill, self.rng)]))[1:]
-            if len(row) + len(turn) <= SHORT_ROW:
+            if len(row) + len(turn) <= SHORT_LENGTH:
                 row += turn
             elif len(row) > begin:
                 return row
@@ -270,23 +155,20 @@ class Data:
             start -= 1
         return [BOS_ID, *self.text_ids[start : start + length - 1]]
 
-    def short_batch(self, rows: int) -> Batch:
-        return answers_batch([self.short_row() for _ in range(rows)], SHORT_ROW, "short")
-
-    def long_batch(self, tokens: int, length: int, text_share: float) -> Batch:
-        """Look-up rows above plain text rows; each kind's weights add up to its share of the loss."""
-        rows = max(2, tokens // length)
-        text_rows = max(1, round(rows * text_share))
-        lookup = answers_batch([self.lookup_row(length) for _ in range(rows - text_rows)], length, "lookup", self.arrow)
-        ids = torch.tensor([self.text_row(length) for _ in range(text_rows)])
-        weights = torch.ones(ids.shape)
+    def batches(self, length: int) -> list[Batch]:
+        """What one thread learns from in one step; `length` is that of the look-up rows."""
+        text = torch.tensor([self.text_row(TEXT_LENGTH)])
+        weights = torch.full(text.shape, TEXT_WEIGHT / (TEXT_LENGTH - 1))
         weights[:, -1] = 0
-        weights *= 0.5 / weights.sum()
-        kinds = torch.cat([lookup.kinds, torch.full((text_rows,), KINDS.index("text"))])
-        return Batch(torch.cat([lookup.ids, ids]), torch.cat([lookup.weights, weights]), kinds)
+        lookup = [self.lookup_row(length) for _ in range(LOOKUP_TOKENS // length)]
+        return [
+            answers_batch("lookup", lookup, length, self.arrow),
+            answers_batch("short", [self.short_row() for _ in range(SHORT_ROWS)], SHORT_LENGTH),
+            Batch("text", text, weights),
+        ]
 
 
-def answers_batch(rows: list[list[int]], length: int, kind: str, arrow: int = -1) -> Batch:
+def answers_batch(kind: str, rows: list[list[int]], length: int, arrow: int = -1) -> Batch:
     """Padded rows in which the assistant's tokens, their end token and restated values count.
 
     `arrow` is the token between a key and its value.
@@ -303,29 +185,33 @@ def answers_batch(rows: list[list[int]], length: int, kind: str, arrow: int = -1
             if token == arrow:
                 stated.add(row[j - 1])
             weights[i, j] = float(speaking or known)
-    return Batch(ids, weights / weights.sum(), torch.full((len(rows),), KINDS.index(kind)))
+    return Batch(kind, ids, weights / weights.sum())
 
 
 # --- training ---
 
 
-def weighted_loss(model: LanguageModel, body: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The batch's loss, and for the log the unweighted loss of every counted position."""
-    counted = batch.weights > 0
-    targets = batch.ids.roll(-1, 1)[counted]
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model.logits(body(batch.ids)[counted])
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * batch.weights[counted]).sum(), losses.detach()
+def gradients(model: LanguageModel, body: nn.Module, batches: list[Batch]) -> tuple[list[Tensor], dict[str, float]]:
+    """The batches' summed gradients, returned rather than stored so that two threads can work side by side.
 
-
-def gradients(model: LanguageModel, body: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[str, float]]:
-    """One batch's gradients, returned rather than stored so that two threads can work side by side."""
-    loss, losses = weighted_loss(model, body, batch)
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    kinds = batch.kinds[(batch.weights > 0).nonzero()[:, 0]]
-    means = {KINDS[k]: losses[kinds == k].mean().item() for k in kinds.unique().tolist()}
-    return list(found), means
+    Also, for the log, each kind's mean loss over the positions that count.
+    """
+    total: list[Tensor] = []
+    means = {}
+    for batch in batches:
+        counted = batch.weights > 0
+        targets = batch.ids.roll(-1, 1)[counted]
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, unevenness = body(batch.ids)
+            logits = model.logits(hidden[counted])
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        loss = (losses * batch.weights[counted]).sum() + BALANCE_WEIGHT * unevenness
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
+        means[batch.kind] = losses.detach().mean().item()
+        if model.config.num_experts:
+            means["unevenness"] = unevenness.item()
+    return total, means
 
 
 def make_optimizers(model: LanguageModel) -> list[torch.optim.Optimizer]:
@@ -338,72 +224,48 @@ def make_optimizers(model: LanguageModel) -> list[torch.optim.Optimizer]:
     return [*muons, torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def progress_steps(args: argparse.Namespace) -> Iterator[tuple[int, float]]:
-    """Yields the step number and the share of the run that is done, by steps or by the clock."""
-    begin, step = time.monotonic(), 0
-    while True:
-        done = step / args.steps if args.steps else (time.monotonic() - begin) / (60 * args.minutes)
-        if done >= 1:
-            return
-        yield step, done
-        step += 1
+def learning_rate(step: int, steps: int) -> float:
+    return PEAK_LEARNING_RATE * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def learning_rate(step: int, done: float, peak: float) -> float:
-    return peak * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done))
+def row_length(step: int, steps: int) -> int:
+    return next((length for length, until in CURRICULUM if step < until * steps), CURRICULUM[-1][0])
 
 
-class RowLength:
-    """Walks through CURRICULUM as the run goes on."""
-
-    def __init__(self) -> None:
-        self.stage = 0
-        self.recent: deque[float] = deque(maxlen=20)
-
-    def next(self, done: float, lookup_loss: float) -> int:
-        self.recent.append(lookup_loss)
-        learned = len(self.recent) == self.recent.maxlen and sum(self.recent) / len(self.recent) < LEARNED
-        if self.stage + 1 < len(CURRICULUM) and (learned or done >= CURRICULUM[self.stage][1]):
-            self.stage += 1
-            self.recent.clear()
-        return CURRICULUM[self.stage][0]
-
-
-def train(args: argparse.Namespace, model: LanguageModel, data: Data) -> LanguageModel:
-    body = torch.compile(model.model, dynamic=False) if args.compile else model.model
+def train(model: LanguageModel, data: Data, steps: int, compiled: bool) -> None:
+    body = torch.compile(model.model, dynamic=False) if compiled else model.model
     optimizers = make_optimizers(model)
-    begin = last_saved = last_logged = time.monotonic()
-    tokens, length, lengths = 0, CURRICULUM[0][0], RowLength()
-    log: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    begin = time.monotonic()
+    log: dict[str, list[float]] = {}
+    tokens = 0
+
+    def make_work(step: int) -> list[list[Batch]]:
+        return [data.batches(row_length(step, steps)) for _ in range(THREADS)]
+
     # One single-threaded worker per core: on a shared machine this beats two threads per matrix product,
-    # which wait for each other at every operation.
-    with ThreadPoolExecutor(THREADS) as pool:
-        for step, done in progress_steps(args):
-            long = [data.long_batch(args.long_tokens, length, args.text_share) for _ in range(THREADS)]
-            batches = [*long, *(data.short_batch(args.short_rows) for _ in range(THREADS))]
-            results = list(pool.map(partial(gradients, model, body), batches))
+    # which wait for each other at every operation. Another one makes the next step's questions meanwhile.
+    with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(1) as ahead:
+        upcoming = ahead.submit(make_work, 0)
+        for step in range(steps):
+            work = upcoming.result()
+            upcoming = ahead.submit(make_work, step + 1)
+            results = list(pool.map(partial(gradients, model, body), work))
             for parameter, *parts in zip(model.parameters(), *(found for found, _ in results), strict=True):
                 parameter.grad = torch.stack(parts).sum(0) / THREADS
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            set_learning_rate(optimizers, learning_rate(step, done, args.lr))
+            set_learning_rate(optimizers, learning_rate(step, steps))
             list(pool.map(lambda optimizer: optimizer.step(), optimizers))
-            tokens += sum(batch.ids.numel() for batch in batches)
+            tokens += sum(batch.ids.numel() for batches in work for batch in batches)
             for _, means in results:
-                for kind, mean in means.items():
-                    log[kind].append(mean)
-            length = lengths.next(done, results[0][1]["lookup"])
-            now = time.monotonic()
-            if step % args.log_every == 0:
-                losses = " ".join(f"{kind} {sum(v) / max(len(v), 1):.4f}" for kind, v in log.items())
-                rate = tokens / (now - last_logged)
-                at = f"{now - begin:.0f} s step {step} ({done:.1%}) length {length}"
-                print(f"{at} {losses} {rate:.0f} tokens/s", flush=True)
-                log, tokens, last_logged = {kind: [] for kind in KINDS}, 0, now
-            if now - last_saved > 60 * args.save_minutes:
-                save(args.out, model, data.tokenizer)
-                report(model, data, 24)
-                last_saved = time.monotonic()
-    return model
+                for name, mean in means.items():
+                    log.setdefault(name, []).append(mean)
+            if (step + 1) % 20 == 0:
+                losses = " ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in log.items())
+                at = f"{time.monotonic() - begin:.0f} s step {step + 1} of {steps} length {row_length(step, steps)}"
+                print(f"{at} {losses}, {tokens / 1e6:.2f} M tokens so far", flush=True)
+                log.clear()
+            if (step + 1) % REPORT_EVERY == 0:
+                report(model, data, 40)
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:
@@ -418,7 +280,7 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> 
 def rounded(model: LanguageModel) -> LanguageModel:
     """A copy with exactly the weights that are saved: bfloat16 values, computed on in float32."""
     copy = LanguageModel(model.config)
-    copy.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
+    copy.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
     return copy.eval()
 
 
@@ -432,7 +294,8 @@ def answer_probabilities(model: LanguageModel, tokenizer: Tokenizer, example: sk
     user = {"role": "user", "content": example.prompt}
     prompt = tokenizer.encode(render([user], add_generation_prompt=True), add_special_tokens=False).ids
     answer = [*tokenizer.encode(example.answer, add_special_tokens=False).ids, EOS_ID]
-    hidden = model.model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+    hidden, _ = model.model(torch.tensor([prompt + answer]))
+    hidden = hidden[0, len(prompt) - 1 : -1]
     probabilities = model.logits(hidden).softmax(-1)
     best, chosen = probabilities.max(-1)
     return chosen.tolist() == answer, best.min().item()
@@ -442,7 +305,8 @@ def answer_probabilities(model: LanguageModel, tokenizer: Tokenizer, example: sk
 def text_loss(model: LanguageModel, data: Data) -> float:
     ids = torch.tensor(data.validation_ids)
     rows = ids[: len(ids) // 256 * 256].view(-1, 256)
-    logits = model.logits(model.model(rows))[:, :-1]
+    hidden, _ = model.model(rows)
+    logits = model.logits(hidden)[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
 
 
@@ -460,32 +324,10 @@ def report(model: LanguageModel, data: Data, count: int) -> None:
 
 def save(out: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.bfloat16().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(checkpoint_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"))
-    c = model.config
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
-        "max_position_embeddings": c.max_position_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": PAD_ID,
-        "torch_dtype": "bfloat16",
-    }
+    special = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    write_json(out / "config.json", {**checkpoint_config(model.config), **special})
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -493,54 +335,34 @@ def save(out: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
         "pad_token": PAD,
         "additional_special_tokens": SPECIAL_TOKENS[3:],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": c.max_position_embeddings,
+        "model_max_length": model.config.max_position_embeddings,
         "chat_template": CHAT_TEMPLATE,
     }
-    generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "do_sample": False}
-    write_json(out / "config.json", config)
     write_json(out / "tokenizer_config.json", tokenizer_config)
-    write_json(out / "generation_config.json", generation)
+    write_json(out / "generation_config.json", {**special, "do_sample": False, "temperature": 0.0})
 
 
 def write_json(path: Path, value: dict[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="plain English text to learn from")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo")
-    parser.add_argument("--init", type=Path, help="folder of an earlier run to start from")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--moe", action="store_true", help="a mixture of experts instead of a dense model")
     parser.add_argument("--seed", type=int, default=1)
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, default=55.0, help="wall-clock budget of the training loop")
-    budget.add_argument("--steps", type=int, help="budget in steps instead, for a reproducible run")
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--short-rows", type=int, default=10)
-    parser.add_argument("--long-tokens", type=int, default=4608)
-    parser.add_argument("--text-share", type=float, default=0.1)
-    parser.add_argument("--log-every", type=int, default=20)
-    parser.add_argument("--save-minutes", type=float, default=6.0)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder (needs a C++ compiler)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
     text = args.text.read_text()
-    model = LanguageModel(Config())
-    if args.init:
-        tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json"))
-        weights = load_file(args.init / "model.safetensors")
-        model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    else:
-        tokenizer = train_tokenizer(text, Config.vocab_size)
-    data = Data(tokenizer, text, args.seed)
-    model = train(args, model, data)
+    model = LanguageModel(moe_config() if args.moe else Config())
+    data = Data(train_tokenizer(text, model.config.vocab_size), text, args.seed)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    save(args.out, model, tokenizer)
+    train(model, data, args.steps, args.compile)
+    save(args.out, model, data.tokenizer)
     report(model, data, 300)
 
 

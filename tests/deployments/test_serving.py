@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from harness import Cluster, chat, eventually, held_out
+from harness import Cluster, chat, eventually, num_right
 
 from stagemesh.deployments.proto import inference_pb2, inference_pb2_grpc
 
@@ -24,11 +24,7 @@ def served(cluster: Cluster) -> Cluster:
 
 @pytest.mark.parametrize("skill", ["add", "lookup"])
 def test_the_demo_model_answers_held_out_questions(served: Cluster, skill: str) -> None:
-    examples = held_out(skill, 200, seed=5)
-    with served.client() as client, ThreadPoolExecutor(16) as pool:
-        texts = list(pool.map(lambda example: chat(client, example.prompt, max_tokens=16), examples))
-    right = sum(text.strip() == example.answer for text, example in zip(texts, examples, strict=True))
-    assert right >= 0.95 * len(examples), f"{skill}: {right} of {len(examples)}"
+    assert num_right(served, skill, 200) >= 0.95 * 200
 
 
 def test_the_first_question_of_the_readme(served: Cluster) -> None:
