@@ -44,8 +44,8 @@ class EngineArgs(Settings):
     """Format of the linear layers; auto is that of the checkpoint, fp8 and int8 also quantize while loading."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Type of the KV cache; auto is dtype, fp8 (e4m3) holds twice to four times the tokens."""
-    seed: int = 0
-    """Seed of the engine itself; each request has its own."""
+    seed: int | None = None
+    """Fixes the answers to requests without a seed of their own, for a router that gets them in the same order."""
     generation_config: Literal["auto", "vllm"] = "auto"
     """Sampling where a request is silent; auto is as the model's generation_config.json says, vllm without it."""
 

@@ -128,12 +128,14 @@ class InferenceService:
         max_model_len: int,
         vocab_size: int,
         sampling_defaults: Mapping[str, Any] | None = None,
+        seed: int | None = None,
     ) -> None:
         """
         model_names: what requests may call the model; answers carry the one they asked for, else the first.
         max_model_len: most tokens of a prompt and its answer together.
         vocab_size: of the model, the bound of token ids that a client may send.
         sampling_defaults: e.g. {"temperature": 0.6}, used where a request says nothing; see generation_config.py.
+        seed: fixes the seeds that requests without one get, in the order of the requests; None draws it.
         """
         self.metrics = Metrics(model_names[0], lanes.digests)
         self.max_model_len = max_model_len
@@ -141,6 +143,7 @@ class InferenceService:
         self._tokenizer = tokenizer
         self._models = {name: ModelCard(name, int(time.time()), max_model_len) for name in model_names}
         self._vocab_size = vocab_size
+        self._seeds = random.Random(seed)
         self._sampling_defaults = dict(sampling_defaults or {})
         self._default_max_tokens = self._sampling_defaults.pop("max_tokens", max_model_len)
 
@@ -305,12 +308,13 @@ class InferenceService:
             has_reports = params.logprobs is not None or params.prompt_logprobs is not None
             for i in range(n):
                 index = len(choices)
+                seed = params.seed_of_choice(i)
                 choices.append(
                     Choice(
                         index,
                         f"{id}-{index}",
                         prompt,
-                        msgspec.structs.replace(params, seed=_seed(params, i)),
+                        msgspec.structs.replace(params, seed=self._seeds.getrandbits(63) if seed is None else seed),
                         self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens),
                         TokenReporter(self._tokenizer) if has_reports else None,
                         None if make_parser is None else make_parser(),
@@ -359,12 +363,6 @@ def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
         if not key.isdecimal():
             raise ConfigError("logit_bias", key, "its keys must be token ids")
     return {int(key): value for key, value in given.items()}
-
-
-def _seed(params: SamplingParams, i: int) -> int:
-    """Seed of the i-th choice, unsigned 64-bit: the given one counted up, else a fresh one for each."""
-    seed = params.seed_of_choice(i)
-    return random.getrandbits(63) if seed is None else seed
 
 
 async def _check_form(form: StructuredOutputsParams | None, request: InferenceRequest) -> None:

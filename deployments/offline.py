@@ -373,7 +373,7 @@ def _engine_args(model: str, dtype: Any, seed: int | None, given: Mapping[str, A
     # None is vLLM's word for "as you think best"; a torch.dtype prints as its name.
     args = {name: value for name, value in given.items() if name not in WITHOUT_EFFECT and value is not None}
     dtype = str(dtype).removeprefix("torch.")
-    return EngineArgs(model=model, dtype=DTYPES.get(dtype, dtype), seed=seed or 0, **args)
+    return EngineArgs(model=model, dtype=DTYPES.get(dtype, dtype), seed=seed, **args)
 
 
 def _start_lane(config: EngineConfig, inbox: _Inbox) -> OfflineLane:

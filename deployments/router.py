@@ -34,6 +34,7 @@ class Router(GrpcApi):
             max_model_len=config.max_model_len,
             vocab_size=config.model.vocab_size,
             sampling_defaults=default_sampling(config),
+            seed=config.args.seed,
         )
 
     def __serve_build_asgi_app__(self) -> Starlette:

@@ -124,6 +124,15 @@ async def test_without_a_seed_every_choice_draws_its_own(service, lanes):
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+async def test_the_seed_of_a_service_fixes_those_that_requests_get(lanes, tokenizer, backend):
+    for _ in range(2):
+        size = {"max_model_len": 64, "vocab_size": backend.get_vocab_size()}
+        service = InferenceService(lanes=lanes, tokenizer=tokenizer, model_names=["tiny"], seed=5, **size)
+        await (await complete(service, n=2)).collect()
+    seeds = [params.seed for _, params, _ in lanes.calls]
+    assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1]
+
+
 async def test_prompts_and_choices_are_numbered_prompt_by_prompt(service, lanes):
     generation = await complete(service, prompt=["Hi", "Yo"], n=2)
     await generation.collect()
