@@ -25,13 +25,15 @@ def train() -> ModuleType:
         return importlib.import_module("train")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trained(train: ModuleType) -> Callable[..., torch.nn.Module]:
+    """One step of training from a seed."""
+
     def run(seed: int, moe: bool = False) -> torch.nn.Module:
         torch.manual_seed(seed)
         model: torch.nn.Module = train.LanguageModel(train.moe_config() if moe else train.Config())
         data = train.Data(Tokenizer.from_file(str(DEMO / "tokenizer.json")), TEXT, seed)
-        train.train(model, data, steps=2, compiled=False)
+        train.train(model, data, steps=1, compiled=False)
         return model
 
     return run
