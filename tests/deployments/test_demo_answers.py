@@ -63,7 +63,7 @@ def test_a_seeded_answer_is_always_the_same(alone: list[int], args: dict[str, An
     assert len({tuple(answer) for answer in company}) > COMPANY // 2, "different seeds should differ"
 
 
-@pytest.mark.parametrize("cache", ["128MiB", "3600KiB"], ids=["calm", "preempted"])
+@pytest.mark.parametrize("cache", ["128MiB", "1600KiB"], ids=["calm", "preempted"])
 def test_answers_of_the_demo_model_to_random_schemas_always_validate(cache: str) -> None:
     chooser = random.Random(7)
     schemas = [random_schema(chooser) for _ in range(NUM_SCHEMAS)]
@@ -71,14 +71,14 @@ def test_answers_of_the_demo_model_to_random_schemas_always_validate(cache: str)
         SamplingParams(
             temperature=[0.0, 1.0, 3.0][i % 3],
             seed=i,
-            max_tokens=400,
+            max_tokens=170,
             structured_outputs=StructuredOutputsParams(json=schema),
         )
         for i, schema in enumerate(schemas)
     ]
-    with load(kv_cache_memory_bytes=cache, max_model_len=448, block_size=4, max_num_seqs=64) as llm:
+    with load(kv_cache_memory_bytes=cache, max_model_len=192, block_size=1, max_num_seqs=64) as llm:
         answers = llm.generate([f"Say it, player {i}: " for i in range(NUM_SCHEMAS)], params, use_tqdm=False)
-        assert (preemptions(llm) > 10) == (cache == "3600KiB")
+        assert preemptions(llm) == 0 if cache == "128MiB" else preemptions(llm) > 25
     for answer, schema in zip(answers, schemas, strict=True):
         assert answer.outputs[0].finish_reason == "stop"
         assert_valid(answer.outputs[0].text, schema)
