@@ -75,11 +75,6 @@ FOUR_BIT: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
 def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def make(name: str) -> Path:

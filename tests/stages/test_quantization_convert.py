@@ -37,11 +37,6 @@ RECIPES: dict[str, tuple[Recipe, float]] = {
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
 def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def make(name: str) -> Path:
