@@ -36,7 +36,11 @@ _LANE_METRICS: tuple[tuple[str, str, Callable[[LaneDigest], float]], ...] = (
     ("vllm:generation_tokens_total", "Tokens generated.", lambda d: d.generation_tokens),
     ("stagemesh:engine_steps_total", "Engine steps.", lambda d: d.num_steps),
     ("stagemesh:engine_schedule_seconds_total", "Scheduling and plan building.", lambda d: d.schedule_s),
-    ("stagemesh:engine_step_seconds_total", "From plan to result, summed over steps.", lambda d: d.step_s),
+    (
+        "stagemesh:engine_transit_seconds_total",
+        "From plan to result, without the model and the wait for stages that had the step before.",
+        lambda d: d.transit_s,
+    ),
     ("stagemesh:engine_model_seconds_total", "Inside the model, over steps and stages.", lambda d: d.model_s),
 )
 

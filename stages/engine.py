@@ -27,6 +27,7 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.channel import ChannelClosed, HeadChannel
 from stagemesh.stages.messages import GenerateSummary, LaneDigest, StepResult, StopRun, TokenDelta, WorkerStats
 from stagemesh.stages.scheduler import COUNTS, ScheduledStep, Scheduler, SequenceUpdate
+from stagemesh.stages.step_times import StepTimes
 from stagemesh.stages.structured import GrammarFactory
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class _Clocks:
 
     num_steps: int = 0
     schedule_s: float = 0.0
-    step_s: float = 0.0
+    transit_s: float = 0.0
     model_s: float = 0.0
 
 
@@ -79,6 +80,7 @@ class _Wired:
 
     channel: HeadChannel
     epoch: int
+    times: StepTimes
     next_step: int = 0
     in_flight: deque[_InFlight] = field(default_factory=deque)
 
@@ -254,6 +256,7 @@ class Engine:
             if step is None:
                 return
             wired.channel.send(step.to_plan(wired.epoch, wired.next_step))
+            wired.times.sent(time.time())
             now = time.monotonic()
             wired.in_flight.append(_InFlight(step, wired.next_step, now))
             wired.next_step += 1
@@ -269,11 +272,12 @@ class Engine:
             if isinstance(message, StepResult):
                 self._finish_step(wired, message)
             else:
-                self._take_stats(message)
+                self._take_stats(wired, message)
 
     def _finish_step(self, wired: _Wired, result: StepResult) -> None:
         assert self._scheduler is not None
-        arrived = time.monotonic()
+        started = time.monotonic()
+        wired.times.arrived(time.time())
         flight = wired.in_flight.popleft()
         if flight.number != result.step:
             raise RuntimeError(f"result of step {result.step} came while step {flight.number} was due")
@@ -283,11 +287,14 @@ class Engine:
         self._hand_out(updates)
         self._digest_due = True
         self._clocks.num_steps += 1
-        self._clocks.step_s += arrived - flight.sent_at
-        self._clocks.schedule_s += time.monotonic() - arrived
+        self._clocks.schedule_s += time.monotonic() - started
 
-    def _take_stats(self, stats: WorkerStats) -> None:
-        self._clocks.model_s += stats.model_s
+    def _take_stats(self, wired: _Wired, stats: WorkerStats) -> None:
+        times = wired.times
+        model_s, transit_s = times.model_s, times.transit_s
+        times.ran(stats.stage, stats.spans)
+        self._clocks.model_s += times.model_s - model_s
+        self._clocks.transit_s += times.transit_s - transit_s
         if stats.expert_tokens:
             before = self._expert_tokens or [0] * len(stats.expert_tokens)
             self._expert_tokens = [a + b for a, b in zip(before, stats.expert_tokens, strict=True)]
@@ -355,7 +362,7 @@ class Engine:
                 eos_token_ids=self._config.model.eos_token_ids,
                 enable_prefix_caching=args.enable_prefix_caching,
             )
-        self._wired = _Wired(channel, epoch)
+        self._wired = _Wired(channel, epoch, StepTimes(self._config.plan.pp_size))
         self._epoch = epoch
         self._digest_due = True
 

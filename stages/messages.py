@@ -133,8 +133,8 @@ class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
 
     epoch: int
     stage: int
-    model_s: float
-    """Time inside the model's layers (and sampling on the last stage)."""
+    spans: list[tuple[float, float]]
+    """From, to (`time.time()`) of each step inside the model: its layers, and sampling on the last stage."""
     expert_tokens: list[int] = []
     """[E] of a mixture of experts: how often a token went to the expert of each number, over all steps and the
     stage's mixture layers. A token counts once per layer for each of its top k. Empty for a dense model."""
@@ -201,11 +201,11 @@ class LaneDigest(msgspec.Struct, array_like=True):
     num_steps: int
     schedule_s: float
     """Sum over steps: choosing the batch, building and sending the plan, taking the result in."""
-    step_s: float
-    """Sum over steps: from the plan's sending to its result's arrival."""
+    transit_s: float
+    """Sum over steps: from the plan's sending to its result's arrival, less the time inside the model and less
+    the wait for stages that had the step before. schedule_s + transit_s is what steps cost outside the model."""
     model_s: float
-    """Sum over steps and stages: inside the model. With one step in flight at a time,
-    schedule_s + step_s - model_s is what a step costs outside the model."""
+    """Sum over steps and stages: inside the model."""
     block_size: int
     expert_tokens: list[int] = []
     """As in WorkerStats, over the life and all stages of the lane."""

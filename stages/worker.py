@@ -180,7 +180,7 @@ class _RunLoop:
         self._is_first = worker._stage == 0
         self._is_last = worker._stage == worker._plan.pp_size - 1
         self._is_rank0 = worker._tp_rank == 0
-        self._model_s = 0.0
+        self._spans: list[tuple[float, float]] = []
         self._stats_sent = time.monotonic()
 
     def run(self) -> None:
@@ -203,10 +203,10 @@ class _RunLoop:
             self._worker._enter("activations", plan.step)
             hidden = self._transport.receive(plan.step, self._runner.empty_hidden(len(plan.token_ids) // 4))
         self._worker._enter("model", plan.step)
-        started = time.perf_counter()
+        started = time.time()
         hidden = self._runner.execute(plan, hidden)
         result = self._runner.sample(plan, hidden) if self._is_last else None
-        self._model_s += time.perf_counter() - started
+        self._spans.append((started, time.time()))
         self._worker._enter("hand over", plan.step)
         if not self._is_last:
             self._transport.send(plan.step, hidden)
@@ -218,14 +218,14 @@ class _RunLoop:
 
     def _send_stats(self, epoch: int) -> None:
         self._stats_sent = time.monotonic()
-        if self._model_s == 0.0 or not self._is_rank0:
+        spans, self._spans = self._spans, []
+        if not spans or not self._is_rank0:
             return
-        stats = WorkerStats(epoch, self._worker._stage, self._model_s, self._runner.take_expert_tokens())
+        stats = WorkerStats(epoch, self._worker._stage, spans, self._runner.take_expert_tokens())
         if stats.expert_tokens:
             loads = self._runner.expert_load().values()
             stats.expert_imbalance = [max(load) * len(load) / sum(load) for load in loads]
         self._channel.send(stats)
-        self._model_s = 0.0
 
 
 def pick_device(kind: str, tp_rank: int) -> torch.device:

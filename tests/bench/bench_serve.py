@@ -37,17 +37,13 @@ def machine() -> str:
 
 
 def outside_ms(before: dict[str, float], after: dict[str, float]) -> float:
-    """Milliseconds per step not inside the model, between two readings of /metrics."""
+    """Milliseconds per step spent outside the model, between two readings of /metrics."""
 
     def grown(name: str) -> float:
         return after[name] - before[name]
 
     steps = grown("stagemesh:engine_steps_total")
-    outside = (
-        grown("stagemesh:engine_schedule_seconds_total")
-        + grown("stagemesh:engine_step_seconds_total")
-        - grown("stagemesh:engine_model_seconds_total")
-    )
+    outside = grown("stagemesh:engine_schedule_seconds_total") + grown("stagemesh:engine_transit_seconds_total")
     return 1000 * outside / steps
 
 

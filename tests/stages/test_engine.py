@@ -59,8 +59,9 @@ class FakeWorker:
                 break
             if self.mute:
                 continue
-            self._results.send(encode(WorkerStats(message.epoch, 0, 0.001)))
+            now = time.time()
             self._results.send(encode(result(message)))
+            self._results.send(encode(WorkerStats(message.epoch, 0, [(now, now + 0.001)])))
         self._plans.close(linger=0)
         self._results.close(linger=0)
 
@@ -119,8 +120,8 @@ class Sink:
 class Bench:
     """An engine, and workers to wire it with."""
 
-    def __init__(self, folder: Path) -> None:
-        args = {"model": str(folder), "device": "cpu", "step_timeout_s": 0.5, "max_num_seqs": 8}
+    def __init__(self, folder: Path, **more: Any) -> None:
+        args = {"model": str(folder), "device": "cpu", "step_timeout_s": 0.5, "max_num_seqs": 8, **more}
         self.config = EngineConfig.resolve(EngineArgs.parse(args))
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.sink = Sink()
@@ -145,8 +146,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(write_model_folder(tmp_path))
+def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bench = Bench(write_model_folder(tmp_path), **getattr(request, "param", {}))
     yield bench
     bench.engine.close()
     for worker in bench.workers:
@@ -248,19 +249,31 @@ def test_digests_tell_the_state_and_come_even_when_idle(bench: Bench) -> None:
     assert bench.sink.digests[-1].epoch == 1
 
 
+@pytest.mark.parametrize("bench", [{"pipeline_parallel_size": 2}], indirect=True)
 def test_the_expert_load_of_a_lane_is_that_of_all_its_stages_and_steps(bench: Bench) -> None:
+    bench.wire(1)
     assert bench.engine.digest().result(5).expert_tokens == [], "a dense model has none"
     for stats in (
-        WorkerStats(1, 0, 0.1, [1, 2, 3], [1.5, 2.5]),
-        WorkerStats(1, 1, 0.1, [10, 20, 30], [2.0]),
-        WorkerStats(1, 1, 0.1),  # a stage without a mixture, or no step since
-        WorkerStats(1, 0, 0.1, [100, 200, 300], [1.0, 1.5]),
+        WorkerStats(1, 0, [], [1, 2, 3], [1.5, 2.5]),
+        WorkerStats(1, 1, [], [10, 20, 30], [2.0]),
+        WorkerStats(1, 1, []),  # a stage without a mixture, or no step since
+        WorkerStats(1, 0, [], [100, 200, 300], [1.0, 1.5]),
     ):
-        bench.engine.call(bench.engine._take_stats, stats)
+        bench.engine.call(lambda stats=stats: bench.engine._take_stats(bench.engine._wired, stats))
     digest = bench.engine.digest().result(5)
     assert digest.expert_tokens == [111, 222, 333]
     assert digest.expert_imbalance == 1.5
-    assert digest.model_s == pytest.approx(0.4)
+
+
+def test_the_time_of_steps_is_told_apart(bench: Bench) -> None:
+    bench.wire(1)
+    bench.engine.generate("r", [7], params(), "router").result(10)
+    deadline = time.monotonic() + 5
+    while (digest := bench.engine.digest().result(5)).model_s < 0.0199:  # the last report comes behind the last result
+        assert time.monotonic() < deadline
+    assert digest.num_steps == 20
+    assert digest.model_s == pytest.approx(20 * 0.001, rel=0.01)
+    assert digest.schedule_s > 0
 
 
 def test_closing_fails_what_still_waits(bench: Bench) -> None:
