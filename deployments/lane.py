@@ -249,6 +249,7 @@ async def wire(
         store_host=first.plan_address.removeprefix("tcp://").rpartition(":")[0],
         store_port=first.store_port or 0,
         results_to=channel.address,
+        feed_to=tuple(endpoints[0, tp_rank].plan_address for tp_rank in range(config.plan.tp_size)),
         num_blocks=num_blocks,
     )
     try:

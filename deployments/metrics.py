@@ -37,9 +37,9 @@ _LANE_METRICS: tuple[tuple[str, str, Callable[[LaneDigest], float]], ...] = (
     ("stagemesh:engine_steps_total", "Engine steps.", lambda d: d.num_steps),
     ("stagemesh:engine_schedule_seconds_total", "Scheduling and plan building.", lambda d: d.schedule_s),
     (
-        "stagemesh:engine_transit_seconds_total",
-        "From plan to result, without the model and the wait for stages that had the step before.",
-        lambda d: d.transit_s,
+        "stagemesh:engine_outside_seconds_total",
+        "What steps took beside the model and waits for other steps.",
+        lambda d: d.outside_s,
     ),
     ("stagemesh:engine_model_seconds_total", "Inside the model, over steps and stages.", lambda d: d.model_s),
 )

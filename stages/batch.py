@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,10 +52,15 @@ class BatchMaker:
         shape = (num_heads, num_kv_heads, block_size, head_dim)
         self._cpu = CpuPagedAttention(*shape, dtype, window, sides) if device.type == "cpu" else None
 
-    def make(self, plan: StepPlan) -> StepBatch:
+    def make(self, plan: StepPlan, fed_token_ids: Sequence[int] = ()) -> StepBatch:
+        """fed_token_ids: what step `plan.fed_by` sampled."""
         query_lens = np.frombuffer(plan.query_lens, np.int32)
         context_lens = np.frombuffer(plan.context_lens, np.int32)
         token_ids = np.frombuffer(plan.token_ids, np.int32)
+        if fed_token_ids:
+            is_fed = token_ids < 0
+            token_ids = token_ids.copy()
+            token_ids[is_fed] = np.array(fed_token_ids, np.int32)[-1 - token_ids[is_fed]]
         block_tables = np.frombuffer(plan.block_tables, np.int32).reshape(len(query_lens), plan.max_blocks)
 
         sequence_of: Ints = np.arange(len(query_lens))

@@ -7,6 +7,7 @@ order, blocks nobody and queues what is sent before the peer has connected.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,13 @@ import msgspec
 import zmq
 
 from stagemesh.stages.messages import (
-    HeadMessage,
     LaneDigest,
+    SampledTokens,
     StepPlan,
     StopRun,
     TokenBatch,
     TokenDelta,
+    ToWorker,
     WorkerMessage,
 )
 
@@ -83,20 +85,27 @@ class HeadChannel:
 
 
 class WorkerChannel:
-    """A worker's end: bound before the wiring is known, connected to the head when it is."""
+    """A worker's end: bound before the wiring is known, connected to the others when it is."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
+        self._context = context
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(HeadMessage)
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
         self._plans = context.socket(zmq.PULL)
         self.address = bind_random_port(self._plans, host)
         self._results = context.socket(zmq.PUSH)
         self._results.setsockopt(zmq.LINGER, 1000)
+        self._fed: list[zmq.Socket[bytes]] = []
 
-    def connect(self, head_address: str) -> None:
+    def connect(self, head_address: str, feed_to: Iterable[str] = ()) -> None:
+        """feed_to: plan sockets of the workers that `feed` reaches."""
         self._results.connect(head_address)
+        for address in feed_to:
+            socket = self._context.socket(zmq.PUSH)
+            socket.connect(address)
+            self._fed.append(socket)
 
-    def receive(self, timeout_ms: int) -> HeadMessage | None:
+    def receive(self, timeout_ms: int) -> ToWorker | None:
         """The next message, or None after `timeout_ms` without one."""
         if not self._plans.poll(timeout_ms):
             return None
@@ -105,10 +114,18 @@ class WorkerChannel:
     def send(self, message: WorkerMessage) -> None:
         self._results.send(self._encoder.encode(message))
 
+    def feed(self, tokens: SampledTokens) -> None:
+        data = self._encoder.encode(tokens)
+        for socket in self._fed:
+            socket.send(data)
+
     def close(self) -> None:
         """Free the sockets; safe to call twice."""
         self._plans.close(linger=0)
         self._results.close()
+        for socket in self._fed:
+            socket.close(linger=1000)
+        self._fed.clear()
 
 
 @dataclass

@@ -61,7 +61,8 @@ class _Request:
 class _InFlight:
     step: ScheduledStep
     number: int
-    sent_at: float
+    due_from: float
+    """When it was sent, or when it became the oldest."""
 
 
 @dataclass
@@ -70,7 +71,7 @@ class _Clocks:
 
     num_steps: int = 0
     schedule_s: float = 0.0
-    transit_s: float = 0.0
+    outside_s: float = 0.0
     model_s: float = 0.0
 
 
@@ -99,6 +100,8 @@ class Engine:
         self._scheduler: Scheduler | None = None
         self._wired: _Wired | None = None
         self._requests: dict[str, _Request] = {}
+        self._updates: list[SequenceUpdate] = []
+        """What the steps brought and nobody has been told yet."""
         self._state = "starting"
         self._epoch = 0
         self._clocks = _Clocks()
@@ -205,6 +208,7 @@ class Engine:
             while not self._closed:
                 self._run_commands()
                 self._guarded(self._fill)
+                self._guarded(self._hand_out)  # behind the next plan, which the workers wait for
                 self._publish()
                 self._wait()
                 self._guarded(self._collect)
@@ -251,12 +255,13 @@ class Engine:
         if wired is None or scheduler is None:
             return
         while True:
-            started = time.monotonic()
+            started, started_at = time.monotonic(), time.time()
             step = scheduler.schedule()
             if step is None:
                 return
             wired.channel.send(step.to_plan(wired.epoch, wired.next_step))
-            wired.times.sent(time.time())
+            # Tokens that are known came, at the latest, with the result that was taken in last.
+            wired.times.planned(started_at, step.feeder_distance or step.has_decodes * (len(wired.in_flight) + 1))
             now = time.monotonic()
             wired.in_flight.append(_InFlight(step, wired.next_step, now))
             wired.next_step += 1
@@ -277,30 +282,31 @@ class Engine:
     def _finish_step(self, wired: _Wired, result: StepResult) -> None:
         assert self._scheduler is not None
         started = time.monotonic()
-        wired.times.arrived(time.time())
         flight = wired.in_flight.popleft()
         if flight.number != result.step:
             raise RuntimeError(f"result of step {result.step} came while step {flight.number} was due")
-        updates = self._scheduler.update(
+        if wired.in_flight:
+            wired.in_flight[0].due_from = started
+        self._updates += self._scheduler.update(
             flight.step, result.token_ids, result.logprobs, result.prompt_logprobs, result.pooled
         )
-        self._hand_out(updates)
         self._digest_due = True
         self._clocks.num_steps += 1
         self._clocks.schedule_s += time.monotonic() - started
 
     def _take_stats(self, wired: _Wired, stats: WorkerStats) -> None:
         times = wired.times
-        model_s, transit_s = times.model_s, times.transit_s
+        model_s, outside_s = times.model_s, times.outside_s
         times.ran(stats.stage, stats.spans)
         self._clocks.model_s += times.model_s - model_s
-        self._clocks.transit_s += times.transit_s - transit_s
+        self._clocks.outside_s += times.outside_s - outside_s
         if stats.expert_tokens:
             before = self._expert_tokens or [0] * len(stats.expert_tokens)
             self._expert_tokens = [a + b for a, b in zip(before, stats.expert_tokens, strict=True)]
             self._expert_imbalance[stats.stage] = stats.expert_imbalance
 
-    def _hand_out(self, updates: list[SequenceUpdate]) -> None:
+    def _hand_out(self) -> None:
+        updates, self._updates = self._updates, []
         by_router: dict[str, list[TokenDelta]] = {}
         for update in updates:
             request = self._requests.get(update.request_id)
@@ -346,7 +352,7 @@ class Engine:
             return
         oldest = self._wired.in_flight[0]
         limit = self._config.args.step_timeout_s
-        if time.monotonic() - oldest.sent_at > limit:
+        if time.monotonic() - oldest.due_from > limit:
             raise TimeoutError(f"step {oldest.number} had no result within step_timeout_s={limit:g}")
 
     def _attach(self, channel: HeadChannel, epoch: int, num_blocks: int) -> None:

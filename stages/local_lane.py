@@ -36,7 +36,12 @@ class LocalLane:
             endpoints = self._worker.open(EPOCH)
             self._worker.connect(
                 Wiring(
-                    epoch=EPOCH, store_host=HOST, store_port=0, results_to=channel.address, num_blocks=self.num_blocks
+                    epoch=EPOCH,
+                    store_host=HOST,
+                    store_port=0,
+                    results_to=channel.address,
+                    feed_to=(endpoints.plan_address,),
+                    num_blocks=self.num_blocks,
                 )
             )
             channel.connect([endpoints.plan_address])

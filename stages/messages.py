@@ -85,7 +85,8 @@ class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     context_lens: bytes
     """int32 [S]: tokens whose KV is in the cache before this step."""
     token_ids: bytes
-    """int32 [T], flattened in sequence order. Position of a token = context_len + offset in its query."""
+    """int32 [T], flattened in sequence order. Position of a token = context_len + offset in its query.
+    -1 - i stands for the i-th token that step `fed_by` samples, which the head did not know yet."""
     block_tables: bytes
     """int32 [S, max_blocks] row-major, -1 = unused."""
     max_blocks: int
@@ -93,6 +94,18 @@ class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     """[S]; None where the step ends inside the prompt (no token is sampled for that sequence)."""
     prompt_logprobs: list[PromptLogprobsSpec] = []
     pools: list[PoolSpec] = []
+    fed_by: int = -1
+    """An earlier step, or -1 where all of token_ids are known."""
+
+
+class SampledTokens(msgspec.Struct, array_like=True, tag="tokens"):
+    """From rank 0 of the last stage straight to the ranks of stage 0, for plans that were sent before the head knew
+    these tokens."""
+
+    epoch: int
+    step: int
+    token_ids: list[int]
+    """As in StepResult."""
 
 
 class StopRun(msgspec.Struct, array_like=True, tag="stop"):
@@ -144,6 +157,7 @@ class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
 
 WorkerMessage = StepResult | WorkerStats
 HeadMessage = StepPlan | StopRun
+ToWorker = HeadMessage | SampledTokens
 
 
 class TokenDelta(msgspec.Struct, array_like=True):
@@ -201,9 +215,9 @@ class LaneDigest(msgspec.Struct, array_like=True):
     num_steps: int
     schedule_s: float
     """Sum over steps: choosing the batch, building and sending the plan, taking the result in."""
-    transit_s: float
-    """Sum over steps: from the plan's sending to its result's arrival, less the time inside the model and less
-    the wait for stages that had the step before. schedule_s + transit_s is what steps cost outside the model."""
+    outside_s: float
+    """Sum over steps: what each took beside its time inside the model and its waits for other steps. Scheduling is in
+    it as far as a step had to wait for that."""
     model_s: float
     """Sum over steps and stages: inside the model."""
     block_size: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -155,15 +156,15 @@ class ModelRunner:
         return torch.empty(num_tokens, self._config.model.hidden_size, dtype=self._dtype, device=self._device)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, hidden: Tensor | None) -> Tensor:
+    def execute(self, plan: StepPlan, hidden: Tensor | None, fed_token_ids: Sequence[int] = ()) -> Tensor:
         """Run the plan's T tokens through the layers of this stage: hidden states [T, hidden].
 
-        The first stage embeds the plan's tokens and takes None, the others take what the stage before
-        returned.
+        The first stage embeds the plan's tokens and takes None, and what step `plan.fed_by` sampled if there is one.
+        The others take what the stage before returned.
         """
         model = self._loaded()
         assert self._cache is not None and self._batches is not None, "allocate_kv() comes first"
-        batch = self._batches.make(plan)
+        batch = self._batches.make(plan, fed_token_ids)
         if hidden is None:
             hidden = model.embed(batch.token_ids)
         hidden = model.forward(hidden, batch, self._cache.layers)

@@ -1,9 +1,14 @@
 """Decides which tokens of which sequences the lane computes next, and keeps their state. No torch, no Ray.
 
-The head's loop is: `schedule` → `to_plan` → send → (result arrives) → `update`. Up to `num_micro_batches`
-steps are in flight; results come back in order. Each `schedule` fills one token budget: first one token for
-each decoding sequence whose last token is known, then further chunks of prompts already begun, then new
-prompts, each first come, first served.
+The head's loop is: `schedule` → `to_plan` → send → (result arrives) → `update`. Results come back in order. Each
+`schedule` fills one token budget: first one token for each decoding sequence whose last token is known, then for
+those whose last token a step in flight samples, then further chunks of prompts already begun, then new prompts,
+each first come, first served.
+
+`num_micro_batches` steps in flight keep as many stages busy. One more is planned ahead, so that the stage which ends
+its step has the next one at hand: while a result travels to the head and a plan back, it need not stand still. A plan
+ahead leaves out the tokens that nobody knows yet; the workers put them in. If such a sequence turns out to have ended,
+its part of the plan was in vain.
 """
 
 from __future__ import annotations
@@ -53,23 +58,36 @@ class ScheduledSequence(NamedTuple):
 
     sequence: Sequence
     block_table: array[int]
-    """The table as of scheduling; it stays valid when the sequence has lost it since."""
+    """A copy of the sequence's, as far as this step reaches: its own grows on, and goes when it is preempted."""
     start: int
     num_tokens: int
     is_sampled: bool
     """The step reaches the last known token, so that it samples the next."""
     num_prompt_logprobs: int
     """Tokens that follow one of these in the prompt and whose log-probabilities are wanted."""
+    fed_row: int | None
+    """Not None: its only token is the one of this number among those that the step's feeder samples."""
 
 
 class ScheduledStep:
     """One step as scheduled. `to_plan` may be called at any later time and gives the same plan."""
 
-    __slots__ = ("entries", "num_tokens")
+    __slots__ = ("entries", "feeder_distance", "num_tokens")
 
     def __init__(self) -> None:
         self.entries: list[ScheduledSequence] = []
         self.num_tokens = 0
+        self.feeder_distance = 0
+        """The step that samples what this one does not know is as many steps back; 0 where all is known."""
+
+    @property
+    def has_decodes(self) -> bool:
+        return any(entry.start >= entry.sequence.num_prompt_tokens for entry in self.entries)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that it samples a token for, in plan order."""
+        return [entry.sequence for entry in self.entries if entry.is_sampled and entry.sequence.params.pooling is None]
 
     def to_plan(self, epoch: int, step: int) -> StepPlan:
         max_blocks = max(len(entry.block_table) for entry in self.entries)
@@ -78,12 +96,15 @@ class ScheduledStep:
         tables: list[bytes] = []
         samples: list[SampleSpec | None] = []
         prompt_logprobs, pools = [], []
-        for sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs in self.entries:
+        for sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs, fed_row in self.entries:
             end = start + num_tokens
             seq_ids.append(sequence.seq_id)
             query_lens.append(num_tokens)
             context_lens.append(start)
-            token_ids.extend(sequence.token_ids[start:end])
+            if fed_row is None:
+                token_ids.extend(sequence.token_ids[start:end])
+            else:
+                token_ids.append(-1 - fed_row)
             tables.append(table.tobytes())
             tables.append(_UNUSED * (max_blocks - len(table)))
             pooling = sequence.params.pooling
@@ -107,6 +128,7 @@ class ScheduledStep:
             samples=samples,
             prompt_logprobs=prompt_logprobs,
             pools=pools,
+            fed_by=step - self.feeder_distance if self.feeder_distance else -1,
         )
 
 
@@ -242,10 +264,11 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None when nothing can be done before a result comes back or a request arrives."""
-        if len(self._in_flight) >= self.num_micro_batches:
+        looks_ahead = not any(sequence.has_rules for sequence in self._running)
+        if len(self._in_flight) >= self.num_micro_batches + looks_ahead:
             return None
         step = ScheduledStep()
-        self._schedule_decodes(step)
+        self._schedule_decodes(step, looks_ahead)
         self._schedule_prompts(step)
         for block_hash, block in self._filled.items():
             self.blocks.publish(block, block_hash)
@@ -275,9 +298,9 @@ class Scheduler:
         asked = [entry for entry in step.entries if entry.num_prompt_logprobs]
         for entry, report in zip(asked, prompt_logprobs, strict=True):
             entry.sequence.take_prompt_logprobs(entry.start + 1, report)
-        ready = [entry.sequence for entry in step.entries if entry.is_sampled]
-        updates = self._embedded([sequence for sequence in ready if sequence.params.pooling is not None], pooled)
-        sampled = [sequence for sequence in ready if sequence.params.pooling is None]
+        whole = [e.sequence for e in step.entries if e.is_sampled and e.sequence.params.pooling is not None]
+        updates = self._embedded(whole, pooled)
+        sampled = step.sampled
         reports = logprobs or [None] * len(sampled)
         for sequence, token_id, logprob in zip(sampled, token_ids, reports, strict=True):
             if sequence.status is SequenceStatus.FINISHED:
@@ -316,7 +339,7 @@ class Scheduler:
             return None
         return sequence.prompt_logprobs
 
-    def _schedule_decodes(self, step: ScheduledStep) -> None:
+    def _schedule_decodes(self, step: ScheduledStep, looks_ahead: bool) -> None:
         decoding = [sequence for sequence in self._running if sequence.num_uncomputed_tokens <= 1]
         # Evenly many per micro-batch, oldest first; the others make the next one at once if one is free.
         max_decodes = min(-(-len(decoding) // self.num_micro_batches), self.max_num_batched_tokens)
@@ -325,8 +348,30 @@ class Scheduler:
                 break
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted for an older one in this very loop
-            if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
-                self._schedule_tokens(step, sequence, 1)
+            if sequence.num_uncomputed_tokens == 1:
+                if self._make_room(sequence):
+                    self._schedule_tokens(step, sequence, 1)
+                else:
+                    looks_ahead = False  # or whoever could make room for it would be in flight for ever
+        if looks_ahead:
+            self._schedule_ahead(step, max_decodes)
+
+    def _schedule_ahead(self, step: ScheduledStep, max_decodes: int) -> None:
+        """Decodes whose last token the oldest step in flight samples that has any."""
+        for index, feeder in enumerate(self._in_flight):
+            for row, sequence in enumerate(feeder.sampled):
+                if len(step.entries) == max_decodes:
+                    return
+                if sequence.status is not SequenceStatus.RUNNING or not sequence.awaits_token:
+                    continue  # it ended, or is in a later plan already
+                if sequence.num_tokens + 1 == sequence.max_num_tokens:
+                    continue  # that token is its last
+                if not self._make_room(sequence):
+                    return
+                step.feeder_distance = len(self._in_flight) - index
+                self._schedule_tokens(step, sequence, 1, row)
+            if step.feeder_distance:
+                return
 
     def _schedule_prompts(self, step: ScheduledStep) -> None:
         share = self._token_share(step)
@@ -358,24 +403,35 @@ class Scheduler:
         share = -(-num_tokens // self.num_micro_batches)
         return min(max(share, MIN_SHARE_TOKENS), self.max_num_batched_tokens)
 
-    def _schedule_tokens(self, step: ScheduledStep, sequence: Sequence, num_tokens: int) -> None:
+    def _schedule_tokens(
+        self, step: ScheduledStep, sequence: Sequence, num_tokens: int, fed_row: int | None = None
+    ) -> None:
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        is_sampled = end == sequence.num_tokens
+        is_sampled = end >= sequence.num_tokens
         num_prompt_logprobs = 0
         if sequence.needs_prompt_logprobs:
             num_prompt_logprobs = max(0, min(end, sequence.num_prompt_tokens - 1) - start)
+        block_table = sequence.block_table[: -(-end // self.block_size)]
         step.entries.append(
-            ScheduledSequence(sequence, sequence.block_table, start, num_tokens, is_sampled, num_prompt_logprobs)
+            ScheduledSequence(sequence, block_table, start, num_tokens, is_sampled, num_prompt_logprobs, fed_row)
         )
         step.num_tokens += num_tokens
         sequence.num_computed_tokens = end
         sequence.num_in_flight += 1
-        first, last = start // self.block_size, end // self.block_size
-        if first < last and self.blocks.enable_prefix_caching:
-            hashes = sequence.hash_blocks(last, self.block_size)
-            for index in range(first, last):
-                self._filled.setdefault(hashes[index], sequence.block_table[index])
+        for block_hash, block in self._newly_full(sequence):
+            self._filled.setdefault(block_hash, block)
+
+    def _newly_full(self, sequence: Sequence) -> Iterable[tuple[bytes, int]]:
+        """Hash and number of each block that scheduled plans fill with known tokens, once."""
+        if not self.blocks.enable_prefix_caching:
+            return ()
+        first = sequence.num_published_blocks
+        last = min(sequence.num_computed_tokens, sequence.num_tokens) // self.block_size
+        if first >= last:
+            return ()
+        sequence.num_published_blocks = last
+        return zip(sequence.hash_blocks(last, self.block_size)[first:], sequence.block_table[first:last], strict=True)
 
     # ---- room for sequences --------------------------------------------------------------------------------
 
@@ -401,6 +457,7 @@ class Scheduler:
         if not self.blocks.can_allocate(num_new + num_spare, shared):
             return False
         sequence.block_table = array("i", self.blocks.allocate(num_new, shared))
+        sequence.num_published_blocks = len(shared)
         sequence.num_computed_tokens = len(shared) * self.block_size
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=_by_arrival)
@@ -448,8 +505,11 @@ class Scheduler:
         self._waiting.insert(position, sequence)
 
     def _take_back(self, sequence: Sequence) -> None:
+        for block_hash, block in self._newly_full(sequence):  # a token planned ahead that is known by now
+            self.blocks.publish(block, block_hash)
         self.blocks.release(sequence.block_table)
         sequence.block_table = array("i")
+        sequence.num_published_blocks = 0
         sequence.num_computed_tokens = 0
         sequence.status = SequenceStatus.WAITING
 
@@ -517,20 +577,23 @@ class Scheduler:
         queued = {sequence.request_id: sequence for sequence in (*self._running, *self._waiting)}
         require(queued == self._sequences, "requests and queues differ")
         require(len(self._running) <= self.max_num_seqs, "more than max_num_seqs are running")
-        require(len(self._in_flight) <= self.num_micro_batches, "too many steps in flight")
+        require(len(self._in_flight) <= self.num_micro_batches + 1, "too many steps in flight")
         require(not self._filled, "blocks filled by a closed step are not published")
         in_flight = [entry.sequence.seq_id for step in self._in_flight for entry in step.entries]
         for sequence in queued.values():
             name = f"sequence {sequence.seq_id}"
             num_slots = len(sequence.block_table) * self.block_size
             num_computed = sequence.num_computed_tokens
-            require(num_computed <= min(sequence.num_tokens, num_slots), f"{name}: computed without a slot")
+            num_ahead = max(0, sequence.num_in_flight - 1)
+            require(num_computed <= num_slots, f"{name}: computed without a slot")
+            require(num_computed <= sequence.num_tokens + num_ahead, f"{name}: computed without a token")
             require(sequence.num_in_flight == in_flight.count(sequence.seq_id), f"{name}: plans in flight")
             require(sequence.num_tokens < sequence.max_num_tokens, f"{name}: is too long and still there")
             if sequence.status is SequenceStatus.WAITING:
                 require(num_slots == 0 and sequence.num_in_flight == 0, f"{name}: waits, but has blocks")
             if self.blocks.enable_prefix_caching:
-                num_full = num_computed // self.block_size
+                num_full = min(num_computed, sequence.num_tokens) // self.block_size
                 hashes = sequence.hash_blocks(num_full, self.block_size)
                 full, rest = sequence.block_table[:num_full], sequence.block_table[num_full:]
+                require(sequence.num_published_blocks <= num_full, f"{name}: a block is published before it is full")
                 self.blocks.check_contents(full, hashes, rest)

@@ -39,6 +39,7 @@ class Sequence:
         "num_computed_tokens",
         "num_in_flight",
         "num_prompt_tokens",
+        "num_published_blocks",
         "params",
         "prompt_logprobs",
         "request_id",
@@ -73,11 +74,14 @@ class Sequence:
         self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         """Length at which it ends with "length"."""
         self.block_table = array("i")
-        """Its blocks in token order. Replaced on release, never cleared: a step in flight may hold it."""
+        """Its blocks in token order."""
         self.block_hashes: list[bytes] = []
         """Chained hash of each full block of known tokens, as far as they were needed."""
+        self.num_published_blocks = 0
+        """Leading blocks of its table that others may find by their content, or that it found itself."""
         self.num_computed_tokens = 0
-        """Tokens whose KV is in the cache once every scheduled plan has run (it advances when scheduled)."""
+        """Tokens whose KV is in the cache once every scheduled plan has run (it advances when scheduled). One more
+        than the known tokens when a plan computes a token that the plan before it samples."""
         self.num_cached_tokens = 0
         """Prompt tokens that the prefix cache gave at the first admission."""
         self.num_in_flight = 0
@@ -119,8 +123,18 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Known tokens not scheduled yet. 0 while running means: its next token is being sampled."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Known tokens not scheduled yet."""
+        return max(0, len(self.token_ids) - self.num_computed_tokens)
+
+    @property
+    def awaits_token(self) -> bool:
+        """While running: a plan in flight samples its next token, and no other computes that token yet."""
+        return len(self.token_ids) == self.num_computed_tokens
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether what may come next depends on the tokens so far, so that nothing can be planned without them."""
+        return self._rules is not None
 
     @property
     def needs_all_hidden(self) -> bool:

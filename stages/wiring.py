@@ -23,6 +23,8 @@ class Wiring:
     store_port: int
     results_to: str
     """Address of the head's result socket."""
+    feed_to: tuple[str, ...]
+    """Addresses of the plan sockets of stage 0, by TP rank: whoever samples sends them the tokens too."""
     num_blocks: int
     """KV blocks of the lane: the least that any of its ranks has room for."""
 

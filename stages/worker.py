@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -21,7 +22,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from stagemesh.config.engine import EngineConfig
 from stagemesh.stages.channel import WorkerChannel
 from stagemesh.stages.collectives import DistGroup, SingleRank, TensorGroup
-from stagemesh.stages.messages import StepPlan, StopRun, WorkerStats
+from stagemesh.stages.messages import SampledTokens, StepPlan, StepResult, StopRun, WorkerStats
 from stagemesh.stages.runner import ModelRunner
 from stagemesh.stages.transport import ActivationTransport, DistTransport, NoTransport
 from stagemesh.stages.wiring import Endpoints, Progress, Wiring
@@ -86,7 +87,9 @@ class Worker:
         """
         assert self._channel is not None and wiring.epoch == self._epoch, "open() comes first"
         self._enter("rendezvous")
-        self._channel.connect(wiring.results_to)
+        samples = self._stage == self._plan.pp_size - 1 and self._tp_rank == 0
+        mine = self._channel.address  # its own tokens it keeps
+        self._channel.connect(wiring.results_to, [to for to in wiring.feed_to if samples and to != mine])
         self._runner.set_group(self._join(wiring))
         self._enter("kv cache")
         if wiring.num_blocks != self._num_blocks:
@@ -173,6 +176,7 @@ class _RunLoop:
 
     def __init__(self, worker: Worker) -> None:
         assert worker._channel is not None
+        self._epoch = worker._epoch
         self._worker = worker
         self._channel = worker._channel
         self._runner = worker._runner
@@ -180,48 +184,87 @@ class _RunLoop:
         self._is_first = worker._stage == 0
         self._is_last = worker._stage == worker._plan.pp_size - 1
         self._is_rank0 = worker._tp_rank == 0
+        self._messages: deque[StepPlan | StopRun] = deque()
+        """Arrived and not taken up yet."""
+        self._sampled: deque[SampledTokens] = deque(maxlen=worker._plan.pp_size + 2)
+        """On stage 0: of the latest steps, more than can be in flight."""
         self._spans: list[tuple[float, float]] = []
         self._stats_sent = time.monotonic()
 
     def run(self) -> None:
-        epoch = self._worker._epoch
         with torch.inference_mode():
             while not self._worker._stop.is_set():
-                message = self._channel.receive(POLL_MS)
-                if message is None:
-                    self._send_stats(epoch)
-                    continue
-                if message.epoch != epoch:
-                    continue
-                if isinstance(message, StopRun):
-                    return
-                self._step(message)
+                if not self._messages and not self._listen():
+                    self._send_stats()
+                elif self._messages:
+                    message = self._messages.popleft()
+                    if isinstance(message, StopRun):
+                        return
+                    self._step(message)
+
+    def _listen(self) -> bool:
+        """Take in the next message; False if there was none for a while."""
+        message = self._channel.receive(POLL_MS)
+        if message is None:
+            return False
+        if message.epoch == self._epoch:
+            if isinstance(message, SampledTokens):
+                self._sampled.append(message)
+            else:
+                self._messages.append(message)
+        return True
 
     def _step(self, plan: StepPlan) -> None:
-        hidden = None
+        hidden, fed_token_ids = None, []
         if not self._is_first:
             self._worker._enter("activations", plan.step)
             hidden = self._transport.receive(plan.step, self._runner.empty_hidden(len(plan.token_ids) // 4))
+        elif plan.fed_by >= 0:
+            self._worker._enter("tokens", plan.step)
+            fed_token_ids = self._tokens_of(plan.fed_by)
+            if self._worker._stop.is_set():
+                return
         self._worker._enter("model", plan.step)
         started = time.time()
-        hidden = self._runner.execute(plan, hidden)
+        hidden = self._runner.execute(plan, hidden, fed_token_ids)
         result = self._runner.sample(plan, hidden) if self._is_last else None
         self._spans.append((started, time.time()))
         self._worker._enter("hand over", plan.step)
         if not self._is_last:
             self._transport.send(plan.step, hidden)
         elif result is not None:
-            self._channel.send(result)
+            self._hand_over(result)
         self._worker._enter("idle", plan.step)
         if time.monotonic() - self._stats_sent > STATS_PERIOD_S:
-            self._send_stats(plan.epoch)
+            self._send_stats()
 
-    def _send_stats(self, epoch: int) -> None:
+    def _hand_over(self, result: StepResult) -> None:
+        if result.token_ids:
+            tokens = SampledTokens(result.epoch, result.step, result.token_ids)
+            self._channel.feed(tokens)  # first, because a stage may wait for it
+            if self._is_first:
+                self._sampled.append(tokens)
+        self._channel.send(result)
+
+    def _tokens_of(self, step: int) -> list[int]:
+        """What `step` sampled; comes to nothing when the worker is stopped meanwhile."""
+        timeout_s = self._worker._config.args.step_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while not self._worker._stop.is_set():
+            for tokens in self._sampled:
+                if tokens.step == step:
+                    return tokens.token_ids
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the tokens of step {step} did not come within step_timeout_s={timeout_s:g}")
+            self._listen()
+        return []
+
+    def _send_stats(self) -> None:
         self._stats_sent = time.monotonic()
         spans, self._spans = self._spans, []
         if not spans or not self._is_rank0:
             return
-        stats = WorkerStats(epoch, self._worker._stage, spans, self._runner.take_expert_tokens())
+        stats = WorkerStats(self._epoch, self._worker._stage, spans, self._runner.take_expert_tokens())
         if stats.expert_tokens:
             loads = self._runner.expert_load().values()
             stats.expert_imbalance = [max(load) * len(load) / sum(load) for load in loads]

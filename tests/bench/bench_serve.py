@@ -42,9 +42,7 @@ def outside_ms(before: dict[str, float], after: dict[str, float]) -> float:
     def grown(name: str) -> float:
         return after[name] - before[name]
 
-    steps = grown("stagemesh:engine_steps_total")
-    outside = grown("stagemesh:engine_schedule_seconds_total") + grown("stagemesh:engine_transit_seconds_total")
-    return 1000 * outside / steps
+    return 1000 * grown("stagemesh:engine_outside_seconds_total") / grown("stagemesh:engine_steps_total")
 
 
 def measure(cluster: Cluster, model: str, quick: bool) -> list[dict[str, float]]:

@@ -102,7 +102,7 @@ class FakeLanes:
                 generation_tokens=60,
                 num_steps=7,
                 schedule_s=0.5,
-                transit_s=1.0,
+                outside_s=1.0,
                 model_s=3.0,
                 block_size=16,
             )

@@ -50,6 +50,7 @@ class FakeWorker:
         self.thread.start()
 
     def _run(self) -> None:
+        sampled: dict[int, list[int]] = {}
         decode = msgspec.msgpack.Decoder(HeadMessage).decode
         encode = msgspec.msgpack.Encoder().encode
         while self._plans.poll(20_000):
@@ -60,20 +61,24 @@ class FakeWorker:
             if self.mute:
                 continue
             now = time.time()
-            self._results.send(encode(result(message)))
+            answer = result(message, sampled.get(message.fed_by, []))
+            sampled[message.step] = answer.token_ids
+            self._results.send(encode(answer))
             self._results.send(encode(WorkerStats(message.epoch, 0, [(now, now + 0.001)])))
         self._plans.close(linger=0)
         self._results.close(linger=0)
 
 
-def next_tokens(plan: StepPlan) -> list[int]:
-    tokens, lens = array("i", plan.token_ids), array("i", plan.query_lens)
+def next_tokens(plan: StepPlan, fed: list[int]) -> list[int]:
+    """fed: what step `plan.fed_by` sampled."""
+    tokens = [token if token >= 0 else fed[-1 - token] for token in array("i", plan.token_ids)]
+    lens = array("i", plan.query_lens)
     ends = [sum(lens[: i + 1]) for i in range(len(lens))]
     return [(tokens[end - 1] + 1) % 90 + 5 for end, spec in zip(ends, plan.samples, strict=True) if spec is not None]
 
 
-def result(plan: StepPlan) -> StepResult:
-    token_ids = next_tokens(plan)
+def result(plan: StepPlan, fed: list[int]) -> StepResult:
+    token_ids = next_tokens(plan, fed)
     specs = [spec for spec in plan.samples if spec is not None]
     asked = [spec.num_logprobs is not None for spec in specs]
     reports = [report(token_id) if ask else None for token_id, ask in zip(token_ids, asked, strict=True)]

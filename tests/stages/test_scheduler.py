@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.messages import StepPlan
 from stagemesh.stages.scheduler import MIN_SHARE_TOKENS, ScheduledStep, Scheduler, SequenceUpdate
@@ -139,21 +140,19 @@ def test_decoding_goes_first_and_prompts_fill_the_rest_of_the_budget() -> None:
     assert shape(scheduler.schedule()) == [("a", 5, 1), ("b", 5, 1), ("c", 8, 4), ("d", 0, 4)]
 
 
-def test_nothing_is_scheduled_while_all_micro_batches_are_in_flight() -> None:
+def test_one_step_more_than_micro_batches_is_in_flight() -> None:
     scheduler = make(num_micro_batches=2, max_num_seqs=8)
     for name in "abcd":
         scheduler.add(name, prompt(2), params())
-    first = scheduler.schedule()
+    first, second, third = scheduler.schedule(), scheduler.schedule(), scheduler.schedule()
     assert len(shape(first)) == 4
-    assert scheduler.schedule() is None, "all sequences wait for a token"
-    answer(scheduler, first)
-    second, third = scheduler.schedule(), scheduler.schedule()
-    assert shape(second) == [("a", 2, 1), ("b", 2, 1)]
+    assert shape(second) == [("a", 2, 1), ("b", 2, 1)], "half of them, ahead of their tokens"
     assert shape(third) == [("c", 2, 1), ("d", 2, 1)]
     scheduler.add("e", prompt(2), params())
     assert scheduler.schedule() is None
-    answer(scheduler, second)
+    answer(scheduler, first)
     assert [name for name, _, _ in shape(scheduler.schedule())] == ["a", "b", "e"]
+    assert scheduler.schedule() is None
 
 
 def test_decoding_sequences_stay_evenly_split_when_some_of_them_end() -> None:
@@ -171,10 +170,13 @@ def test_decoding_sequences_stay_evenly_split_when_some_of_them_end() -> None:
 def test_a_single_sequence_never_waits_although_micro_batches_are_free() -> None:
     scheduler = make(num_micro_batches=4)
     scheduler.add("a", prompt(3), params(max_tokens=5))
-    for _ in range(5):
-        step = scheduler.schedule()
-        assert scheduler.schedule() is None
-        answer(scheduler, step)
+    flights = [scheduler.schedule()]
+    for _ in range(4):
+        flights.append(scheduler.schedule())
+        assert scheduler.schedule() is None, "two tokens ahead would be too many"
+        answer(scheduler, flights.pop(0))
+    assert scheduler.schedule() is None, "the token that comes is the last"
+    assert answer(scheduler, flights[0])[0].finish_reason == "length"
     assert not scheduler.has_work
 
 
@@ -187,7 +189,7 @@ def test_chunks_of_one_prompt_follow_each_other_through_the_pipeline_in_even_par
     assert shape(first) == [("a", 0, half)]
     assert shape(second) == [("a", half, half)]
     assert answer(scheduler, first) == []
-    assert scheduler.schedule() is None
+    assert shape(scheduler.schedule()) == [("a", num_tokens, 1)]
     assert len(answer(scheduler, second)) == 1
 
 
@@ -195,6 +197,83 @@ def test_a_short_prompt_is_not_cut_for_the_sake_of_balance() -> None:
     scheduler = make(num_micro_batches=4, max_num_batched_tokens=8192, max_model_len=4096, num_blocks=1024)
     scheduler.add("a", prompt(MIN_SHARE_TOKENS), params())
     assert shape(scheduler.schedule()) == [("a", 0, MIN_SHARE_TOKENS)]
+
+
+# ---- planning ahead ----------------------------------------------------------------------------------------
+
+
+def test_a_plan_ahead_names_the_tokens_that_it_does_not_know() -> None:
+    scheduler = make(max_num_batched_tokens=8)
+    scheduler.add("embedding", prompt(2), params(pooling=PoolingParams()))
+    scheduler.add("a", prompt(2, 20), params())
+    scheduler.add("b", prompt(2, 40), params())
+    first = scheduler.schedule()
+    scheduler.add("c", prompt(2, 60), params())
+    second = scheduler.schedule()
+    assert first is not None and second is not None
+    assert shape(second) == [("a", 2, 1), ("b", 2, 1), ("c", 0, 2)]
+    plan = second.to_plan(1, 7)
+    assert (ints(plan.token_ids), plan.fed_by) == ([-1, -2, 60, 61], 6)
+    assert [spec.position for spec in plan.samples if spec is not None] == [3, 3, 2]
+    assert first.to_plan(1, 6).fed_by == -1
+    scheduler.update(first, [WORD, WORD], pooled=[b""])
+    assert second.to_plan(1, 7) == plan
+    scheduler.check_integrity()
+
+
+def test_what_was_planned_for_a_sequence_that_has_ended_is_dropped() -> None:
+    scheduler = make()
+    scheduler.add("a", prompt(3), params())
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert answer(scheduler, first, EOS)[0].finish_reason == "stop"
+    assert scheduler.num_free_blocks == scheduler.num_blocks
+    assert answer(scheduler, second) == []
+    assert not scheduler.has_work
+
+
+@pytest.mark.parametrize("rule", [{"frequency_penalty": 0.5}, {"bad_words_token_ids": ((5, 6),)}])
+def test_while_a_request_needs_its_tokens_nothing_is_planned_ahead(rule: dict[str, Any]) -> None:
+    scheduler = make()
+    scheduler.add("a", prompt(3), params())
+    scheduler.add("b", prompt(3, 50), params(max_tokens=2, **rule))
+    for _ in range(2):
+        step = scheduler.schedule()
+        assert scheduler.schedule() is None
+        answer(scheduler, step)
+    assert [shape(scheduler.schedule()) for _ in range(2)] == [[("a", 4, 1)], [("a", 5, 1)]]
+
+
+def test_a_block_whose_last_token_was_planned_ahead_is_found_once_that_is_known() -> None:
+    scheduler = make()
+    scheduler.add("a", prompt(3), params())
+    flights = [scheduler.schedule(), scheduler.schedule()]  # the second fills the first block
+    scheduler.check_integrity()
+    answer(scheduler, flights.pop(0))
+    flights.append(scheduler.schedule())
+    scheduler.add("b", [*prompt(3), WORD, 50], params())
+    answer(scheduler, flights.pop(0))
+    assert shape(scheduler.schedule()) == [("a", 5, 1), ("b", 4, 1)]
+    scheduler.check_integrity()
+
+
+def test_who_could_make_room_for_an_older_sequence_is_not_planned_ahead() -> None:
+    scheduler = make(num_micro_batches=2, block_size=16, num_blocks=4)
+    scheduler.add("a", prompt(14), params())
+    scheduler.add("b", prompt(1, 50), params())
+    run(scheduler)
+    scheduler.blocks.allocate(2)  # by somebody else, for good
+    flights = [scheduler.schedule(), scheduler.schedule(), scheduler.schedule()]
+    assert [shape(step) for step in flights] == [[("a", 14, 1)], [("b", 1, 1)], [("a", 15, 1)]]
+    answer(scheduler, flights.pop(0))
+    assert shape(step := scheduler.schedule()) == [("b", 2, 1)]
+    flights.append(step)
+    answer(scheduler, flights.pop(0))
+    assert scheduler.schedule() is None, "a waits for a block, and b for its token"
+    answer(scheduler, flights.pop(0))
+    assert scheduler.schedule() is None, "b is in flight still, but goes on no more"
+    answer(scheduler, flights.pop(0))
+    assert shape(scheduler.schedule()) == [("a", 16, 1)]
+    assert scheduler.num_preemptions == 1
 
 
 # ---- prefix cache ------------------------------------------------------------------------------------------
@@ -506,7 +585,8 @@ CORRUPTIONS: dict[str, Callable[[Scheduler], Any]] = {
     "a block under another content's hash": lambda s: s._running[0].block_hashes.reverse(),
     "a step in flight that is lost": lambda s: s._in_flight.clear(),
     "too many running": lambda s: setattr(s, "max_num_seqs", 1),
-    "too many in flight": lambda s: setattr(s, "num_micro_batches", 0),
+    "too many in flight": lambda s: setattr(s, "num_micro_batches", -1),
+    "a block published before it is full": _set("num_published_blocks", 3),
     "filled blocks that are not published": lambda s: s._filled.update({b"x": 1}),
     "a leaked block": lambda s: s.blocks.allocate(1),
 }

@@ -83,6 +83,11 @@ class FakeLane:
         self.by_seq_id: dict[int, Request] = {}
         self.kv: dict[int, int] = {}
         self.flights: deque[Flight] = deque()
+        self.sampled: dict[int, list[int]] = {}
+        """By step: what the workers have sampled, delivered or not."""
+        self.num_steps = 0
+        self.num_ahead = 0
+        """Tokens computed before the scheduler knew them."""
         self.num_requests = 0
 
     def add(self, prompt: list[int], params: SamplingParams) -> str:
@@ -108,7 +113,8 @@ class FakeLane:
         if step is None:
             assert not (idle and self.scheduler.has_work), "work to do, but nothing scheduled"
             return False
-        plan = step.to_plan(1, 0)
+        plan = step.to_plan(1, self.num_steps)
+        self.num_steps += 1
         self._check_limits(plan)
         self.flights.append(Flight(step, plan))
         return True
@@ -116,8 +122,8 @@ class FakeLane:
     def run_next_plan(self) -> None:
         flight = next((flight for flight in self.flights if flight.result is None), None)
         if flight is not None:
-            assert flight.step.to_plan(1, 0) == flight.plan, "a plan must not depend on when it is built"
-            flight.result = self._execute(flight.plan)
+            assert flight.step.to_plan(1, flight.plan.step) == flight.plan, "a plan must not depend on when it is built"
+            flight.result = self.sampled[flight.plan.step] = self._execute(flight.plan)
 
     def deliver(self) -> None:
         if not self.flights:
@@ -161,10 +167,23 @@ class FakeLane:
         assert query_lens.min() > 0
         assert len(plan.seq_ids) == len(set(plan.seq_ids)) <= self.scheduler.max_num_seqs
         assert self.scheduler.num_running <= self.scheduler.max_num_seqs
-        assert len(self.flights) < self.scheduler.num_micro_batches
+        assert len(self.flights) <= self.scheduler.num_micro_batches
+        ahead = self._planned_ahead(plan)
         for flight in self.flights:
-            sampled = {s for s, spec in zip(flight.plan.seq_ids, flight.plan.samples, strict=True) if spec}
-            assert not sampled & set(plan.seq_ids), "scheduled before its last token is known"
+            sampled = [s for s, spec in zip(flight.plan.seq_ids, flight.plan.samples, strict=True) if spec]
+            rows = {seq_id: row for row, seq_id in enumerate(sampled) if seq_id in plan.seq_ids}
+            assert rows == (ahead if flight.plan.step == plan.fed_by else {}), "its last token is not to be had"
+            assert flight.plan.step == plan.fed_by or not ahead.keys() & rows.keys()
+        assert not ahead or plan.fed_by in [flight.plan.step for flight in self.flights]
+
+    def _planned_ahead(self, plan: StepPlan) -> dict[int, int]:
+        """Sequences of the plan whose token is left open → its row in what the feeding step samples."""
+        token_ids = np.frombuffer(plan.token_ids, np.int32)
+        ends = np.cumsum(np.frombuffer(plan.query_lens, np.int32))
+        assert (token_ids[:-1] >= 0).all() or plan.fed_by >= 0
+        return {
+            s: -1 - int(token_ids[end - 1]) for s, end in zip(plan.seq_ids, ends, strict=True) if token_ids[end - 1] < 0
+        }
 
     def _execute(self, plan: StepPlan) -> list[int]:
         """Runs one plan: first checks everything that it would read, then writes, then samples."""
@@ -181,9 +200,15 @@ class FakeLane:
             request = self.by_seq_id[seq_id]
             start, end = context_lens[index], context_lens[index] + query_lens[index]
             query, token_ids = token_ids[: end - start], token_ids[end - start :]
-            assert query == request.tokens[start:end], "wrong tokens"
+            tokens = request.tokens[:end]
+            if query[0] < 0:
+                self.num_ahead += 1
+                query = [self.sampled[plan.fed_by][-1 - query[0]]]
+                assert len(tokens) in (start, end), "more than one token ahead"
+                tokens = tokens[:start] + query if len(tokens) == start else tokens
+            assert query == tokens[start:end], "wrong tokens"
             prefix = 1
-            for position, token in enumerate(request.tokens[:end]):
+            for position, token in enumerate(tokens):
                 prefix = fingerprint(prefix, token)
                 block = int(tables[index, position // block_size])
                 assert 0 <= block < self.scheduler.num_blocks
@@ -195,9 +220,8 @@ class FakeLane:
                     assert slot not in writes, "two tokens are written to one slot"
                     writes[slot] = prefix
             spec = plan.samples[index]
-            # An aborted request may know fewer tokens by now than its plan, but never more.
             if spec is not None:
-                assert end == len(request.tokens) == spec.position
+                assert end == len(tokens) == spec.position
                 result.append(sample(prefix, spec))
         assert not token_ids
         assert not reads & writes.keys(), "a step reads a slot that it writes"
@@ -264,7 +288,7 @@ def test_random_traffic_is_answered_in_full_from_the_right_blocks(seed: int) -> 
 
 def test_random_traffic_meets_preemption_eviction_and_sharing() -> None:
     """The oracle above is worth something only if the traffic gets there."""
-    num_preemptions = num_hits = num_stopped = 0
+    num_preemptions = num_hits = num_stopped = num_ahead = 0
     for seed in range(30):
         rng = random.Random(seed)
         lane = draw_lane(rng)
@@ -274,6 +298,8 @@ def test_random_traffic_meets_preemption_eviction_and_sharing() -> None:
         num_preemptions += lane.scheduler.num_preemptions
         num_hits += lane.scheduler.prefix_hits
         num_stopped += sum(request.finish_reason == "stop" for request in lane.requests.values())
+        num_ahead += lane.num_ahead
+    assert num_ahead > 300
     assert num_preemptions > 30
     assert num_hits > 100
     assert num_stopped > 30

@@ -7,51 +7,58 @@ import pytest
 from stagemesh.stages.step_times import StepTimes
 
 
-def test_one_step_on_one_stage() -> None:
+def test_scheduling_and_both_ways_count_where_a_step_waits_for_them() -> None:
     times = StepTimes(1)
-    times.sent(10.0)
-    times.arrived(12.0)
-    assert times.transit_s == 0, "the stage has not reported yet"
+    times.planned(10.0, 0)
+    assert times.outside_s == 0, "the stage has not reported yet"
     times.ran(0, [(10.5, 11.75)])
-    assert (times.model_s, times.transit_s) == (1.25, 0.75)
+    assert (times.model_s, times.outside_s) == (1.25, 0.5)
+    times.planned(12.25, 1)  # its result took 0.5, plan and scheduling 0.25
+    times.ran(0, [(12.5, 13.0)])
+    assert (times.model_s, times.outside_s) == (1.75, 1.25)
 
 
-def test_the_wait_for_the_step_before_is_not_counted() -> None:
+def test_a_plan_ahead_costs_only_what_the_stage_stands_still() -> None:
     times = StepTimes(1)
-    for _ in range(3):
-        times.sent(0.0)
-    times.ran(0, [(0.0, 1.0), (1.25, 2.25)])
-    times.arrived(1.0)
-    times.arrived(2.25)
-    times.arrived(3.5)
-    times.ran(0, [(2.25, 3.25)])
-    # Between the first two steps the stage was idle for 0.25, and the last result took 0.25 to arrive.
-    assert (times.model_s, times.transit_s) == (3.0, 0.5)
+    times.planned(0.0, 0)
+    times.planned(0.25, 1)
+    times.planned(1.5, 1)
+    times.ran(0, [(0.0, 1.0), (1.25, 2.25), (2.25, 3.25)])
+    assert (times.model_s, times.outside_s) == (3.0, 0.25)
+
+
+def test_a_plan_ahead_that_comes_late_costs_what_it_is_late() -> None:
+    times = StepTimes(1)
+    times.planned(0.0, 0)
+    times.planned(1.25, 1)
+    times.ran(0, [(0.0, 1.0), (1.5, 2.5)])
+    assert times.outside_s == 0.5
 
 
 def test_stages_overlap() -> None:
-    """Two plans in flight over a fast and a slow stage; each of the stages' reports comes when it likes."""
+    """Two plans over a fast and a slow stage; each of the stages' reports comes when it likes."""
     times = StepTimes(2)
-    times.sent(0.0)
-    times.sent(0.0)
+    times.planned(0.0, 0)
+    times.planned(0.0, 0)
     times.ran(1, [(1.125, 3.125), (3.25, 5.25)])  # behind each activation 0.125, even that which had to wait
-    times.arrived(3.125)
-    times.arrived(5.25)
-    assert times.transit_s == 0
+    assert times.outside_s == 0
     times.ran(0, [(0.0, 1.0), (1.0, 2.0)])
-    assert (times.model_s, times.transit_s) == (6.0, 0.25)
+    assert (times.model_s, times.outside_s) == (6.0, 0.25)
+
+
+def test_the_wait_for_the_last_stage_to_sample_is_not_counted() -> None:
+    times = StepTimes(2)
+    times.planned(0.0, 0)
+    times.planned(0.0, 1)
+    times.ran(0, [(0.0, 1.0), (2.125, 3.0)])
+    times.ran(1, [(1.0, 2.0), (3.0, 4.0)])
+    assert times.outside_s == 0.125
 
 
 def test_an_idle_lane_costs_nothing() -> None:
     times = StepTimes(2)
-    for at in (0.0, 100.0):
-        times.sent(at)
+    for at in (0.0, 100.0, 200.0):
+        times.planned(at, 0)
         times.ran(0, [(at, at + 1)])
         times.ran(1, [(at + 1, at + 2)])
-        times.arrived(at + 2)
-    times.sent(200.0)
-    times.ran(0, [(200.0, 201.0)])
-    times.ran(1, [(201.0, 202.0)])
-    times.arrived(202.0)
-    times.ran(0, [])
-    assert (times.model_s, times.transit_s) == (pytest.approx(6.0), pytest.approx(0.0))
+    assert (times.model_s, times.outside_s) == (pytest.approx(6.0), pytest.approx(0.0))
