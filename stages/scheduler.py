@@ -8,7 +8,8 @@ each first come, first served.
 `num_micro_batches` steps in flight keep as many stages busy. One more is planned ahead, so that the stage which ends
 its step has the next one at hand: while a result travels to the head and a plan back, it need not stand still. A plan
 ahead leaves out the tokens that nobody knows yet; the workers put them in. If such a sequence turns out to have ended,
-its part of the plan was in vain.
+its part of the plan was in vain. While a request runs whose next token depends on its tokens by more than the model
+(penalties, a grammar), nothing is planned ahead: the others would get on twice as often as it.
 """
 
 from __future__ import annotations

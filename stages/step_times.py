@@ -4,6 +4,7 @@ With several plans in flight the time from plan to result holds more than a step
 until the step before it is through. And scheduling or the way back of a result cost a step nothing while the stages are
 busy with the next one. So a step's time outside the model is counted from when all that it needs exists, and less the
 waits for other steps, stage by stage.
+On CUDA a stage that does not sample reports when its work was queued; the last stage's time then holds that work too.
 Times are seconds of `time.time()`: where the machines of a lane disagree about it, the sums are off by as much.
 """
 

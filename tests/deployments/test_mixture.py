@@ -56,7 +56,8 @@ def test_every_token_is_counted_at_its_experts(cluster: Cluster, args: dict[str,
     cluster.deploy(**args)
     before = cluster.settled_metrics()
     with cluster.client() as client:
-        assert chat(client, "What is 17+25?") == "42"
+        # Answers that end by themselves may have one more token computed, planned before their end was known.
+        assert chat(client, "What is 17+25?", max_tokens=2) == "42"
     after = cluster.settled_metrics()
     name = "stagemesh:expert_tokens_total"
     computed = after["vllm:prompt_tokens_total"] - before["vllm:prompt_tokens_total"]
