@@ -13,6 +13,7 @@ from harness import Cluster, chat, eventually
 from ray.util.state import list_actors
 
 NUM_REQUESTS = 8
+PROMPTS = [f"Act {i}. Enter the king and" for i in range(NUM_REQUESTS)]
 BODY = {"model": "demo", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
 
 
@@ -32,18 +33,29 @@ def victim(kind: str) -> int:
     return pids("ServeReplica", f"#{stage}#")[0]
 
 
-@pytest.mark.parametrize("kind", ["worker", "stage-1", "head"])
-def test_after_a_kill_the_service_is_whole_again_and_requests_end(cluster: Cluster, kind: str) -> None:
+def complete(cluster: Cluster, prompt: str) -> httpx.Response:
+    with cluster.client() as client:
+        return client.post("/v1/completions", json={**BODY, "prompt": prompt}, timeout=120)
+
+
+def deploy(cluster: Cluster) -> None:
     cluster.deploy(tensor_parallel_size=2, pipeline_parallel_size=2)
-    prompts = [f"Act {i}. Enter the king and" for i in range(NUM_REQUESTS)]
 
-    def complete(prompt: str) -> httpx.Response:
-        with cluster.client() as client:
-            return client.post("/v1/completions", json={**BODY, "prompt": prompt}, timeout=120)
 
-    undisturbed = [complete(prompt).json()["choices"][0]["text"] for prompt in prompts]
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> list[str]:
+    """The answer to each prompt, asked alone."""
+    deploy(cluster)
+    return [complete(cluster, prompt).json()["choices"][0]["text"] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["worker", "stage-1", "head"])
+def test_after_a_kill_the_service_is_whole_again_and_requests_end(
+    cluster: Cluster, undisturbed: list[str], kind: str
+) -> None:
+    deploy(cluster)
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        running: list[Future[httpx.Response]] = [pool.submit(complete, prompt) for prompt in prompts]
+        running: list[Future[httpx.Response]] = [pool.submit(complete, cluster, prompt) for prompt in PROMPTS]
         eventually(lambda: cluster.metrics()["vllm:num_requests_running"] == NUM_REQUESTS, 10, "all run")
         os.kill(victim(kind), signal.SIGKILL)
         responses = [future.result(timeout=120) for future in running]
