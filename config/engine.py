@@ -154,6 +154,12 @@ class EngineConfig:
     def kv_dtype_bytes(self) -> int:
         return 1 if self.args.kv_cache_dtype == "fp8" else self.dtype_bytes
 
+    @property
+    def peer_timeout_s(self) -> float:
+        """Seconds that a rank waits for another: for the step in which that is, and the next, each of which the head
+        times. The head speaks first, because it can say who is stuck."""
+        return 2 * self.args.step_timeout_s + 5
+
     @classmethod
     def resolve(cls, args: EngineArgs) -> EngineConfig:
         """Read the model's folder and check everything that can be checked before a process starts.

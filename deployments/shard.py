@@ -56,9 +56,7 @@ class ShardWorker:
             self._mailbox.open(wiring.epoch)
             self._worker.connect(
                 wiring,
-                lambda: ObjectStoreTransport(
-                    self._mailbox, next_worker, wiring.epoch, self._config.args.step_timeout_s
-                ),
+                lambda: ObjectStoreTransport(self._mailbox, next_worker, wiring.epoch, self._config.peer_timeout_s),
             )
         else:
             self._worker.connect(wiring)

@@ -14,8 +14,9 @@ of the workers by up to `num_micro_batches` + 1 plans. All that is used here is 
 the order in which they were scheduled*, and that a layer's KV lives in one stage:
 
 - Publish. A block's hash is published when the plan that fills it is closed, or, where its last token was planned
-  ahead, when that is known. Whoever finds it is in a later plan, so each stage writes the block before it reads
-  it. Never in the same plan: then it would also hang on the order of writes and reads within one forward pass.
+  ahead, with the sequence's next plan or its end. Whoever finds it is in a later plan, so each stage writes the
+  block before it reads it. Never in the same plan: then it would also hang on the order of writes and reads
+  within one forward pass.
 - Reuse. A block given back (finish, abort, preemption) may be handed out at once, though a plan in flight may
   still read or write it for its old owner. That plan runs first everywhere; the new owner's writes come after
   and win.

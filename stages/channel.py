@@ -1,7 +1,7 @@
 """Step plans to the workers and results back, over ZeroMQ with msgpack: no pickle, one socket pair per epoch.
 
 Every epoch opens fresh sockets, so a message of an older wiring has nowhere to arrive. PUSH/PULL keeps the
-order, blocks nobody and queues what is sent before the peer has connected.
+order of each sender, blocks nobody and queues what is sent before the peer has connected.
 """
 
 from __future__ import annotations

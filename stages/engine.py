@@ -206,13 +206,13 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._closed:
+                self._wait()
                 self._run_commands()
+                self._guarded(self._collect)
+                self._guarded(self._check_deadline)
                 self._guarded(self._fill)
                 self._guarded(self._hand_out)  # behind the next plan, which the workers wait for
                 self._publish()
-                self._wait()
-                self._guarded(self._collect)
-                self._guarded(self._check_deadline)
         finally:
             with self._lock:
                 self._closed = True  # also when an error has ended the thread: nobody may wait for it
@@ -245,7 +245,10 @@ class Engine:
         if self._wired is not None:
             poller.register(self._wired.channel.results, zmq.POLLIN)
         period = DIGEST_MIN_PERIOD_S if self._digest_due else DIGEST_HEARTBEAT_S
-        left = max(0.0, self._digest_at + period - time.monotonic())
+        until = self._digest_at + period
+        if self._wired is not None and self._wired.in_flight:
+            until = min(until, self._due_at(self._wired.in_flight[0]))
+        left = max(0.0, until - time.monotonic())
         for handle, _ in poller.poll(int(1000 * left) + 1):
             if handle == self._wake:
                 os.eventfd_read(handle)
@@ -260,8 +263,10 @@ class Engine:
             if step is None:
                 return
             wired.channel.send(step.to_plan(wired.epoch, wired.next_step))
-            # Tokens that are known came, at the latest, with the result that was taken in last.
-            wired.times.planned(started_at, step.feeder_distance or step.has_decodes * (len(wired.in_flight) + 1))
+            needs = step.feeder_distance
+            if not needs and step.has_decodes:  # for tokens that came, at the latest, with the last result
+                needs = len(wired.in_flight) + 1
+            wired.times.planned(started_at, needs)
             now = time.monotonic()
             wired.in_flight.append(_InFlight(step, wired.next_step, now))
             wired.next_step += 1
@@ -295,11 +300,9 @@ class Engine:
         self._clocks.schedule_s += time.monotonic() - started
 
     def _take_stats(self, wired: _Wired, stats: WorkerStats) -> None:
-        times = wired.times
-        model_s, outside_s = times.model_s, times.outside_s
-        times.ran(stats.stage, stats.spans)
-        self._clocks.model_s += times.model_s - model_s
-        self._clocks.outside_s += times.outside_s - outside_s
+        model_s, outside_s = wired.times.ran(stats.stage, stats.spans)
+        self._clocks.model_s += model_s
+        self._clocks.outside_s += outside_s
         if stats.expert_tokens:
             before = self._expert_tokens or [0] * len(stats.expert_tokens)
             self._expert_tokens = [a + b for a, b in zip(before, stats.expert_tokens, strict=True)]
@@ -351,9 +354,12 @@ class Engine:
         if self._wired is None or not self._wired.in_flight:
             return
         oldest = self._wired.in_flight[0]
-        limit = self._config.args.step_timeout_s
-        if time.monotonic() - oldest.due_from > limit:
+        if time.monotonic() > self._due_at(oldest):
+            limit = self._config.args.step_timeout_s
             raise TimeoutError(f"step {oldest.number} had no result within step_timeout_s={limit:g}")
+
+    def _due_at(self, flight: _InFlight) -> float:
+        return flight.due_from + self._config.args.step_timeout_s
 
     def _attach(self, channel: HeadChannel, epoch: int, num_blocks: int) -> None:
         if self._scheduler is None:

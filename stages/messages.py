@@ -142,7 +142,7 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
 
 
 class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
-    """Now and then (about once a second under load) from rank 0 of each stage: sums since the last one."""
+    """Now and then (about once a second under load) from rank 0 of each stage: what was since the last one."""
 
     epoch: int
     stage: int
@@ -161,7 +161,7 @@ ToWorker = HeadMessage | SampledTokens
 
 
 class TokenDelta(msgspec.Struct, array_like=True):
-    """New tokens of one request after one engine step, from a head to the router that asked."""
+    """New tokens of one request after an engine step, from a head to the router that asked."""
 
     request_id: str
     offset: int
@@ -184,7 +184,7 @@ class TokenDelta(msgspec.Struct, array_like=True):
 
 
 class TokenBatch(msgspec.Struct, array_like=True):
-    """All new tokens of one router's requests after one engine step: one message."""
+    """All new tokens of one router's requests after an engine step, or two whose results came at once."""
 
     lane: str
     deltas: list[TokenDelta]

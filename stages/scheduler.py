@@ -63,7 +63,7 @@ class ScheduledSequence(NamedTuple):
     start: int
     num_tokens: int
     is_sampled: bool
-    """The step reaches the last known token, so that it samples the next."""
+    """The step reaches the last known token or the one after it, so that it samples the next."""
     num_prompt_logprobs: int
     """Tokens that follow one of these in the prompt and whose log-probabilities are wanted."""
     fed_row: int | None
@@ -363,7 +363,7 @@ class Scheduler:
             for row, sequence in enumerate(feeder.sampled):
                 if len(step.entries) == max_decodes:
                     return
-                if sequence.status is not SequenceStatus.RUNNING or not sequence.awaits_token:
+                if sequence.status is not SequenceStatus.RUNNING or not sequence.is_wholly_planned:
                     continue  # it ended, or is in a later plan already
                 if sequence.num_tokens + 1 == sequence.max_num_tokens:
                     continue  # that token is its last
@@ -585,7 +585,7 @@ class Scheduler:
             name = f"sequence {sequence.seq_id}"
             num_slots = len(sequence.block_table) * self.block_size
             num_computed = sequence.num_computed_tokens
-            num_ahead = max(0, sequence.num_in_flight - 1)
+            num_ahead = min(1, max(0, sequence.num_in_flight - 1))
             require(num_computed <= num_slots, f"{name}: computed without a slot")
             require(num_computed <= sequence.num_tokens + num_ahead, f"{name}: computed without a token")
             require(sequence.num_in_flight == in_flight.count(sequence.seq_id), f"{name}: plans in flight")

@@ -81,7 +81,7 @@ class Sequence:
         """Leading blocks of its table that others may find by their content, or that it found itself."""
         self.num_computed_tokens = 0
         """Tokens whose KV is in the cache once every scheduled plan has run (it advances when scheduled). One more
-        than the known tokens when a plan computes a token that the plan before it samples."""
+        than the known tokens when a plan computes a token that an earlier one samples."""
         self.num_cached_tokens = 0
         """Prompt tokens that the prefix cache gave at the first admission."""
         self.num_in_flight = 0
@@ -127,8 +127,8 @@ class Sequence:
         return max(0, len(self.token_ids) - self.num_computed_tokens)
 
     @property
-    def awaits_token(self) -> bool:
-        """While running: a plan in flight samples its next token, and no other computes that token yet."""
+    def is_wholly_planned(self) -> bool:
+        """Its known tokens are scheduled, and none beyond them."""
         return len(self.token_ids) == self.num_computed_tokens
 
     @property

@@ -18,35 +18,39 @@ class StepTimes:
     """Adds up the steps of one wiring, as plans leave and stages report. Used from one thread."""
 
     def __init__(self, num_stages: int) -> None:
-        self.model_s = 0.0
-        """Inside the model, over all steps and stages reported so far."""
-        self.outside_s = 0.0
-        """Over all steps that every stage has reported: from when what the step needs exists until it leaves the last
-        stage, neither inside the model nor waiting for a stage that had the step before."""
         self._planned: deque[tuple[float, int]] = deque()
         # By stage: (start, end) of the steps not added up yet, and when the step before those left the model.
         self._spans: list[deque[tuple[float, float]]] = [deque() for _ in range(num_stages)]
         self._free_at = [0.0] * num_stages
+        # When the latest steps left the last stage's model, the latest last.
         self._sampled_at: deque[float] = deque(maxlen=num_stages + 2)
-        """When the latest steps left the last stage's model, the latest last."""
 
     def planned(self, at: float, needs: int) -> None:
         """The next step: scheduling began at `at`; it needs the tokens of the step so many before it, 0 for none."""
         self._planned.append((at, needs))
 
-    def ran(self, stage: int, spans: Sequence[tuple[float, float]]) -> None:
-        """`stage` had its next steps inside the model from, to; every step is reported once, in order."""
-        self._spans[stage].extend(spans)
-        self.model_s += sum(end - start for start, end in spans)
-        while all(self._spans):
-            self._add_up()
+    def ran(self, stage: int, spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        """`stage` had its next steps inside the model from, to; every step is reported once, in order.
 
-    def _add_up(self) -> None:
+        Returns what this adds to the time inside the model, over all stages, and to the time outside, over the steps
+        that every stage has reported now.
+        """
+        self._spans[stage].extend(spans)
+        outside_s = 0.0
+        while all(self._spans):
+            outside_s += self._outside()
+        return sum(end - start for start, end in spans), outside_s
+
+    def _outside(self) -> float:
+        """Of the oldest step, which is then forgotten."""
         ready_at, needs = self._planned.popleft()
         if 0 < needs <= len(self._sampled_at):
             ready_at = self._sampled_at[-needs]
+        outside_s = 0.0
         for stage, reported in enumerate(self._spans):
             start, end = reported.popleft()
-            self.outside_s += start - max(ready_at, self._free_at[stage])
+            # Less than nothing where clocks disagree, or where the stage before has only queued its work.
+            outside_s += max(0.0, start - max(ready_at, self._free_at[stage]))
             self._free_at[stage] = ready_at = end
         self._sampled_at.append(ready_at)
+        return outside_s

@@ -121,7 +121,7 @@ class Worker:
             store=PrefixStore(f"epoch-{wiring.epoch}", self._store),
             rank=self._rank,
             world_size=self._world_size,
-            timeout=timedelta(seconds=self._config.args.step_timeout_s),
+            timeout=timedelta(seconds=self._config.peer_timeout_s),
         )
         if self._plan.tp_size == 1:
             return SingleRank()
@@ -247,15 +247,14 @@ class _RunLoop:
         self._channel.send(result)
 
     def _tokens_of(self, step: int) -> list[int]:
-        """What `step` sampled; comes to nothing when the worker is stopped meanwhile."""
-        timeout_s = self._worker._config.args.step_timeout_s
-        deadline = time.monotonic() + timeout_s
+        """What `step` sampled; nothing when the worker is stopped meanwhile.
+
+        Without a deadline of its own: the head has one for that step, and stops whoever waits for it.
+        """
         while not self._worker._stop.is_set():
             for tokens in self._sampled:
                 if tokens.step == step:
                     return tokens.token_ids
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the tokens of step {step} did not come within step_timeout_s={timeout_s:g}")
             self._listen()
         return []
 

@@ -32,6 +32,7 @@ from stagemesh.stages.messages import (
     TokenLogprobs,
     WorkerStats,
 )
+from stagemesh.stages.step_times import StepTimes
 
 HOST = "127.0.0.1"
 
@@ -46,6 +47,7 @@ class FakeWorker:
         self._results.connect(channel.address)
         self.stopped = threading.Event()
         self.mute = False
+        self.step_s = 0.0
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -61,6 +63,7 @@ class FakeWorker:
             if self.mute:
                 continue
             now = time.time()
+            time.sleep(self.step_s)
             answer = result(message, sampled.get(message.fed_by, []))
             sampled[message.step] = answer.token_ids
             self._results.send(encode(answer))
@@ -139,10 +142,10 @@ class Bench:
         self.failures.append((epoch, reason))
         self.failed.set()
 
-    def wire(self, epoch: int, *, mute: bool = False) -> FakeWorker:
+    def wire(self, epoch: int, *, mute: bool = False, step_s: float = 0.0) -> FakeWorker:
         channel = HeadChannel(self.context, HOST)
         worker = FakeWorker(self.context, channel)
-        worker.mute = mute
+        worker.mute, worker.step_s = mute, step_s
         self.workers.append(worker)
         channel.connect([worker.address])
         self.engine.attach(channel, epoch, 64).result(5)
@@ -279,6 +282,44 @@ def test_the_time_of_steps_is_told_apart(bench: Bench) -> None:
     assert digest.num_steps == 20
     assert digest.model_s == pytest.approx(20 * 0.001, rel=0.01)
     assert digest.schedule_s > 0
+
+
+class Recorder(StepTimes):
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.needs: list[int] = []
+
+    def planned(self, at: float, needs: int) -> None:
+        self.needs.append(needs)
+        super().planned(at, needs)
+
+
+@pytest.mark.parametrize("rule", [{}, {"frequency_penalty": 0.5}], ids=["planned ahead", "waits for its tokens"])
+def test_a_step_is_timed_from_the_step_whose_tokens_it_needs(bench: Bench, rule: dict[str, float]) -> None:
+    bench.wire(1)
+    recorder = Recorder()
+    bench.engine.call(lambda: setattr(bench.engine._wired, "times", recorder)).result(5)
+    bench.engine.generate("r", [7], msgspec.structs.replace(params(4), **rule), "router").result(10)
+    assert recorder.needs == [0, 1, 1, 1]
+
+
+def test_a_step_has_its_time_from_when_it_is_the_oldest(bench: Bench) -> None:
+    bench.wire(1, step_s=0.3)
+    assert bench.engine.generate("r", [7], params(4), "router").result(10).num_tokens == 4
+    assert not bench.failures, "the second was sent 0.6 s before its result, and step_timeout_s is 0.5"
+
+
+def test_an_id_may_be_used_again_at_once(bench: Bench) -> None:
+    bench.wire(1)
+    for _ in range(100):
+        done = bench.engine.generate("r", [7], params(1), "router")
+        while not done.done():
+            again = bench.engine.generate("r", [9], params(2), "router")
+            try:
+                assert again.result(5).num_tokens == 2
+            except ConfigError as error:
+                assert "still running" in str(error)
+        assert done.result(5).num_tokens == 1
 
 
 def test_closing_fails_what_still_waits(bench: Bench) -> None:

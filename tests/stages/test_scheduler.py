@@ -256,6 +256,18 @@ def test_a_block_whose_last_token_was_planned_ahead_is_found_once_that_is_known(
     scheduler.check_integrity()
 
 
+def test_the_blocks_of_an_answer_planned_ahead_serve_the_next_turn_to_the_last() -> None:
+    scheduler = make()
+    scheduler.add("a", prompt(6), params(max_tokens=7))
+    flights = [scheduler.schedule(), scheduler.schedule()]
+    while scheduler.has_work:
+        answer(scheduler, flights.pop(0))
+        flights += [step for step in [scheduler.schedule()] if step is not None]
+        scheduler.check_integrity()
+    scheduler.add("b", [*prompt(6), *[WORD] * 7, 55], params())
+    assert shape(scheduler.schedule()) == [("b", 12, 2)]
+
+
 def test_who_could_make_room_for_an_older_sequence_is_not_planned_ahead() -> None:
     scheduler = make(num_micro_batches=2, block_size=16, num_blocks=4)
     scheduler.add("a", prompt(14), params())
@@ -569,6 +581,7 @@ CORRUPTIONS: dict[str, Callable[[Scheduler], Any]] = {
     "a running sequence without its blocks": _set("block_table", array("i")),
     "more computed tokens than slots": _set("num_computed_tokens", 13),
     "more computed tokens than known": _set("num_computed_tokens", 11),
+    "two tokens ahead": lambda s: (s.schedule(), _set("num_computed_tokens", 12)(s)),
     "a wrong number of plans in flight": _set("num_in_flight", 2),
     "a running sequence that says it waits": _set("status", SequenceStatus.WAITING),
     "a sequence past its end": _set("max_num_tokens", 3),
