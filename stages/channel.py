@@ -15,10 +15,9 @@ import msgspec
 import zmq
 
 from stagemesh.stages.messages import (
+    HeadMessage,
     LaneDigest,
     SampledTokens,
-    StepPlan,
-    StopRun,
     TokenBatch,
     TokenDelta,
     ToWorker,
@@ -39,32 +38,51 @@ def bind_random_port(socket: zmq.Socket[Any], host: str) -> str:
     return f"tcp://{host}:{port}"
 
 
+class _PlanSockets:
+    """One PUSH socket to the plan socket of each of some workers; what is sent goes to all of them."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._context = context
+        self._encoder = msgspec.msgpack.Encoder()
+        self._sockets: list[zmq.Socket[bytes]] = []
+
+    def connect(self, addresses: Iterable[str]) -> None:
+        for address in addresses:
+            socket = self._context.socket(zmq.PUSH)
+            socket.connect(address)
+            self._sockets.append(socket)
+
+    def send(self, message: ToWorker) -> None:
+        """Never waits; raises ChannelClosed where a queue is full (its worker is gone)."""
+        data = self._encoder.encode(message)
+        for socket in self._sockets:
+            try:
+                socket.send(data, zmq.NOBLOCK)
+            except zmq.Again:
+                raise ChannelClosed("a worker's plan queue is full: it no longer reads its plans") from None
+
+    def close(self) -> None:
+        for socket in self._sockets:
+            socket.close(linger=500)  # what was sent just before, a StopRun say, must still go out; nobody waits for it
+        self._sockets.clear()
+
+
 class HeadChannel:
     """The head's end: one PUSH socket per worker, one PULL socket for all results. One thread may use it."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
-        self._context = context
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
-        self._workers: list[zmq.Socket[bytes]] = []
+        self._workers = _PlanSockets(context)
         self.results = context.socket(zmq.PULL)
         self.address = bind_random_port(self.results, host)
 
     def connect(self, addresses: list[str]) -> None:
         """Reach the workers' plan sockets."""
-        for address in addresses:
-            socket = self._context.socket(zmq.PUSH)
-            socket.connect(address)
-            self._workers.append(socket)
+        self._workers.connect(addresses)
 
-    def send(self, message: StepPlan | StopRun) -> None:
+    def send(self, message: HeadMessage) -> None:
         """Queue `message` to every worker; raises ChannelClosed where a queue is full (its worker is gone)."""
-        data = self._encoder.encode(message)
-        for socket in self._workers:
-            try:
-                socket.send(data, zmq.NOBLOCK)
-            except zmq.Again:
-                raise ChannelClosed("a worker's plan queue is full: it no longer reads its plans") from None
+        self._workers.send(message)
 
     def receive(self) -> list[WorkerMessage]:
         """All messages that have arrived; never waits."""
@@ -78,9 +96,7 @@ class HeadChannel:
 
     def close(self) -> None:
         """Free the sockets; safe to call twice."""
-        for socket in self._workers:
-            socket.close(linger=500)  # a StopRun sent just before must still go out; nobody waits for it
-        self._workers.clear()
+        self._workers.close()
         self.results.close(linger=0)
 
 
@@ -88,22 +104,18 @@ class WorkerChannel:
     """A worker's end: bound before the wiring is known, connected to the others when it is."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
-        self._context = context
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
         self._plans = context.socket(zmq.PULL)
         self.address = bind_random_port(self._plans, host)
         self._results = context.socket(zmq.PUSH)
         self._results.setsockopt(zmq.LINGER, 1000)
-        self._fed: list[zmq.Socket[bytes]] = []
+        self._fed = _PlanSockets(context)
 
     def connect(self, head_address: str, feed_to: Iterable[str] = ()) -> None:
         """feed_to: plan sockets of the workers that `feed` reaches."""
         self._results.connect(head_address)
-        for address in feed_to:
-            socket = self._context.socket(zmq.PUSH)
-            socket.connect(address)
-            self._fed.append(socket)
+        self._fed.connect(feed_to)
 
     def receive(self, timeout_ms: int) -> ToWorker | None:
         """The next message, or None after `timeout_ms` without one."""
@@ -115,17 +127,14 @@ class WorkerChannel:
         self._results.send(self._encoder.encode(message))
 
     def feed(self, tokens: SampledTokens) -> None:
-        data = self._encoder.encode(tokens)
-        for socket in self._fed:
-            socket.send(data)
+        """Queue `tokens` to every worker that needs them; raises ChannelClosed as HeadChannel.send does."""
+        self._fed.send(tokens)
 
     def close(self) -> None:
         """Free the sockets; safe to call twice."""
         self._plans.close(linger=0)
         self._results.close()
-        for socket in self._fed:
-            socket.close(linger=1000)
-        self._fed.clear()
+        self._fed.close()
 
 
 @dataclass

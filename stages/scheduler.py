@@ -83,6 +83,7 @@ class ScheduledStep:
 
     @property
     def has_decodes(self) -> bool:
+        """Whether it computes tokens that were sampled before it."""
         return any(entry.start >= entry.sequence.num_prompt_tokens for entry in self.entries)
 
     @property

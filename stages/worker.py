@@ -42,6 +42,8 @@ class Worker:
         self._tp_rank = tp_rank
         self._rank = stage * self._plan.tp_size + tp_rank
         self._world_size = self._plan.pp_size * self._plan.tp_size
+        self._is_first = stage == 0
+        self._is_last = stage == self._plan.pp_size - 1
         self._host = host
         self._device = pick_device(config.device, tp_rank)
         self._context = zmq.Context()
@@ -87,7 +89,7 @@ class Worker:
         """
         assert self._channel is not None and wiring.epoch == self._epoch, "open() comes first"
         self._enter("rendezvous")
-        samples = self._stage == self._plan.pp_size - 1 and self._tp_rank == 0
+        samples = self._is_last and self._tp_rank == 0
         mine = self._channel.address  # its own tokens it keeps
         self._channel.connect(wiring.results_to, [to for to in wiring.feed_to if samples and to != mine])
         self._runner.set_group(self._join(wiring))
@@ -99,9 +101,8 @@ class Worker:
             self._transport = make_transport()
         elif self._plan.pp_size > 1:
             tp_size = self._plan.tp_size
-            first, last = self._stage == 0, self._stage == self._plan.pp_size - 1
             self._transport = DistTransport(
-                None if first else self._rank - tp_size, None if last else self._rank + tp_size
+                None if self._is_first else self._rank - tp_size, None if self._is_last else self._rank + tp_size
             )
         self._enter("idle")
 
@@ -181,8 +182,8 @@ class _RunLoop:
         self._channel = worker._channel
         self._runner = worker._runner
         self._transport = worker._transport
-        self._is_first = worker._stage == 0
-        self._is_last = worker._stage == worker._plan.pp_size - 1
+        self._is_first = worker._is_first
+        self._is_last = worker._is_last
         self._is_rank0 = worker._tp_rank == 0
         self._messages: deque[StepPlan | StopRun] = deque()
         """Arrived and not taken up yet."""
@@ -194,13 +195,13 @@ class _RunLoop:
     def run(self) -> None:
         with torch.inference_mode():
             while not self._worker._stop.is_set():
-                if not self._messages and not self._listen():
-                    self._send_stats()
-                elif self._messages:
+                if self._messages:
                     message = self._messages.popleft()
                     if isinstance(message, StopRun):
                         return
                     self._step(message)
+                elif not self._listen():
+                    self._send_stats()
 
     def _listen(self) -> bool:
         """Take in the next message; False if there was none for a while."""
@@ -215,15 +216,13 @@ class _RunLoop:
         return True
 
     def _step(self, plan: StepPlan) -> None:
-        hidden, fed_token_ids = None, []
+        hidden = None
         if not self._is_first:
             self._worker._enter("activations", plan.step)
             hidden = self._transport.receive(plan.step, self._runner.empty_hidden(len(plan.token_ids) // 4))
-        elif plan.fed_by >= 0:
-            self._worker._enter("tokens", plan.step)
-            fed_token_ids = self._tokens_of(plan.fed_by)
-            if self._worker._stop.is_set():
-                return
+        fed_token_ids = self._fed_token_ids(plan)
+        if fed_token_ids is None:
+            return
         self._worker._enter("model", plan.step)
         started = time.time()
         hidden = self._runner.execute(plan, hidden, fed_token_ids)
@@ -246,17 +245,20 @@ class _RunLoop:
                 self._sampled.append(tokens)
         self._channel.send(result)
 
-    def _tokens_of(self, step: int) -> list[int]:
-        """What `step` sampled; nothing when the worker is stopped meanwhile.
+    def _fed_token_ids(self, plan: StepPlan) -> list[int] | None:
+        """What step `plan.fed_by` sampled, if this stage needs it; None when the worker is stopped meanwhile.
 
         Without a deadline of its own: the head has one for that step, and stops whoever waits for it.
         """
+        if not self._is_first or plan.fed_by < 0:
+            return []
+        self._worker._enter("tokens", plan.step)
         while not self._worker._stop.is_set():
             for tokens in self._sampled:
-                if tokens.step == step:
+                if tokens.step == plan.fed_by:
                     return tokens.token_ids
             self._listen()
-        return []
+        return None
 
     def _send_stats(self) -> None:
         self._stats_sent = time.monotonic()
