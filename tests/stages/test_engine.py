@@ -261,16 +261,19 @@ def test_digests_tell_the_state_and_come_even_when_idle(bench: Bench) -> None:
 def test_the_expert_load_of_a_lane_is_that_of_all_its_stages_and_steps(bench: Bench) -> None:
     bench.wire(1)
     assert bench.engine.digest().result(5).expert_tokens == [], "a dense model has none"
+    for _ in range(2):
+        bench.engine.call(lambda: bench.engine._wired.times.planned(0.0, 0))
     for stats in (
-        WorkerStats(1, 0, [], [1, 2, 3], [1.5, 2.5]),
-        WorkerStats(1, 1, [], [10, 20, 30], [2.0]),
-        WorkerStats(1, 1, []),  # a stage without a mixture, or no step since
-        WorkerStats(1, 0, [], [100, 200, 300], [1.0, 1.5]),
+        WorkerStats(1, 0, [(0.0, 0.1)], [1, 2, 3], [1.5, 2.5]),
+        WorkerStats(1, 1, [(0.1, 0.2)], [10, 20, 30], [2.0]),
+        WorkerStats(1, 1, [(0.3, 0.4)]),  # a stage without a mixture, or no step since
+        WorkerStats(1, 0, [(0.2, 0.3)], [100, 200, 300], [1.0, 1.5]),
     ):
         bench.engine.call(lambda stats=stats: bench.engine._take_stats(bench.engine._wired, stats))
     digest = bench.engine.digest().result(5)
     assert digest.expert_tokens == [111, 222, 333]
     assert digest.expert_imbalance == 1.5
+    assert digest.model_s == pytest.approx(0.4)
 
 
 def test_the_time_of_steps_is_told_apart(bench: Bench) -> None:

@@ -133,15 +133,13 @@ def test_tokens_that_another_rank_samples_are_taken_when_they_come(bench: Bench,
 
 def test_each_step_is_reported_once_with_its_time_inside_the_model(bench: Bench) -> None:
     before = time.time()
-    spans = []
-    for rounds in (3, 2):
-        bench.send(*[prefill()] * rounds)
-        stats = None
-        while stats is None:
+    spans: list[tuple[float, float]] = []
+    for more, so_far in ((3, 3), (2, 5)):
+        bench.send(*[prefill()] * more)
+        while len(spans) < so_far:
             message = bench.receive()
-            stats = message if isinstance(message, WorkerStats) else None
-        spans += stats.spans
-    assert len(spans) == 5
+            spans += message.spans if isinstance(message, WorkerStats) else []
+        assert len(spans) == so_far
     times = [before, *chain.from_iterable(spans), time.time()]
     assert times == sorted(times)
 
