@@ -19,7 +19,7 @@ install: .venv/installed ## create .venv with everything, also what the tests ne
 	touch $@
 
 serve: install ## run $(CONFIG), say when it is ready, clean up afterwards
-	$(BIN)/python -m stagemesh.deployments.cli run $(CONFIG)
+	$(BIN)/python -m stagemesh.deployments.cli.main run $(CONFIG)
 
 test: install ## all tests; ARGS='-k word' for some
 	$(BIN)/python -m pytest $(ARGS)

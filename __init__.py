@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stagemesh.config.pooling import PoolingParams as PoolingParams
     from stagemesh.config.sampling import SamplingParams as SamplingParams
-    from stagemesh.deployments.offline import LLM as LLM
+    from stagemesh.deployments.offline.llm import LLM as LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "PoolingParams", "SamplingParams"]
 
 _HOMES = {
-    "LLM": "stagemesh.deployments.offline",
+    "LLM": "stagemesh.deployments.offline.llm",
     "PoolingParams": "stagemesh.config.pooling",
     "SamplingParams": "stagemesh.config.sampling",
 }

@@ -9,12 +9,12 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
-from stagemesh.deployments.generation_config import default_sampling
-from stagemesh.deployments.group import rank_resources
-from stagemesh.deployments.head import Head
-from stagemesh.deployments.router import Router
-from stagemesh.deployments.stage import Stage
-from stagemesh.stages.tokenizer import Tokenizer
+from stagemesh.config.generation_config import default_sampling
+from stagemesh.deployments.ingress.router import Router
+from stagemesh.deployments.lane.leader import Head
+from stagemesh.deployments.lane.stage import Stage
+from stagemesh.deployments.lane.worker_group import rank_resources
+from stagemesh.stages.text.tokenizer import Tokenizer
 
 MANY = 100_000
 """Serve's own limits on open calls are out of the way: the scheduler queues and the router bounds."""
@@ -47,7 +47,7 @@ def build(args: dict[str, Any]) -> Application:
             name="stage-0",
             max_ongoing_requests=MANY,
             request_router_config=RequestRouterConfig(
-                request_router_class="stagemesh.deployments.lane_router:LaneRouter"
+                request_router_class="stagemesh.deployments.ingress.request_router:LaneRouter"
             ),
             graceful_shutdown_timeout_s=config.args.drain_timeout_s,
             **HEALTH,

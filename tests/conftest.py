@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from harness import Cluster, running_cluster
+from support.harness import Cluster, running_cluster
 
 
 @pytest.fixture(scope="session")

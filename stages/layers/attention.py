@@ -9,8 +9,8 @@ from torch import Tensor
 from stagemesh.config.model import ModelConfig
 from stagemesh.config.parallel import kv_heads
 from stagemesh.kernels.rotary import rotary_
-from stagemesh.stages.batch import StepBatch
-from stagemesh.stages.collectives import TensorShard
+from stagemesh.stages.layers.checkpoint import Checkpoint
+from stagemesh.stages.layers.forward_batch import StepBatch
 from stagemesh.stages.layers.linear import (
     ColumnParallelLinear,
     MakeMethod,
@@ -20,7 +20,7 @@ from stagemesh.stages.layers.linear import (
     even_part,
 )
 from stagemesh.stages.layers.norm import RMSNorm
-from stagemesh.stages.weights import Checkpoint
+from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
 class Attention:

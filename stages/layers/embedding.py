@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, pad
 
 from stagemesh.kernels.linear import linear, pack_weight
-from stagemesh.stages.collectives import TensorShard
-from stagemesh.stages.weights import Checkpoint
+from stagemesh.stages.layers.checkpoint import Checkpoint
+from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
 class VocabShard:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stagemesh.config.model import MlaConfig
 from stagemesh.kernels.rotary import rotary_
-from stagemesh.stages.batch import StepBatch
-from stagemesh.stages.collectives import TensorShard
+from stagemesh.stages.layers.checkpoint import Checkpoint
+from stagemesh.stages.layers.forward_batch import StepBatch
 from stagemesh.stages.layers.linear import (
     ColumnParallelLinear,
     MakeMethod,
@@ -24,7 +24,7 @@ from stagemesh.stages.layers.linear import (
     even_part,
 )
 from stagemesh.stages.layers.norm import RMSNorm
-from stagemesh.stages.weights import Checkpoint
+from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 NORM_EPS = 1e-6
 """Of the norms on the latents, whatever rms_norm_eps says."""

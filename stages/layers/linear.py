@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from stagemesh.kernels.linear import linear, pack_weight
-from stagemesh.stages.collectives import TensorShard
-from stagemesh.stages.weights import Checkpoint
+from stagemesh.stages.layers.checkpoint import Checkpoint
+from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stagemesh.kernels.silu_and_mul import silu_and_mul
-from stagemesh.stages.collectives import TensorShard
+from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.linear import (
     ColumnParallelLinear,
     MakeMethod,
@@ -14,7 +14,7 @@ from stagemesh.stages.layers.linear import (
     dense_method,
     even_part,
 )
-from stagemesh.stages.weights import Checkpoint
+from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
 class GatedMLP:

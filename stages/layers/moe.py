@@ -23,10 +23,10 @@ from stagemesh.config.model import MoeConfig
 from stagemesh.config.parallel import expert_range
 from stagemesh.kernels.linear import linear, pack_weight
 from stagemesh.kernels.moe import apply_experts, moe_experts, top_k_in_groups, top_k_softmax
-from stagemesh.stages.collectives import TensorShard
+from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.linear import DenseMethod, MakeMethod, dense_method, even_part
 from stagemesh.stages.layers.mlp import GatedMLP
-from stagemesh.stages.weights import Checkpoint
+from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 MIN_DISPATCH_TOKENS = 1024
 """Tokens in a step from which they are dispatched. Measured with tests/bench/bench_expert_parallel.py on gloo and a

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stagemesh.kernels.rms_norm import add_rms_norm, rms_norm
-from stagemesh.stages.weights import Checkpoint
+from stagemesh.stages.layers.checkpoint import Checkpoint
 
 
 class RMSNorm:

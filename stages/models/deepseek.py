@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from stagemesh.stages.layers.decoder import DecoderLayer
 from stagemesh.stages.layers.latent_attention import LatentAttention
 from stagemesh.stages.layers.moe import MoeNames
 from stagemesh.stages.layers.norm import RMSNorm
+from stagemesh.stages.models.decoder import DecoderLayer
 from stagemesh.stages.models.mixture import MixtureForCausalLM
 
 

@@ -5,10 +5,9 @@ Qwen3 (a norm on every query and key head). The differences are all in ModelConf
 from __future__ import annotations
 
 from stagemesh.stages.layers.attention import Attention
-from stagemesh.stages.layers.decoder import DecoderLayer, FeedForward
 from stagemesh.stages.layers.mlp import GatedMLP
 from stagemesh.stages.layers.norm import RMSNorm
-from stagemesh.stages.models.causal_lm import CausalLM
+from stagemesh.stages.models.decoder import CausalLM, DecoderLayer, FeedForward
 
 
 class LlamaForCausalLM(CausalLM):

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import re
 
-from stagemesh.stages.layers.decoder import FeedForward
 from stagemesh.stages.layers.moe import MixtureOfExperts, MoeNames
+from stagemesh.stages.models.decoder import FeedForward
 from stagemesh.stages.models.llama import LlamaForCausalLM
 
 

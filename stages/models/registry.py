@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.stages.models.causal_lm import CausalLM
+from stagemesh.stages.models.decoder import CausalLM
 from stagemesh.stages.models.deepseek import DeepseekForCausalLM
 from stagemesh.stages.models.llama import LlamaForCausalLM
 from stagemesh.stages.models.mixture import MixtralForCausalLM, QwenMoeForCausalLM

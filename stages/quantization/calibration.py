@@ -14,10 +14,10 @@ from torch import Tensor
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.kernels.linear import pack_weight
+from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.linear import DenseMethod, LinearMethod, MatrixPart
-from stagemesh.stages.messages import StepPlan
-from stagemesh.stages.runner import ModelRunner
-from stagemesh.stages.weights import Checkpoint
+from stagemesh.stages.messages.step import StepPlan
+from stagemesh.stages.worker.model_runner import ModelRunner
 
 BLOCK_SIZE = 16
 

@@ -18,10 +18,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from stagemesh.config.model import MoeConfig
-from stagemesh.stages.collectives import DistGroup, TensorShard
 from stagemesh.stages.layers import moe as moe_layer
+from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.moe import MixtureOfExperts, MoeNames
-from stagemesh.stages.weights import Checkpoint
+from stagemesh.stages.layers.tensor_parallel import DistGroup, TensorShard
 
 SIZES = (1, 16, 64, 256, 1024, 4096)
 REPEATS = 7

@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from harness import DEMO, Cluster, running_cluster  # noqa: E402
 from load import closed_loop  # noqa: E402
 from models import make_llama  # noqa: E402
+from support.harness import DEMO, Cluster, running_cluster  # noqa: E402
 
 # Of the 135 M model's 9 heads no two ranks can take halves, so it is cut into stages only.
 LAYOUTS = {"demo": [(1, 1), (2, 2)], "135m": [(1, 1), (1, 2)]}

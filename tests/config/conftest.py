@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from model_folder import write_model_folder
+from support.model_folder import write_model_folder
 
 
 @pytest.fixture

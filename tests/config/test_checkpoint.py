@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from model_folder import safetensors_bytes
+from support.model_folder import safetensors_bytes
 
 from stagemesh.config.checkpoint import checkpoint_files
 from stagemesh.config.errors import ConfigError

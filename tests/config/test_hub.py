@@ -11,7 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from model_folder import safetensors_bytes, write_model_folder
+from support.model_folder import safetensors_bytes, write_model_folder
 
 from stagemesh.config.engine import EngineArgs, EngineConfig, find_model
 from stagemesh.config.errors import ConfigError

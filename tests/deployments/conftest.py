@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.deployments.inference import InferenceService
-from stagemesh.deployments.lanes import LaneError
-from stagemesh.stages.messages import LaneDigest, TokenDelta
-from stagemesh.stages.tokenizer import Tokenizer
+from stagemesh.deployments.ingress.lanes import LaneError
+from stagemesh.deployments.ingress.service import InferenceService
+from stagemesh.stages.messages.request import LaneDigest, TokenDelta
+from stagemesh.stages.text.tokenizer import Tokenizer
 
 EOS = "<|end|>"
 TEMPLATE = (

@@ -6,8 +6,8 @@ import random
 from typing import Any
 
 import pytest
-from harness import DEMO, held_out
-from schemas import assert_valid, random_schema
+from support.harness import DEMO, held_out
+from support.schemas import assert_valid, random_schema
 
 from stagemesh import LLM, SamplingParams
 from stagemesh.config.sampling import StructuredOutputsParams

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from model_harness import make_checkpoint
+from support.model_harness import make_checkpoint
 
 
 @pytest.fixture(params=["replicated", "dispatched"])

@@ -1,0 +1,125 @@
+"""`serve run` with what it leaves to its user: settings and ports checked beforehand, a first request to try
+once it is ready, and nothing left behind. Imports neither Ray nor torch, so that mistakes are told at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from stagemesh.config.engine import EngineArgs, EngineConfig
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.serve_yaml import ServeFile
+from stagemesh.deployments.cli.processes import adopt_orphans, end_descendants, holder_of_port
+
+POLL_PERIOD_S = 0.3
+STOP_TIMEOUT_S = 120.0
+"""How long Serve may take to drain and stop before it is ended the hard way."""
+END_GRACE_S = 5.0
+
+
+def launch(path: Path) -> int:
+    """Run a Serve config file until it ends or a signal stops us; returns the exit status.
+
+    Ctrl-C, SIGTERM and SIGHUP stop Serve gracefully, a second one at once. Raises ConfigError before anything
+    starts when the settings cannot work or a port is taken.
+    """
+    file = ServeFile.read(path)
+    config = EngineConfig.resolve(EngineArgs.parse(file.args))
+    check_port("http_options.port", file.host, file.port)
+    if file.grpc_port is not None:
+        check_port("grpc_options.port", file.host, file.grpc_port)
+    signals = _count_signals()
+    adopt_orphans()
+    # Its own session: Ctrl-C in a terminal reaches us alone, and Serve hears of it from us, once.
+    serve = subprocess.Popen([_serve_command(), "run", str(path)], start_new_session=True)
+    try:
+        is_ready = False
+        while serve.poll() is None and not signals:
+            if not is_ready and (is_ready := _answers(_url(file, "ready"))):
+                print(_greeting(file, config.served_model_names[0]), flush=True)
+            time.sleep(POLL_PERIOD_S)
+        if serve.poll() is None:
+            print("Stopping. Running requests may finish; once more to stop at once.", flush=True)
+            serve.send_signal(signal.SIGINT)  # what `serve run` shuts Serve down on
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while serve.poll() is None and len(signals) < 2 and time.monotonic() < deadline:
+            time.sleep(POLL_PERIOD_S)
+    finally:
+        # Serve's HAProxy outlives a Serve that was stopped hard; it would keep the port and answer clients.
+        end_descendants(END_GRACE_S)
+    return 0 if signals else serve.wait()
+
+
+def check_port(field: str, host: str, port: int) -> None:
+    """Raises ConfigError that says who listens on `port` already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT is no obstacle
+        try:
+            probe.bind((host, port))
+            return
+        except OSError as error:
+            reason = f"cannot be used on host {host}: {error.strerror}"
+    if (holder := holder_of_port(port)) is not None:
+        reason = f"is taken by process {holder.pid}: {holder.command:.200}"
+        if "haproxy" in holder.command:
+            reason += (
+                f"\nThis is Ray Serve's proxy. If Serve is running, stop it with: serve shutdown -y\n"
+                f"If not, it was left over when Serve was stopped hard; end it with: kill {holder.pid}"
+            )
+    raise ConfigError(field, port, reason)
+
+
+def _count_signals() -> list[int]:
+    """The stop signals that have come, in a list that grows.
+
+    Must come before the child: it starts with the default of a signal that we handle, but would inherit that
+    one is ignored, as SIGINT is in what a shell starts in the background, and Serve could not be stopped.
+    """
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: signals.append(number))
+    return signals
+
+
+def _serve_command() -> str:
+    """Ray Serve's command of the same environment, whether or not that is on the PATH."""
+    beside = Path(sys.executable).with_name("serve")
+    command = str(beside) if beside.exists() else shutil.which("serve")
+    if command is None:
+        raise ConfigError("", None, "Ray's command `serve` is not installed: pip install 'ray[serve]'")
+    return command
+
+
+def _url(file: ServeFile, path: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(file.host, file.host)
+    return f"http://{host}:{file.port}{file.route_prefix.rstrip('/')}/{path}"
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (OSError, ValueError):  # refused, reset, timed out, 503, or not HTTP
+        return False
+
+
+def _greeting(file: ServeFile, model: str) -> str:
+    question = {"model": model, "messages": [{"role": "user", "content": "What is 17+25?"}], "temperature": 0}
+    grpc = f"gRPC is on port {file.grpc_port}. " if file.grpc_port is not None else ""
+    return (
+        f"\nstagemesh is ready. Ask it something:\n\n"
+        f"  curl {_url(file, 'v1/chat/completions')} \\\n"
+        f"    -H 'Content-Type: application/json' \\\n"
+        f"    -d '{json.dumps(question)}'\n\n"
+        f"{grpc}Ctrl-C stops it.\n"
+    )

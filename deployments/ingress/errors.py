@@ -1,0 +1,86 @@
+"""One table: what went wrong → HTTP status, OpenAI error object, gRPC code. Both doors answer from it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import grpc
+import msgspec
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.deployments.ingress.lanes import LaneError
+
+logger = logging.getLogger(__name__)
+
+
+class UnknownModel(ConfigError):
+    """The request names a model that is not served here."""
+
+
+class PromptTooLong(ConfigError):
+    """The prompt leaves no room for an answer within max_model_len."""
+
+
+class BodyTooLarge(ConfigError):
+    """The request body exceeds the limit."""
+
+
+class ErrorKind(msgspec.Struct, frozen=True):
+    http_status: int
+    grpc_code: grpc.StatusCode
+    type: str = "invalid_request_error"
+    """OpenAI's `error.type`."""
+    code: str | None = None
+    """OpenAI's `error.code`, for programs to tell errors apart."""
+    retry_after_s: int | None = None
+    """Sent as Retry-After where another try may succeed."""
+
+
+_INTERNAL = ErrorKind(500, grpc.StatusCode.INTERNAL, "server_error", "internal_error")
+
+_BY_EXCEPTION: dict[type[Exception], ErrorKind] = {
+    UnknownModel: ErrorKind(404, grpc.StatusCode.NOT_FOUND, code="model_not_found"),
+    PromptTooLong: ErrorKind(400, grpc.StatusCode.INVALID_ARGUMENT, code="context_length_exceeded"),
+    BodyTooLarge: ErrorKind(413, grpc.StatusCode.RESOURCE_EXHAUSTED, code="request_too_large"),
+    ConfigError: ErrorKind(400, grpc.StatusCode.INVALID_ARGUMENT),
+}
+_BY_LANE_STATUS: dict[str, ErrorKind] = {
+    "unavailable": ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "server_error", "no_lane", retry_after_s=1),
+    "overloaded": ErrorKind(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error", "overloaded", retry_after_s=1),
+    "lost": ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "server_error", "lane_lost", retry_after_s=1),
+    "timeout": ErrorKind(504, grpc.StatusCode.DEADLINE_EXCEEDED, "server_error", "timeout"),
+    "internal": _INTERNAL,
+}
+
+
+class ErrorReport(msgspec.Struct, frozen=True):
+    """An error as a client may see it."""
+
+    kind: ErrorKind
+    message: str
+    param: str | None = None
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        return openai_error(self.message, type=self.kind.type, param=self.param, code=self.kind.code)
+
+
+def openai_error(
+    message: str, *, type: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def report_error(error: Exception) -> ErrorReport:
+    """What to tell the client. Our own bugs are logged here, once; the client gets no traceback."""
+    if isinstance(error, LaneError):
+        kind = _BY_LANE_STATUS[error.status]
+        if kind is _INTERNAL:
+            logger.error("a lane failed a request: %s", error)
+        return ErrorReport(kind, str(error))
+    if isinstance(error, ConfigError):
+        kind = next(_BY_EXCEPTION[cls] for cls in type(error).__mro__ if cls in _BY_EXCEPTION)
+        return ErrorReport(kind, str(error), error.field or None)
+    logger.error("a request failed unexpectedly", exc_info=error)
+    return ErrorReport(_INTERNAL, "internal server error; the server's log has the details")

@@ -1,0 +1,295 @@
+"""The gRPC door: `stagemesh.v1.Inference` and `grpc.health.v1.Health` around an InferenceService.
+
+Ray Serve's gRPC ingress calls the method of the ingress deployment that is named like the rpc, with the
+request and, by the parameter name `grpc_context`, a context. `grpc.aio` servers call servicers alike, so
+tests need no Ray.
+
+Errors are set on the context and the call returns: an exception raised through Serve would be logged with a
+traceback for every mistyped request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from google.protobuf import json_format
+from grpc_health.v1.health_pb2 import (
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthListRequest,
+    HealthListResponse,
+)
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.deployments.ingress.choice import Choice, Piece
+from stagemesh.deployments.ingress.errors import report_error
+from stagemesh.deployments.ingress.service import Generation, InferenceService
+from stagemesh.deployments.openai.logprobs import TokenReport
+from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
+from stagemesh.deployments.proto import inference_pb2 as pb
+
+HEALTH_POLL_S = 0.5
+"""How often Watch looks for a change of readiness."""
+
+ResponseT = TypeVar("ResponseT", pb.GenerateResponse, pb.ChatResponse)
+ChunkT = TypeVar("ChunkT", pb.GenerateChunk, pb.ChatChunk)
+
+_SERVICES = ("", pb.DESCRIPTOR.services_by_name["Inference"].full_name)
+
+
+class GrpcContext(Protocol):
+    """The part of RayServegRPCContext, and of grpc.aio.ServicerContext, that is used here."""
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+
+    def set_details(self, details: str) -> None: ...
+
+
+class GrpcApi:
+    """One method per rpc. A mixin for the ingress deployment; set `inference_service` before any call."""
+
+    inference_service: InferenceService
+
+    async def Generate(self, request: pb.GenerateRequest, grpc_context: GrpcContext) -> pb.GenerateResponse:
+        accepting = self._accept_generate(request, stream=False)
+        return await _whole(accepting, pb.GenerateResponse, pb.GenerateChoice, _text_of_choice, grpc_context)
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, grpc_context: GrpcContext
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        accepting = self._accept_generate(request, stream=True)
+        async with aclosing(_chunks(accepting, pb.GenerateChunk, _text_of_piece, grpc_context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def Chat(self, request: pb.ChatRequest, grpc_context: GrpcContext) -> pb.ChatResponse:
+        accepting = self._accept_chat(request, stream=False)
+        return await _whole(accepting, pb.ChatResponse, pb.ChatChoice, _message_of_choice, grpc_context)
+
+    async def ChatStream(
+        self, request: pb.ChatRequest, grpc_context: GrpcContext
+    ) -> AsyncGenerator[pb.ChatChunk, None]:
+        accepting = self._accept_chat(request, stream=True)
+        async with aclosing(_chunks(accepting, pb.ChatChunk, _message_of_piece, grpc_context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def Models(self, request: pb.ModelsRequest, grpc_context: GrpcContext) -> pb.ModelsResponse:
+        cards = self.inference_service.models()
+        return pb.ModelsResponse(models=[pb.Model(id=card.id, max_model_len=card.max_model_len) for card in cards])
+
+    async def Check(self, request: HealthCheckRequest, grpc_context: GrpcContext) -> HealthCheckResponse:
+        """grpc.health.v1: SERVING while some lane can generate."""
+        if request.service not in _SERVICES:
+            grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
+            grpc_context.set_details(f"unknown service {request.service!r}")
+            return HealthCheckResponse()
+        return HealthCheckResponse(status=self._health(request.service))
+
+    async def Watch(
+        self, request: HealthCheckRequest, grpc_context: GrpcContext
+    ) -> AsyncGenerator[HealthCheckResponse, None]:
+        """grpc.health.v1: the status now and whenever it changes, until the client leaves."""
+        last = None
+        while True:
+            status = self._health(request.service)
+            if status != last:
+                last = status
+                yield HealthCheckResponse(status=status)
+            await asyncio.sleep(HEALTH_POLL_S)
+
+    async def List(self, request: HealthListRequest, grpc_context: GrpcContext) -> HealthListResponse:
+        """grpc.health.v1: the status of every service."""
+        statuses = {name: HealthCheckResponse(status=self._health(name)) for name in _SERVICES}
+        return HealthListResponse(statuses=statuses)
+
+    def _health(self, service: str) -> HealthCheckResponse.ServingStatus:
+        if service not in _SERVICES:
+            return HealthCheckResponse.SERVICE_UNKNOWN
+        ready = self.inference_service.ready()
+        return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
+
+    async def _accept_generate(self, request: pb.GenerateRequest, *, stream: bool) -> Generation:
+        # Through the HTTP schema, so that both doors accept and refuse the same.
+        fields = _shared_fields(request, stream)
+        kind = request.WhichOneof("prompt")
+        if kind is not None:
+            fields["prompt"] = request.text if kind == "text" else list(request.token_ids.ids)
+        return await self.inference_service.complete(CompletionRequest.parse(fields))
+
+    async def _accept_chat(self, request: pb.ChatRequest, *, stream: bool) -> Generation:
+        fields = _shared_fields(request, stream)
+        fields["messages"] = [_message(message) for message in request.messages]
+        if (count := fields.pop("logprobs", None)) is not None:
+            fields["logprobs"], fields["top_logprobs"] = True, count
+        if request.tools:
+            fields["tools"] = [_tool(i, tool) for i, tool in enumerate(request.tools)]
+        if request.tool_choice in ("auto", "none", "required"):
+            fields["tool_choice"] = request.tool_choice
+        elif request.tool_choice:
+            fields["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}
+        if request.HasField("parallel_tool_calls"):
+            fields["parallel_tool_calls"] = request.parallel_tool_calls
+        if request.HasField("chat_template_kwargs"):
+            fields["chat_template_kwargs"] = json_format.MessageToDict(request.chat_template_kwargs)
+        return await self.inference_service.chat(ChatRequest.parse(fields))
+
+
+# ---- requests
+
+
+def _shared_fields(request: pb.GenerateRequest | pb.ChatRequest, stream: bool) -> dict[str, Any]:
+    """The fields that are set, by the names that HTTP uses, which are the same."""
+    fields: dict[str, Any] = {"stream": stream}
+    if request.model:
+        fields["model"] = request.model
+    for descriptor, value in request.sampling.ListFields():
+        if descriptor.name == "logit_bias":
+            fields["logit_bias"] = {str(token_id): bias for token_id, bias in value.items()}
+        elif descriptor.name == "structured_outputs":
+            form = value.WhichOneof("form")
+            given = list(value.choice.texts) if form == "choice" else getattr(value, form or "json")
+            fields["structured_outputs"] = {form: given} if form else {}
+        else:
+            fields[descriptor.name] = value if isinstance(value, (bool, int, float)) else list(value)
+    return fields
+
+
+def _message(message: pb.ChatMessage) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        fields["tool_call_id"] = message.tool_call_id
+    return fields
+
+
+def _tool(i: int, tool: pb.Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.parameters:
+        try:
+            function["parameters"] = json.loads(tool.parameters)
+        except ValueError as error:
+            raise ConfigError(f"tools[{i}].parameters", tool.parameters, f"is not valid JSON: {error}") from error
+    return {"type": "function", "function": function}
+
+
+# ---- answers
+
+
+async def _whole(
+    accepting: Awaitable[Generation],
+    response: type[ResponseT],
+    choice: Callable[..., Any],
+    content: Callable[[Choice, str], dict[str, Any]],
+    grpc_context: GrpcContext,
+) -> ResponseT:
+    """The whole answer. choice: its type. content: the fields of a choice that hold what was said."""
+    try:
+        generation = await accepting
+        texts = await generation.collect()
+    except Exception as error:
+        _fail(grpc_context, error)
+        return response()
+    choices = [
+        choice(
+            index=one.index,
+            finish_reason=one.finish_reason,
+            logprobs=_logprobs(one.reports),
+            prompt_logprobs=_logprobs(one.prompt_reports() or ()),
+            **content(one, text),
+        )
+        for one, text in zip(generation.choices, texts, strict=True)
+    ]
+    return response(
+        id=generation.id,
+        model=generation.model,
+        created=generation.created,
+        choices=choices,
+        usage=_usage(generation),
+    )
+
+
+async def _chunks(
+    accepting: Awaitable[Generation],
+    chunk: type[ChunkT],
+    content: Callable[[Piece], dict[str, Any]],
+    grpc_context: GrpcContext,
+) -> AsyncGenerator[ChunkT, None]:
+    """The answer piece by piece, then its usage. content: the fields of a chunk that hold what was said."""
+    try:
+        generation = await accepting
+        async with aclosing(generation.pieces()) as pieces:
+            async for piece in pieces:
+                yield chunk(
+                    id=generation.id,
+                    index=piece.index,
+                    finish_reason=piece.finish_reason or "",
+                    logprobs=_logprobs(piece.logprobs),
+                    **content(piece),
+                )
+        yield chunk(id=generation.id, usage=_usage(generation))
+    except Exception as error:
+        _fail(grpc_context, error)
+
+
+def _text_of_choice(choice: Choice, text: str) -> dict[str, Any]:
+    return {"text": text}
+
+
+def _text_of_piece(piece: Piece) -> dict[str, Any]:
+    return {"text": piece.text}
+
+
+def _message_of_choice(choice: Choice, text: str) -> dict[str, Any]:
+    calls = [
+        pb.ToolCall(index=i, id=call.id, name=call.function.name, arguments=call.function.arguments)
+        for i, call in enumerate(choice.tool_calls)
+    ]
+    return {"message": pb.ChatMessage(role="assistant", content=text, tool_calls=calls)}
+
+
+def _message_of_piece(piece: Piece) -> dict[str, Any]:
+    calls = [
+        pb.ToolCall(index=delta.index, id=delta.id or "", name=delta.name or "", arguments=delta.arguments)
+        for delta in piece.tool_calls
+    ]
+    return {"content": piece.text, "tool_calls": calls}
+
+
+def _logprobs(reports: Sequence[TokenReport]) -> list[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(
+            token_id=report.token_id,
+            text=bytes(report.bytes),
+            logprob=report.logprob,
+            rank=report.rank or 0,
+            top=_logprobs(report.top),
+        )
+        for report in reports
+    ]
+
+
+def _usage(generation: Generation) -> pb.Usage:
+    usage = generation.usage
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.prompt_tokens_details.cached_tokens,
+    )
+
+
+def _fail(grpc_context: GrpcContext, error: Exception) -> None:
+    report = report_error(error)
+    grpc_context.set_code(report.kind.grpc_code)
+    grpc_context.set_details(report.message)

@@ -1,0 +1,319 @@
+"""The HTTP door: OpenAI's API as a Starlette app around an InferenceService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from stagemesh.deployments.ingress.choice import Choice
+from stagemesh.deployments.ingress.errors import BodyTooLarge, ErrorReport, openai_error, report_error
+from stagemesh.deployments.ingress.service import Generation, InferenceService
+from stagemesh.deployments.ingress.sse import ChatChunks, ChunkWriter, CompletionChunks, event
+from stagemesh.deployments.openai.embeddings import EmbeddingRequest
+from stagemesh.deployments.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
+from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest, InferenceRequest, OpenAIRequest
+from stagemesh.deployments.openai.responses import (
+    AssistantMessage,
+    ChatChoice,
+    ChatResponse,
+    CompletionChoice,
+    CompletionResponse,
+    ModelList,
+    PromptLogprobs,
+)
+
+MAX_DISCARDED_BYTES = 32 << 20
+"""How much of a body that is too large is read and thrown away before the connection is closed."""
+
+RequestT = TypeVar("RequestT", bound=OpenAIRequest)
+
+
+def build_http_app(service: InferenceService) -> Starlette:
+    """All HTTP routes. Errors, those of routing too, are OpenAI error objects."""
+    api = HttpApi(service)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", api.completions, methods=["POST"]),
+            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/v1/embeddings", api.embeddings, methods=["POST"]),
+            Route("/v1/models", api.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", api.model, methods=["GET"]),
+            Route("/health", api.health, methods=["GET"]),
+            Route("/ready", api.ready, methods=["GET"]),
+            Route("/metrics", api.metrics, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _routing_error},
+    )
+
+
+class JSON(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+class HttpApi:
+    """One method per route."""
+
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+
+    async def completions(self, request: Request) -> Response:
+        async def accept(body: CompletionRequest) -> Response:
+            generation = await self._service.complete(body)
+            return _answer(body, generation, CompletionChunks, _completion_response)
+
+        return await self._accept(request, CompletionRequest, accept)
+
+    async def chat_completions(self, request: Request) -> Response:
+        async def accept(body: ChatRequest) -> Response:
+            return _answer(body, await self._service.chat(body), ChatChunks, _chat_response)
+
+        return await self._accept(request, ChatRequest, accept)
+
+    async def embeddings(self, request: Request) -> Response:
+        async def accept(body: EmbeddingRequest) -> Response:
+            return WholeAnswer(lambda: self._service.embed(body))
+
+        return await self._accept(request, EmbeddingRequest, accept)
+
+    async def models(self, request: Request) -> Response:
+        return JSON(ModelList(self._service.models()))
+
+    async def model(self, request: Request) -> Response:
+        try:
+            return JSON(self._service.model(request.path_params["name"]))
+        except Exception as error:
+            return _error_response(report_error(error))
+
+    async def health(self, request: Request) -> Response:
+        """200 while this process runs."""
+        return JSON({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 while some lane can generate."""
+        if self._service.ready():
+            return JSON({"status": "ready"})
+        error = openai_error("no lane can generate yet", type="server_error", code="no_lane")
+        return JSON(error, 503, headers={"retry-after": "1"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def _accept(
+        self, request: Request, schema: type[RequestT], accept: Callable[[RequestT], Awaitable[Response]]
+    ) -> Response:
+        """Read and validate the request; the model runs when the returned response is called."""
+        try:
+            return await accept(schema.parse(await _read_body(request, self._service.max_body_bytes)))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody is there to read it
+        except Exception as error:
+            return _error_response(report_error(error))
+
+
+class Answer(Response):
+    """A response that is computed while it is sent, and is given up at once when the client leaves.
+
+    Starlette's StreamingResponse would notice a departure only by its next write where the server speaks
+    ASGI 2.4, which is too late for a sequence that waits in a queue.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(message: Message) -> None:
+            try:
+                await send(message)
+            except OSError as error:  # ASGI's sign for a closed connection
+                raise ClientDisconnect from error
+
+        with suppress(ClientDisconnect):  # nobody is there to read it
+            await _while_connected(receive, self._run(scope, receive, write))
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class WholeAnswer(Answer):
+    """What `compute` returns as one JSON object, when it is complete."""
+
+    def __init__(self, compute: Callable[[], Awaitable[msgspec.Struct]]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response: Response
+        try:
+            response = JSON(await self._compute())
+        except Exception as error:
+            response = _error_response(report_error(error))
+        await response(scope, receive, send)
+
+
+class StreamedAnswer(Answer):
+    """The answer as server-sent events, one write per piece of text, nothing held back.
+
+    The status is sent with the first piece, so a request that fails before it gets a proper error status. A
+    later failure is an event that holds the error object, and the stream ends there without [DONE].
+    """
+
+    def __init__(self, generation: Generation, chunks: ChunkWriter) -> None:
+        super().__init__()
+        self._generation = generation
+        self._chunks = chunks
+        self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
+        del self.headers["content-length"]
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        try:
+            async with aclosing(self._generation.pieces()) as pieces:
+                async for piece in pieces:
+                    if not started:
+                        started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    chunk = self._chunks.piece(piece)
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            last = self._chunks.end()
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            report = report_error(error)
+            if not started:
+                await _error_response(report)(scope, receive, send)
+                return
+            last = event(report.body())
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _answer(
+    body: InferenceRequest,
+    generation: Generation,
+    writer: type[ChunkWriter],
+    whole: Callable[[Generation, list[str]], msgspec.Struct],
+) -> Response:
+    """The answer in the way that the request wants it."""
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage is True
+        return StreamedAnswer(generation, writer(generation, include_usage=include_usage))
+
+    async def collected() -> msgspec.Struct:
+        return whole(generation, await generation.collect())
+
+    return WholeAnswer(collected)
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it as soon as the client has left (or this call is cancelled)."""
+
+    async def until_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(until_disconnect())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watching.cancel()
+        working.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+    if not working.cancelled():
+        working.result()
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Raises BodyTooLarge for more than `max_bytes`, of which it keeps nothing.
+
+    A body somewhat too large is read to its end nevertheless: were it left unread, the closing server would
+    reset the connection, and the client, still sending, would see that in place of our answer.
+    """
+    announced = request.headers.get("content-length", "")
+    size = int(announced) if announced.isdecimal() else 0
+    parts: list[bytes] = []
+    if size <= max_bytes + MAX_DISCARDED_BYTES:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > max_bytes + MAX_DISCARDED_BYTES:
+                break
+            if size <= max_bytes:
+                parts.append(part)
+            else:
+                parts.clear()
+    if size > max_bytes:
+        raise BodyTooLarge("", None, f"the request body is larger than the limit of {max_bytes} bytes")
+    return b"".join(parts)
+
+
+def _completion_response(generation: Generation, texts: list[str]) -> CompletionResponse:
+    choices = [
+        CompletionChoice(
+            choice.index,
+            text,
+            choice.finish_reason,
+            completion_logprobs(choice.reports) if choice.params.logprobs is not None else None,
+            _prompt_logprobs(choice),
+        )
+        for choice, text in zip(generation.choices, texts, strict=True)
+    ]
+    return CompletionResponse(generation.id, generation.created, generation.model, choices, generation.usage)
+
+
+def _chat_response(generation: Generation, texts: list[str]) -> ChatResponse:
+    choices = [
+        ChatChoice(
+            choice.index,
+            _assistant_message(choice, text),
+            choice.finish_reason,
+            chat_logprobs(choice.reports) if choice.params.logprobs is not None else None,
+        )
+        for choice, text in zip(generation.choices, texts, strict=True)
+    ]
+    return ChatResponse(
+        generation.id,
+        generation.created,
+        generation.model,
+        choices,
+        generation.usage,
+        prompt_logprobs=_prompt_logprobs(generation.choices[0]),
+    )
+
+
+def _assistant_message(choice: Choice, text: str) -> AssistantMessage:
+    if not choice.tool_calls:
+        return AssistantMessage(text)
+    return AssistantMessage(text or None, tool_calls=choice.tool_calls)
+
+
+def _prompt_logprobs(choice: Choice) -> PromptLogprobs | msgspec.UnsetType:
+    reports = choice.prompt_reports()
+    return msgspec.UNSET if reports is None else prompt_logprobs(reports)
+
+
+def _error_response(report: ErrorReport) -> Response:
+    response = JSON(report.body(), report.kind.http_status)
+    if report.kind.retry_after_s is not None:
+        response.headers["retry-after"] = str(report.kind.retry_after_s)
+    if report.kind.http_status == 413:
+        # The rest of the body may be on its way; there is no next request on this connection.
+        response.headers["connection"] = "close"
+    return response
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reasons = {404: f"{request.url.path} is not served here", 405: f"{request.method} is not allowed here"}
+    message = reasons.get(error.status_code, error.detail)
+    return JSON(openai_error(message), error.status_code, headers=error.headers)

@@ -1,0 +1,142 @@
+"""A router's way to the lanes: one lifetime call per request over Serve, tokens by the side channel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import msgspec
+import ray
+import zmq
+import zmq.asyncio
+from ray.serve.exceptions import RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import SamplingParams
+from stagemesh.deployments.ingress.lane_view import LaneView
+from stagemesh.deployments.ingress.lanes import LaneError
+from stagemesh.stages.messages.channel import bind_random_port
+from stagemesh.stages.messages.request import GenerateCall, GenerateSummary, LaneDigest, TokenBatch, TokenDelta
+
+logger = logging.getLogger("ray.serve")
+
+Arrived = TokenDelta | LaneError | None
+"""What a request waits for: tokens, the reason why there will be none, or (None) the end of its lifetime call."""
+LAST_TOKENS_TIMEOUT_S = 5.0
+"""How long tokens may still be on their way after the lifetime call has returned."""
+
+
+class RayLaneClient:
+    """Implements `deployments.lanes.LaneClient` over Ray Serve. One per router replica."""
+
+    def __init__(self, heads: DeploymentHandle[Any], view: LaneView, lane_timeout_s: float) -> None:
+        """`lane_timeout_s`: how long a request may wait until some lane takes it."""
+        self._heads = heads
+        self._lane_timeout_s = lane_timeout_s
+        self._view = view
+        self._encode_params = msgspec.msgpack.Encoder().encode
+        self._queues: dict[str, asyncio.Queue[Arrived]] = {}
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._address = bind_random_port(self._socket, ray.util.get_node_ip_address())
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self) -> None:
+        """Begin to take tokens in, and find the lanes; in the event loop that will serve requests."""
+        self._view.start()
+        self._keep(asyncio.create_task(self._receive()))
+        # A handle learns of its replicas with its first call.
+        self._keep(asyncio.create_task(self._first_call()))
+
+    def digests(self) -> list[LaneDigest]:
+        return self._view.digests()
+
+    def ready(self) -> bool:
+        return any(digest.state == "serving" for digest in self.digests())
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """Tokens of one request as they come. Closing the iterator aborts the request on its lane."""
+        call = GenerateCall(request_id, list(prompt_token_ids), self._encode_params(params), self._address)
+        queue: asyncio.Queue[Arrived] = asyncio.Queue()
+        self._queues[request_id] = queue
+        # In a context of its own: calls made from one HTTP request would share its id, by which Serve tells
+        # requests that wait for a replica apart, and all but the last would wait for ever.
+        response = contextvars.Context().run(self._heads.generate.remote, call)
+        ended = asyncio.ensure_future(response)
+        ended.add_done_callback(lambda _: queue.put_nowait(None))
+        self._keep(ended)
+
+        def check_lane() -> None:
+            if self._view.explain(request_id) is None:
+                reason = f"no lane could take the request within {self._lane_timeout_s:g} s"
+                queue.put_nowait(LaneError("unavailable", reason))
+
+        timer = asyncio.get_running_loop().call_later(self._lane_timeout_s, check_lane)
+        finished = False
+        try:
+            while not finished:
+                arrived = await queue.get()
+                if isinstance(arrived, LaneError):
+                    raise arrived
+                delta = arrived or await self._after_the_call(ended, queue)
+                finished = delta.finish_reason is not None
+                yield delta
+        finally:
+            timer.cancel()
+            self._queues.pop(request_id, None)
+            self._view.finished(request_id)
+            if not finished and not ended.done():
+                response.cancel()
+
+    async def _after_the_call(
+        self, ended: asyncio.Future[GenerateSummary], queue: asyncio.Queue[Arrived]
+    ) -> TokenDelta:
+        """The lifetime call is over before the last token came: it failed, or the rest is on its way."""
+        error = ended.exception()
+        if error is not None:
+            raise LaneError("lost", f"the lane running this request was lost ({type(error).__name__})") from error
+        summary = ended.result()
+        if summary.finish_reason == "refused":
+            raise ConfigError("", None, summary.error)
+        try:
+            delta = await asyncio.wait_for(queue.get(), LAST_TOKENS_TIMEOUT_S)
+        except TimeoutError:
+            delta = None
+        if not isinstance(delta, TokenDelta):
+            raise LaneError(
+                "internal",
+                f"the last of {summary.num_tokens} tokens did not come in {LAST_TOKENS_TIMEOUT_S:g} s",
+            )
+        queue.put_nowait(None)  # more may be on its way
+        return delta
+
+    async def _receive(self) -> None:
+        decode = msgspec.msgpack.Decoder(TokenBatch).decode
+        while True:
+            batch = decode(await self._socket.recv())
+            for delta in batch.deltas:
+                queue = self._queues.get(delta.request_id)
+                if queue is not None:
+                    queue.put_nowait(delta)
+
+    async def _first_call(self) -> None:
+        lane = await self._heads.lane_id.remote()
+        logger.info("first lane found: %s", lane)
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """asyncio holds tasks weakly; and a failure nobody awaits must still be seen."""
+        self._tasks.add(task)
+        task.add_done_callback(self._dropped)
+
+    def _dropped(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, RequestCancelledError):  # that one is our own doing: the client has left
+            logger.warning("%s: %s", type(error).__name__, str(error).splitlines()[-1:])

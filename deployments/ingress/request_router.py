@@ -1,0 +1,39 @@
+"""The adapter between Ray Serve's request routing and `router/`: Serve asks which head, `router/` answers."""
+
+from __future__ import annotations
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from stagemesh.deployments.ingress import lane_view
+from stagemesh.stages.messages.request import GenerateCall
+
+# Serve ships this class by value, with every global that it names: `lane_view` is named as a module, which
+# travels by reference, so that the class in the router process meets that process's own view.
+
+
+class LaneRouter(RequestRouter):
+    """Set as `request_router_class` of the head deployment; runs in each router replica."""
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        lane_view.VIEW.set_lanes(
+            {
+                replica.replica_metadata["lane"]: replica.replica_metadata["digests"]
+                for replica in replicas
+                if "lane" in replica.replica_metadata
+            }
+        )
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """One rank per lane, best first: Serve takes the next where one cannot take more."""
+        if pending_request is not None:
+            # Without this Serve asks again at once, and for ever, when no replica could take the request.
+            pending_request.routing_context.should_backoff = True
+        call = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        if not isinstance(call, GenerateCall):
+            return [candidate_replicas]
+        by_lane = {replica.replica_metadata.get("lane"): replica for replica in candidate_replicas}
+        ranked = [[by_lane.pop(lane)] for lane in lane_view.VIEW.choose(call) if lane in by_lane]
+        return [*ranked, list(by_lane.values())] if by_lane else ranked

@@ -1,0 +1,42 @@
+"""The Router deployment: the ingress that speaks HTTP and gRPC and sends requests to lanes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+
+from stagemesh.config.engine import EngineConfig
+from stagemesh.config.generation_config import default_sampling
+from stagemesh.deployments.ingress.grpc import GrpcApi
+from stagemesh.deployments.ingress.http import build_http_app
+from stagemesh.deployments.ingress.lane_client import RayLaneClient
+from stagemesh.deployments.ingress.lane_view import VIEW
+from stagemesh.deployments.ingress.service import InferenceService
+from stagemesh.stages.text.tokenizer import Tokenizer
+
+
+@serve.ingress()
+class Router(GrpcApi):
+    """Validates, tokenizes, picks a lane, streams text. Any number of replicas; they share nothing."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: EngineConfig, heads: DeploymentHandle[Any]
+    ) -> None:
+        self._lanes = RayLaneClient(heads, VIEW, config.args.startup_timeout_s)
+        self._lanes.start()
+        self.inference_service = InferenceService(
+            lanes=self._lanes,
+            tokenizer=Tokenizer.from_folder(config.folder_here()),
+            model_names=config.served_model_names,
+            max_model_len=config.max_model_len,
+            vocab_size=config.model.vocab_size,
+            sampling_defaults=default_sampling(config),
+            seed=config.args.seed,
+        )
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """Serve asks for the HTTP side after the constructor (see `serve.ingress`)."""
+        return build_http_app(self.inference_service)

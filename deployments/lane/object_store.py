@@ -1,0 +1,37 @@
+"""Activations through Ray's object store: works wherever Ray does, slower than point-to-point.
+
+The sender passes the tensor as an argument of an actor call to the same rank of the next stage; Ray puts
+anything large into the object store. Calls may run in any order, so every delivery carries its step.
+"""
+
+from __future__ import annotations
+
+import torch
+from ray.actor import ActorHandle
+
+from stagemesh.deployments.lane.mailbox import Mailbox
+
+
+class ObjectStoreTransport:
+    """An `ActivationTransport` (see `stages/worker/transport.py`) over actor calls."""
+
+    def __init__(self, mailbox: Mailbox, next_worker: ActorHandle | None, epoch: int, timeout_s: float) -> None:
+        self._mailbox = mailbox
+        self._next_worker = next_worker
+        self._epoch = epoch
+        self._timeout_s = timeout_s
+
+    def send(self, step: int, hidden: torch.Tensor) -> None:
+        # As bytes, because numpy has no bfloat16. A copy is made by the serializer.
+        raw = hidden.cpu().contiguous().view(torch.uint8).numpy()
+        assert self._next_worker is not None
+        self._next_worker.deliver.remote(self._epoch, step, raw)
+
+    def receive(self, step: int, into: torch.Tensor) -> torch.Tensor:
+        raw = self._mailbox.take(self._epoch, step, self._timeout_s)
+        # Arrays out of the object store are read-only: copy into our own buffer.
+        into.view(torch.uint8).copy_(torch.from_numpy(raw.copy()))
+        return into
+
+    def close(self) -> None:
+        self._mailbox.end(self._epoch)

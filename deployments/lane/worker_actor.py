@@ -1,0 +1,84 @@
+"""The ShardWorker actor: one rank of one stage in a process of its own.
+
+The head imports this file to make the actors; torch is imported in theirs only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import ray
+from ray.actor import ActorHandle
+
+from stagemesh.config.engine import EngineConfig
+from stagemesh.deployments.lane.mailbox import Mailbox, Raw
+from stagemesh.stages.messages.wiring import Endpoints, Progress, Wiring
+
+MAX_CONCURRENCY = 8
+"""Threads of the actor: `watch` and `run` hold one each, the rest answer `stop`, `progress` and `deliver`."""
+
+
+@ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=MAX_CONCURRENCY)
+class ShardWorker:
+    """A thin shell around `stages.worker.Worker`; made, watched and replaced by a `WorkerGroup`."""
+
+    def __init__(self, config: EngineConfig, stage: int, tp_rank: int) -> None:
+        from stagemesh.stages.worker.worker import Worker
+
+        limit_threads(config)
+        self._config = config
+        self._worker = Worker(config, stage, tp_rank, ray.util.get_node_ip_address())
+        self._mailbox = Mailbox()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def watch(self) -> None:
+        """Never returns: the caller learns at once, by the error of this call, that the process has died."""
+        threading.Event().wait()
+
+    def load(self) -> None:
+        self._worker.load()
+
+    def profile(self) -> int:
+        """How many KV blocks this rank has room for."""
+        return self._worker.profile()
+
+    def open(self, epoch: int) -> Endpoints:
+        return self._worker.open(epoch)
+
+    def connect(self, wiring: Wiring, next_worker: ActorHandle | None) -> None:
+        """Join the lane. `next_worker`: the same rank of the next stage, for the object store."""
+        if self._config.transport == "object_store":
+            from stagemesh.deployments.lane.object_store import ObjectStoreTransport
+
+            self._mailbox.open(wiring.epoch)
+            self._worker.connect(
+                wiring,
+                lambda: ObjectStoreTransport(self._mailbox, next_worker, wiring.epoch, self._config.peer_timeout_s),
+            )
+        else:
+            self._worker.connect(wiring)
+
+    def run(self) -> None:
+        self._worker.run()
+
+    def stop(self, epoch: int) -> None:
+        self._worker.stop(epoch)
+        self._mailbox.end(epoch)  # a rank that waits for activations sees the stop at once, not after a timeout
+
+    def progress(self) -> Progress:
+        return self._worker.progress()
+
+    def deliver(self, epoch: int, step: int, hidden: Raw) -> None:
+        """Activations from the stage before, by the object store."""
+        self._mailbox.put(epoch, step, hidden)
+
+
+def limit_threads(config: EngineConfig) -> None:
+    """Share the machine's cores among the ranks of a lane: more threads than cores make every step slower."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // (config.plan.tp_size * config.plan.pp_size)))

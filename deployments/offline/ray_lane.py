@@ -1,0 +1,159 @@
+"""A lane of Ray actors for a script: placement groups, worker groups, one wiring, the engine. No Ray Serve.
+
+Nothing heals here. A server goes on because somebody else waits for it; a script is told what broke, and where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import ray
+import zmq
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from stagemesh.config.engine import EngineConfig
+from stagemesh.deployments.lane.rendezvous import Rank, progress, wire
+from stagemesh.deployments.lane.worker_group import WorkerGroup, rank_resources
+from stagemesh.stages.engine.engine import Engine, TokenSink
+
+logger = logging.getLogger(__name__)
+
+EPOCH = 1
+AFTERMATH_S = 1.0
+"""How long after the first rank that failed the others are given to fail because of it."""
+LOST_PEER = re.compile(r"Connection (closed|reset)|gloo|NCCL|epoch \d+ is over|no activations for step", re.IGNORECASE)
+"""What a rank says when another one has gone: an effect, not the cause."""
+
+Result = TypeVar("Result")
+
+
+class ActorLane:
+    """`on_failure(reason)` is called once, from a thread of the lane, when it can run no further step."""
+
+    def __init__(self, config: EngineConfig, sink: TokenSink, on_failure: Callable[[str], None]) -> None:
+        """Start the actors and load the model. Raises PhaseError naming stage, rank and phase where that fails.
+
+        Runs in the Ray instance that the caller has joined, or in one of its own.
+        """
+        self._config = config
+        self._on_failure = on_failure
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            ray.init(log_to_driver=False)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lane", daemon=True)
+        self._thread.start()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._placements: list[PlacementGroup] = []
+        self._groups: list[WorkerGroup] = []
+        self._workers: dict[Rank, Any] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._closed = False
+        self.num_blocks = 0
+        self.engine = Engine(config, "offline", sink, self._step_failed)
+        try:
+            self._call(self._start())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the actors, their placement groups, and the Ray instance if it was started here; safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self.engine.close()
+        self._call(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._context.term()
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run `work` in the lane's event loop and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # -- in the lane's event loop ------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        plan = self._config.plan
+        for stage in range(plan.pp_size):
+            bundles = [rank_resources(self._config)] * plan.tp_size
+            self._placements.append(placement_group(bundles, strategy="STRICT_PACK"))
+            self._groups.append(WorkerGroup(self._config, stage, self._placements[-1]))
+        await asyncio.gather(*(group.start() for group in self._groups))
+        states = [await anext(group.states()) for group in self._groups]
+        if down := [state.reason for state in states if not state.is_up]:
+            raise RuntimeError("; ".join(down))
+        self._workers = {
+            (stage, tp_rank): worker
+            for stage, state in enumerate(states)
+            for tp_rank, worker in enumerate(state.workers)
+        }
+        self.num_blocks = min(state.num_blocks for state in states)
+        host = ray.util.get_node_ip_address()
+        channel = await wire(self._config, self._context, host, EPOCH, self._workers, self.num_blocks)
+        self._watching = asyncio.create_task(self._watch())  # asyncio holds tasks weakly
+        await asyncio.wrap_future(self.engine.attach(channel, EPOCH, self.num_blocks))
+        await asyncio.wrap_future(self.engine.set_state("serving"))
+
+    async def _watch(self) -> None:
+        """Wait until a rank leaves its run loop, which none does while the lane is open."""
+        runs = {rank: asyncio.ensure_future(worker.run.remote()) for rank, worker in self._workers.items()}
+        await asyncio.wait(runs.values(), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(runs.values(), timeout=AFTERMATH_S)
+        failed = {rank: error for rank, run in runs.items() if run.done() and (error := run.exception()) is not None}
+        for run in runs.values():
+            run.cancel()
+        if failed and not self._closed:
+            self._close_groups()
+            self.engine.detach("failed")
+            self._on_failure(blame(failed))
+
+    def _step_failed(self, epoch: int, reason: str) -> None:
+        """The engine gave a step up (called in its thread): say what every rank is doing."""
+        if not self._closed:
+            asyncio.run_coroutine_threadsafe(self._report(reason), self._loop)
+
+    async def _report(self, reason: str) -> None:
+        where = []
+        for (stage, tp_rank), answer in (await progress(self._workers)).items():
+            who = f"stage {stage} rank {tp_rank}"
+            if answer is None:
+                where.append(f"{who} does not answer")
+            elif answer.phase != "idle":
+                where.append(f"{who} in '{answer.phase}' for {answer.seconds:.1f} s")
+        self._on_failure("; ".join([reason, *where]))
+
+    async def _stop(self) -> None:
+        self._close_groups()
+        for placement in self._placements:
+            remove_placement_group(placement)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+    def _close_groups(self) -> None:
+        for group in self._groups:
+            group.close()
+
+
+def blame(failed: dict[Rank, BaseException]) -> str:
+    """The cause among the errors of several ranks: those that only lost a peer are left out where others did not."""
+
+    def cause(error: BaseException) -> str:
+        # Ray wraps what was raised; the original has the short message, the wrapper a traceback.
+        original = getattr(error, "cause", None) or error
+        return f"{type(original).__name__}: {str(original)[-300:]}"
+
+    reasons = {rank: cause(error) for rank, error in sorted(failed.items())}
+    causes = {rank: reason for rank, reason in reasons.items() if not LOST_PEER.search(reason)} or reasons
+    return "; ".join(f"stage {stage} rank {tp_rank}: {reason}" for (stage, tp_rank), reason in causes.items())

@@ -1,0 +1,129 @@
+"""What a request changes about the logits of its next token, worked out on the head from the tokens so far.
+
+Penalties, allowed tokens, bad words and grammars are pure functions of prompt and answer, so an answer comes out
+the same alone, in a batch, after preemption and on another lane. No torch here: a worker gets them as LogitEdits.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from stagemesh.config.sampling import SamplingParams
+from stagemesh.stages.engine.grammar import Grammar, TokenMask, token_mask
+from stagemesh.stages.messages.step import LogitEdits
+
+EncodeText = Callable[[str], list[int]]
+"""Text → token ids, without the tokenizer's special tokens."""
+
+
+class LogitRules:
+    """The rules of one request. `edits` may be asked for any answer so far, in any order."""
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], grammar: Grammar | None) -> None:
+        self._params = params
+        self._grammar = grammar
+        self._allowed = None if params.allowed_token_ids is None else token_mask(params.allowed_token_ids)
+        bias = sorted(params.logit_bias.items())
+        self._bias_ids = array("i", [token_id for token_id, _ in bias]).tobytes()
+        self._bias = array("f", [value for _, value in bias]).tobytes()
+        self._repeats = params.repetition_penalty != 1.0
+        self._has_penalties = self._repeats or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+        self._prompt_ids = array("i", sorted(set(prompt_token_ids))).tobytes() if self._repeats else b""
+        self._counts: dict[int, int] = {}
+        self._num_counted = 0
+
+    @classmethod
+    def of(
+        cls, params: SamplingParams, prompt_token_ids: Sequence[int], grammar: Grammar | None = None
+    ) -> LogitRules | None:
+        """None for a request that leaves the logits as they are."""
+        if (
+            grammar is None
+            and params.allowed_token_ids is None
+            and not params.logit_bias
+            and not params.bad_words_token_ids
+            and params.repetition_penalty == 1.0
+            and params.frequency_penalty == 0.0
+            and params.presence_penalty == 0.0
+        ):
+            return None
+        return cls(params, prompt_token_ids, grammar)
+
+    @property
+    def error(self) -> str:
+        """Why the answer had to end before it had its form; empty as long as all is well."""
+        return "" if self._grammar is None else self._grammar.error
+
+    def edits(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> LogitEdits:
+        """For the token that follows `output_token_ids`; `banned_token_ids` are those that may not come now."""
+        if self._has_penalties:
+            self._count(output_token_ids)
+        return LogitEdits(
+            allowed=self._allowed_now(output_token_ids, banned_token_ids),
+            bias_ids=self._bias_ids,
+            bias=self._bias,
+            repetition_penalty=self._params.repetition_penalty,
+            frequency_penalty=self._params.frequency_penalty,
+            presence_penalty=self._params.presence_penalty,
+            prompt_ids=self._prompt_ids,
+            output_ids=array("i", self._counts).tobytes(),
+            output_counts=array("i", self._counts.values()).tobytes(),
+        )
+
+    def bad_endings(self, output_token_ids: Sequence[int]) -> list[int]:
+        """Token ids that would complete a bad word now."""
+        found = []
+        for word in self._params.bad_words_token_ids:
+            num_before = len(word) - 1
+            start = len(output_token_ids) - num_before
+            if start >= 0 and list(output_token_ids[start:]) == list(word[:num_before]):
+                found.append(word[-1])
+        return found
+
+    def _allowed_now(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> bytes:
+        """All limits as one mask. One that would leave no token does not count: a grammar that has come to its
+        end allows only EOS, whatever min_tokens says; and a grammar is obeyed before allowed_token_ids."""
+        grammar = None if self._grammar is None else self._grammar.mask(output_token_ids)
+        mask = _intersection(grammar, self._allowed)
+        if mask is None or not banned_token_ids:
+            return b"" if mask is None else mask.tobytes()
+        ids = np.array([token_id for token_id in banned_token_ids if token_id < 8 * len(mask)], np.int64)
+        left = mask.copy()
+        np.bitwise_and.at(left, ids >> 3, ~(1 << (ids & 7)).astype(np.uint8))
+        return (left if left.any() else mask).tobytes()
+
+    def _count(self, output_token_ids: Sequence[int]) -> None:
+        if len(output_token_ids) < self._num_counted:
+            self._counts.clear()
+            self._num_counted = 0
+        for token_id in output_token_ids[self._num_counted :]:
+            self._counts[token_id] = self._counts.get(token_id, 0) + 1
+        self._num_counted = len(output_token_ids)
+
+
+def bad_words_token_ids(words: Sequence[str], encode: EncodeText) -> tuple[tuple[int, ...], ...]:
+    """Each word as it is tokenized at the start of a text and, where that is another first token, after a space.
+
+    vLLM's rule (`SamplingParams.update_from_tokenizer`).
+    """
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        plain = tuple(encode(word.lstrip()))
+        spaced = tuple(encode(" " + word.lstrip()))
+        if plain:
+            found.append(plain)
+        if plain and spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+            found.append(spaced)
+    return tuple(found)
+
+
+def _intersection(first: TokenMask | None, second: TokenMask | None) -> TokenMask | None:
+    """Both masks, or the one that there is; the first where they have nothing in common."""
+    if first is None or second is None:
+        return second if first is None else first
+    size = min(len(first), len(second))
+    both = first[:size] & second[:size]
+    return both if both.any() else first

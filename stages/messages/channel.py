@@ -1,0 +1,177 @@
+"""Step plans to the workers and results back, over ZeroMQ with msgpack: no pickle, one socket pair per epoch.
+
+Every epoch opens fresh sockets, so a message of an older wiring has nowhere to arrive. PUSH/PULL keeps the
+order of each sender, blocks nobody and queues what is sent before the peer has connected.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import zmq
+
+from stagemesh.stages.messages.request import LaneDigest, TokenBatch, TokenDelta
+from stagemesh.stages.messages.step import HeadMessage, SampledTokens, ToWorker, WorkerMessage
+
+ROUTER_IDLE_S = 60.0
+"""A router with no token for this long is forgotten until the next: it may have gone for good."""
+
+
+class ChannelClosed(RuntimeError):
+    """A peer can no longer be reached, or the message would not fit its queue."""
+
+
+def bind_random_port(socket: zmq.Socket[Any], host: str) -> str:
+    """Bind to a free port of `host` (a private address of this machine) and return the full address."""
+    port = socket.bind_to_random_port(f"tcp://{host}")
+    return f"tcp://{host}:{port}"
+
+
+class _PlanSockets:
+    """One PUSH socket to the plan socket of each of some workers; what is sent goes to all of them."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._context = context
+        self._encoder = msgspec.msgpack.Encoder()
+        self._sockets: list[zmq.Socket[bytes]] = []
+
+    def connect(self, addresses: Iterable[str]) -> None:
+        for address in addresses:
+            socket = self._context.socket(zmq.PUSH)
+            socket.connect(address)
+            self._sockets.append(socket)
+
+    def send(self, message: ToWorker) -> None:
+        """Never waits; raises ChannelClosed where a queue is full (its worker is gone)."""
+        data = self._encoder.encode(message)
+        for socket in self._sockets:
+            try:
+                socket.send(data, zmq.NOBLOCK)
+            except zmq.Again:
+                raise ChannelClosed("a worker's plan queue is full: it no longer reads its plans") from None
+
+    def close(self) -> None:
+        for socket in self._sockets:
+            socket.close(linger=500)  # what was sent just before, a StopRun say, must still go out; nobody waits for it
+        self._sockets.clear()
+
+
+class HeadChannel:
+    """The head's end: one PUSH socket per worker, one PULL socket for all results. One thread may use it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
+        self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
+        self._workers = _PlanSockets(context)
+        self.results = context.socket(zmq.PULL)
+        self.address = bind_random_port(self.results, host)
+
+    def connect(self, addresses: list[str]) -> None:
+        """Reach the workers' plan sockets."""
+        self._workers.connect(addresses)
+
+    def send(self, message: HeadMessage) -> None:
+        """Queue `message` to every worker; raises ChannelClosed where a queue is full (its worker is gone)."""
+        self._workers.send(message)
+
+    def receive(self) -> list[WorkerMessage]:
+        """All messages that have arrived; never waits."""
+        messages: list[WorkerMessage] = []
+        while True:
+            try:
+                data = self.results.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            messages.append(self._decoder.decode(data))
+
+    def close(self) -> None:
+        """Free the sockets; safe to call twice."""
+        self._workers.close()
+        self.results.close(linger=0)
+
+
+class WorkerChannel:
+    """A worker's end: bound before the wiring is known, connected to the others when it is."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+        self._plans = context.socket(zmq.PULL)
+        self.address = bind_random_port(self._plans, host)
+        self._results = context.socket(zmq.PUSH)
+        self._results.setsockopt(zmq.LINGER, 1000)
+        self._fed = _PlanSockets(context)
+
+    def connect(self, head_address: str, feed_to: Iterable[str] = ()) -> None:
+        """feed_to: plan sockets of the workers that `feed` reaches."""
+        self._results.connect(head_address)
+        self._fed.connect(feed_to)
+
+    def receive(self, timeout_ms: int) -> ToWorker | None:
+        """The next message, or None after `timeout_ms` without one."""
+        if not self._plans.poll(timeout_ms):
+            return None
+        return self._decoder.decode(self._plans.recv())
+
+    def send(self, message: WorkerMessage) -> None:
+        self._results.send(self._encoder.encode(message))
+
+    def feed(self, tokens: SampledTokens) -> None:
+        """Queue `tokens` to every worker that needs them; raises ChannelClosed as HeadChannel.send does."""
+        self._fed.send(tokens)
+
+    def close(self) -> None:
+        """Free the sockets; safe to call twice."""
+        self._plans.close(linger=0)
+        self._results.close()
+        self._fed.close()
+
+
+@dataclass
+class _Link:
+    socket: zmq.Socket[bytes]
+    used_at: float
+
+
+class RouterLinks:
+    """A head's way to the routers: new tokens to the one that asked, digests to all. One thread may use it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, lane: str) -> None:
+        self._context = context
+        self._lane = lane
+        self._encoder = msgspec.msgpack.Encoder()
+        self._routers: dict[str, _Link] = {}
+        self._digests = context.socket(zmq.PUB)
+        self.digest_address = bind_random_port(self._digests, host)
+
+    def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
+        """One message with `deltas`; False when the router's queue is full, which means that it is gone."""
+        if not reply_to:
+            return True  # the head's own warm-up
+        link = self._routers.get(reply_to)
+        if link is None:
+            link = self._routers[reply_to] = _Link(self._context.socket(zmq.PUSH), 0.0)
+            link.socket.connect(reply_to)
+        link.used_at = time.monotonic()
+        try:
+            link.socket.send(self._encoder.encode(TokenBatch(self._lane, deltas)), zmq.NOBLOCK)
+        except zmq.Again:
+            self._routers.pop(reply_to).socket.close(linger=0)
+            return False
+        return True
+
+    def publish(self, digest: LaneDigest) -> None:
+        self._digests.send(self._encoder.encode(digest))
+        now = time.monotonic()
+        for reply_to in [name for name, link in self._routers.items() if now - link.used_at > ROUTER_IDLE_S]:
+            self._routers.pop(reply_to).socket.close(linger=0)
+
+    def close(self) -> None:
+        """Free the sockets; safe to call twice. The engine's thread must have ended."""
+        for link in self._routers.values():
+            link.socket.close(linger=500)
+        self._routers.clear()
+        self._digests.close(linger=0)

@@ -1,0 +1,94 @@
+"""What travels between routers and leaders: requests, their tokens, and what a lane says of itself."""
+
+from __future__ import annotations
+
+import msgspec
+
+from stagemesh.stages.messages.step import TokenLogprobs
+
+
+class TokenDelta(msgspec.Struct, array_like=True):
+    """New tokens of one request after an engine step, from a head to the router that asked."""
+
+    request_id: str
+    offset: int
+    """Index of the first of `token_ids` in the answer; a gap or an overlap is a protocol error."""
+    token_ids: list[int]
+    finish_reason: str | None = None
+    """None while running; else "stop" (EOS or a stop id), "length", "abort", "error"."""
+    stop_token_id: int | None = None
+    """The explicit stop or EOS id that ended it. It is the last of token_ids."""
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache; set on the first delta of a request."""
+    error: str = ""
+    """With finish_reason "error": what went wrong."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One per token id, if the request asked for them."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt's tokens after the first; on the first delta of a request that asked for them."""
+    embedding: bytes = b""
+    """float32: the prompt's vector, in the only delta of a request for it, which has no tokens."""
+
+
+class TokenBatch(msgspec.Struct, array_like=True):
+    """All new tokens of one router's requests after an engine step, or two whose results came at once."""
+
+    lane: str
+    deltas: list[TokenDelta]
+
+
+class LaneDigest(msgspec.Struct, array_like=True):
+    """A head's own account of itself, published to the routers when it changes, at most a few times a second."""
+
+    lane: str
+    """The head's Serve replica id."""
+    state: str
+    """"starting" | "serving" | "healing" | "failed"."""
+    epoch: int
+    num_running: int
+    num_waiting: int
+    queued_prefill_tokens: int
+    """Prompt tokens admitted or waiting whose KV is not computed yet."""
+    running_kv_tokens: int
+    num_blocks: int
+    num_free_blocks: int
+    """Free or evictable."""
+    num_preemptions: int
+    prefix_queries: int
+    """Prompt tokens looked up in the prefix cache so far."""
+    prefix_hits: int
+    prompt_tokens: int
+    generation_tokens: int
+    num_steps: int
+    schedule_s: float
+    """Sum over steps: choosing the batch, building and sending the plan, taking the result in."""
+    outside_s: float
+    """Sum over steps: what each took beside its time inside the model and its waits for other steps. Scheduling is in
+    it as far as a step had to wait for that."""
+    model_s: float
+    """Sum over steps and stages: inside the model."""
+    block_size: int
+    expert_tokens: list[int] = []
+    """As in WorkerStats, over the life and all stages of the lane."""
+    expert_imbalance: float = 0.0
+    """The mean over all mixture layers of the lane, as their stages last reported it; 0 where nobody has."""
+
+
+class GenerateCall(msgspec.Struct):
+    """A request as it goes from a router to a head (argument of the one unary Serve call)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: bytes
+    """msgpack of SamplingParams with a definite seed."""
+    reply_to: str
+    """ZeroMQ address of the router's PULL socket for TokenBatch messages."""
+
+
+class GenerateSummary(msgspec.Struct):
+    """What the unary call returns when the request has ended: lets the router check that nothing is missing."""
+
+    request_id: str
+    num_tokens: int
+    finish_reason: str
+    error: str = ""

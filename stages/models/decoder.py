@@ -1,0 +1,161 @@
+"""A decoder-only language model, or the layers of it that one stage holds. Families say what a layer is."""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+from torch import Tensor
+
+from stagemesh.config.model import ModelConfig
+from stagemesh.config.parallel import kv_heads
+from stagemesh.stages.layers.checkpoint import Checkpoint
+from stagemesh.stages.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from stagemesh.stages.layers.forward_batch import StepBatch
+from stagemesh.stages.layers.linear import MakeMethod, dense_method
+from stagemesh.stages.layers.moe import MixtureOfExperts
+from stagemesh.stages.layers.norm import RMSNorm
+from stagemesh.stages.layers.tensor_parallel import TensorShard
+
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm"
+HEAD = "lm_head.weight"
+
+HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+"""Buffers that old checkpoints carry and every implementation computes for itself."""
+
+
+class AttentionBlock(Protocol):
+    def load(self, checkpoint: Checkpoint) -> None: ...
+
+    def __call__(self, x: Tensor, batch: StepBatch, cache: Tensor) -> Tensor: ...
+
+
+class FeedForward(Protocol):
+    def load(self, checkpoint: Checkpoint) -> None: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class DecoderLayer:
+    """The residual stream and what is still to be added to it travel apart: add and norm are one kernel."""
+
+    def __init__(
+        self,
+        input_norm: RMSNorm,
+        attention: AttentionBlock,
+        post_attention_norm: RMSNorm,
+        feed_forward: FeedForward,
+    ) -> None:
+        self.input_norm = input_norm
+        self.attention = attention
+        self.post_attention_norm = post_attention_norm
+        self.feed_forward = feed_forward
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.input_norm.load(checkpoint)
+        self.attention.load(checkpoint)
+        self.post_attention_norm.load(checkpoint)
+        self.feed_forward.load(checkpoint)
+
+    def __call__(self, stream: Tensor, update: Tensor | None, batch: StepBatch, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """(stream, update) → (stream, update), all [T, hidden]; the layer's output is their sum.
+
+        `update` is None at the start of a stage, where nothing is left to be added.
+        """
+        if update is None:
+            normed = self.input_norm(stream)
+        else:
+            normed, stream = self.input_norm.after_add(update, stream)
+        update = self.attention(normed, batch, cache)
+        normed, stream = self.post_attention_norm.after_add(update, stream)
+        return stream, self.feed_forward(normed)
+
+
+class CausalLM:
+    """Layers [start, end) of a model; the embedding if start is 0, norm and head if end is the last layer.
+
+    Written as if for one device; what a rank holds of each layer is the layers' own business. A family
+    implements `make_layer`. Instances are made empty and filled by `load`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: tuple[int, int],
+        tp: TensorShard,
+        make_method: MakeMethod = dense_method,
+        *,
+        expert_parallel: bool = False,
+    ) -> None:
+        self.config = config
+        self.expert_parallel = expert_parallel
+        self.tp = tp
+        self.make_method = make_method
+        self.start, self.end = layers
+        self.layers = [self.make_layer(i) for i in range(self.start, self.end)]
+        vocab = (config.vocab_size, config.hidden_size, tp)
+        head_name = EMBEDDING if config.tie_word_embeddings else HEAD
+        self.embedding = VocabParallelEmbedding(EMBEDDING, *vocab) if self.is_first else None
+        self.norm = RMSNorm(NORM, config.hidden_size, config.rms_norm_eps) if self.is_last else None
+        self.head = VocabParallelHead(head_name, *vocab) if self.is_last else None
+
+    def make_layer(self, index: int) -> DecoderLayer:
+        raise NotImplementedError
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.config.num_layers
+
+    def kv_block_shape(self, block_size: int) -> tuple[int, ...]:
+        """Of one block of one layer's cache on this rank, as kernels/README.md describes it."""
+        num_kv_heads = len(kv_heads(self.config, self.tp.size, self.tp.rank))
+        return (self.config.kv_sides, num_kv_heads, block_size, self.config.head_dim)
+
+    def load(self, checkpoint: Checkpoint) -> list[str]:
+        """Read this rank's weights; returns the checkpoint's tensors that no stage of this model uses."""
+        if self.embedding:
+            self.embedding.load(checkpoint)
+        for layer in self.layers:
+            layer.load(checkpoint)
+        if self.norm and self.head:
+            self.norm.load(checkpoint)
+            self.head.load(checkpoint, self.embedding if self.config.tie_word_embeddings else None)
+        return sorted(name for name in checkpoint.names_left() if not self._is_elsewhere(name))
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether `name` belongs to another stage, or does not matter."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer and not self.start <= int(layer[1]) < self.end:
+            return int(layer[1]) < self.config.num_layers
+        # A tied head is sometimes saved as well.
+        return name in (EMBEDDING, f"{NORM}.weight", HEAD) or HARMLESS.search(name) is not None
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] → [T, hidden]; first stage only."""
+        assert self.embedding is not None
+        return self.embedding(token_ids)
+
+    def forward(self, hidden: Tensor, batch: StepBatch, caches: list[Tensor]) -> Tensor:
+        """The layers of this stage: [T, hidden] → [T, hidden]."""
+        stream, update = hidden, None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            stream, update = layer(stream, update, batch, cache)
+        return stream if update is None else stream + update
+
+    def expert_load(self) -> dict[int, list[int]]:
+        """Layer → tokens that each of its experts got in the last step, for the mixtures of this stage."""
+        return {
+            index: layer.feed_forward.tokens_per_expert.tolist()
+            for index, layer in enumerate(self.layers, self.start)
+            if isinstance(layer.feed_forward, MixtureOfExperts)
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """Last stage only: [n, hidden] → [n, vocab_size] on tp rank 0, None on the others."""
+        assert self.norm is not None and self.head is not None
+        return self.head(self.norm(hidden))

@@ -1,0 +1,262 @@
+"""One rank's part of the model: loads it, runs step plans through it, samples. No sockets, no Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagemesh.config.engine import EngineConfig
+from stagemesh.config.errors import ConfigError
+from stagemesh.stages.layers.checkpoint import Checkpoint
+from stagemesh.stages.layers.linear import MakeMethod
+from stagemesh.stages.layers.moe import MixtureOfExperts
+from stagemesh.stages.layers.quantized_linear import linear_methods
+from stagemesh.stages.layers.rotary import RotaryTable
+from stagemesh.stages.layers.tensor_parallel import TensorGroup, TensorShard
+from stagemesh.stages.messages.step import StepPlan, StepResult, TokenLogprobs
+from stagemesh.stages.models.decoder import CausalLM
+from stagemesh.stages.models.registry import model_class
+from stagemesh.stages.worker.batch_builder import BatchMaker
+from stagemesh.stages.worker.kv_cache import KVCache, host_memory_available
+from stagemesh.stages.worker.pooler import Pooler
+from stagemesh.stages.worker.sampler import sample, token_logprobs
+
+logger = logging.getLogger(__name__)
+
+PROMPT_LOGPROBS_ROWS = 128
+"""Prompt tokens whose logits, over the whole vocabulary, are in memory at a time."""
+
+
+class ModelRunner:
+    """Rank `tp_rank` of stage `stage`.
+
+    Life: `load`, `allocate_kv`, `set_group` (again after each re-wiring), then `execute` for every plan, followed
+    by `sample` on the last stage. One caller at a time.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        stage: int,
+        tp_rank: int,
+        device: torch.device,
+        make_method: MakeMethod | None = None,
+    ) -> None:
+        """make_method: for the linear layers; by default that of the format which `config` names."""
+        self._config = config
+        self._make_method = make_method or linear_methods(config.quantization)
+        self._device = device
+        self._dtype = getattr(torch, config.dtype)
+        self._kv_dtype = torch.float8_e4m3fn if config.args.kv_cache_dtype == "fp8" else self._dtype
+        self._stage = stage
+        self._tp = TensorShard(tp_rank, config.plan.tp_size)
+        self._block_size = config.args.block_size
+        self._model: CausalLM | None = None
+        self._cache: KVCache | None = None
+        self._batches: BatchMaker | None = None
+        self._pooler = Pooler()
+        self._mixtures: list[MixtureOfExperts] = []
+        self._expert_tokens: Tensor | None = None
+
+    # -- before the first step ---------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def load(self) -> None:
+        """Read this rank's weights from the model folder; ConfigError names what does not fit."""
+        model_config = self._config.model
+        layers = self._config.plan.layer_ranges[self._stage]
+        model = model_class(model_config.architecture)(
+            model_config, layers, self._tp, self._make_method, expert_parallel=self._config.plan.expert_parallel
+        )
+        with Checkpoint(self._config.folder_here(), self._dtype, self._device) as checkpoint:
+            unused = model.load(checkpoint)
+        if unused and self._tp.rank == 0:
+            logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), ", ".join(unused[:10]))
+        sides, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
+        rotary = RotaryTable(
+            model_config.rope, model_config.rotary_dim, self._config.max_model_len, self._dtype, self._device
+        )
+        num_heads = model_config.num_heads // self._tp.size
+        shape = (num_heads, num_kv_heads, block_size, head_dim)
+        self._batches = BatchMaker(rotary, *shape, self._dtype, self._device, model_config.sliding_window, sides)
+        self._model = model
+        if self._tp.rank == 0:  # one rank counts for all
+            blocks = [layer.feed_forward for layer in model.layers]
+            self._mixtures = [block for block in blocks if isinstance(block, MixtureOfExperts)]
+
+    def kv_bytes_per_block(self) -> int:
+        """Of the cache on this rank, over the layers of its stage."""
+        model = self._loaded()
+        shape = model.kv_block_shape(self._block_size)
+        return int(np.prod(shape)) * self._kv_dtype.itemsize * len(model.layers)
+
+    def max_kv_blocks(self) -> int:
+        """How many blocks this rank has room for, once its weights are loaded; ConfigError if not even one."""
+        budget = self._config.kv_cache_memory_bytes
+        if budget is None:
+            budget = self._cuda_kv_budget()
+        elif self._device.type == "cpu" and budget > (free := host_memory_available()):
+            raise ConfigError("kv_cache_memory_bytes", budget, f"this machine has {free} bytes left")
+        blocks = budget // self.kv_bytes_per_block()
+        if blocks < 1:
+            raise ConfigError("kv_cache_memory_bytes", budget, "too little for a single block of KV cache")
+        return blocks
+
+    def _cuda_kv_budget(self) -> int:
+        """What gpu_memory_utilization leaves beside everything else on the device and the largest step."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        activations = self._measure_activations()
+        utilization = self._config.args.gpu_memory_utilization
+        budget = int(total * utilization) - (total - free) - activations
+        if budget < self.kv_bytes_per_block():
+            reason = f"leaves no KV cache: weights and others use {total - free} bytes, a step {activations}"
+            raise ConfigError("gpu_memory_utilization", utilization, reason)
+        return budget
+
+    def _measure_activations(self) -> int:
+        """Peak bytes, beside weights and cache, of the widest step that the scheduler may make."""
+        num_tokens = self._config.max_num_batched_tokens
+        plan = _widest_plan(num_tokens, self._config.max_model_len, self._block_size)
+        model = self._loaded()
+        self.allocate_kv(len(plan.block_tables) // 4)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        hidden = self.execute(plan, None if model.is_first else self.empty_hidden(num_tokens))
+        if model.is_last:
+            self.logits(plan, hidden[: self._config.max_num_seqs], rows="all")
+        torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        self._cache = None
+        self._expert_tokens = None
+        torch.cuda.empty_cache()
+        return peak
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """A cache of `num_blocks` blocks in place of the one before; what was cached is lost."""
+        model = self._loaded()
+        self._cache = None
+        self._cache = KVCache(
+            len(model.layers), num_blocks, model.kv_block_shape(self._block_size), self._kv_dtype, self._device
+        )
+
+    def set_group(self, group: TensorGroup) -> None:
+        """The ranks of this stage, wired for a new epoch."""
+        assert (group.rank, group.size) == (self._tp.rank, self._tp.size)
+        self._tp.group = group
+
+    # -- steps -------------------------------------------------------------------------------------------
+
+    def empty_hidden(self, num_tokens: int) -> Tensor:
+        """Room for what the stage before sends: [num_tokens, hidden] in the model's dtype."""
+        return torch.empty(num_tokens, self._config.model.hidden_size, dtype=self._dtype, device=self._device)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan, hidden: Tensor | None, fed_token_ids: Sequence[int] = ()) -> Tensor:
+        """Run the plan's T tokens through the layers of this stage: hidden states [T, hidden].
+
+        The first stage embeds the plan's tokens and takes None, and what step `plan.fed_by` sampled if there is one.
+        The others take what the stage before returned.
+        """
+        model = self._loaded()
+        assert self._cache is not None and self._batches is not None, "allocate_kv() comes first"
+        batch = self._batches.make(plan, fed_token_ids)
+        if hidden is None:
+            hidden = model.embed(batch.token_ids)
+        hidden = model.forward(hidden, batch, self._cache.layers)
+        if self._mixtures:
+            tokens = torch.stack([mixture.tokens_per_expert for mixture in self._mixtures]).sum(0)
+            self._expert_tokens = tokens if self._expert_tokens is None else self._expert_tokens + tokens
+        return hidden
+
+    @torch.inference_mode()
+    def sample(self, plan: StepPlan, hidden: Tensor) -> StepResult | None:
+        """Last stage: the next token of each sequence that the plan has a SampleSpec for, in plan order, and the
+        log-probabilities that it asks for.
+
+        `hidden`: what `execute` returned for this plan. A result on tp rank 0, None on the other ranks.
+        """
+        result = StepResult(plan.epoch, plan.step, [])
+        if plan.prompt_logprobs:
+            result.prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        if plan.pools and self._tp.rank == 0:
+            norm = self._loaded().norm
+            assert norm is not None
+            result.pooled = self._pooler.pool(plan, hidden, norm)
+        specs = [spec for spec in plan.samples if spec is not None]
+        logits = self.logits(plan, hidden) if specs else None
+        if logits is not None:
+            asked = {row: spec.num_logprobs for row, spec in enumerate(specs) if spec.num_logprobs is not None}
+            unedited = logits[list(asked)] if asked else None
+            result.token_ids = sample(logits, specs)
+            if unedited is not None:
+                token_ids = [result.token_ids[row] for row in asked]
+                found = token_logprobs(unedited, token_ids, list(asked.values()))
+                by_row = dict(zip(asked, found, strict=True))
+                result.logprobs = [by_row.get(row) for row in range(len(specs))]
+        return result if self._tp.rank == 0 else None
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> list[list[TokenLogprobs]]:
+        """One list per PromptLogprobsSpec on tp rank 0; nothing of use on the others, which must call it too."""
+        ends = np.cumsum(np.frombuffer(plan.query_lens, np.int32))
+        starts = ends - np.frombuffer(plan.query_lens, np.int32)
+        found = []
+        for spec in plan.prompt_logprobs:
+            start = int(starts[spec.sequence])
+            targets = np.frombuffer(spec.target_ids, np.int32).tolist()
+            report: list[TokenLogprobs] = []
+            for first in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
+                part = targets[first : first + PROMPT_LOGPROBS_ROWS]
+                logits = self._loaded().logits(hidden[start + first : start + first + len(part)])
+                if logits is not None:
+                    report += token_logprobs(logits, part, [spec.num_logprobs] * len(part))
+            found.append(report)
+        return found
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan, hidden: Tensor, rows: Literal["sampled", "all"] = "sampled") -> Tensor | None:
+        """Last stage: [n, vocab_size] on tp rank 0, for the last token of each sampled sequence or for all T."""
+        if rows == "sampled":
+            last = np.cumsum(np.frombuffer(plan.query_lens, np.int32)) - 1
+            wanted = last[[spec is not None for spec in plan.samples]]
+            if len(wanted) < len(hidden):
+                hidden = hidden[torch.from_numpy(wanted).to(self._device)]
+        return self._loaded().logits(hidden)
+
+    def expert_load(self) -> dict[int, list[int]]:
+        """Layer → tokens that each of its experts got in the last step; the same on every rank of the stage."""
+        return self._loaded().expert_load()
+
+    def take_expert_tokens(self) -> list[int]:
+        """Tokens that the experts of each number got in all steps since the last call, summed over the stage's layers.
+
+        On tp rank 0; empty on the others, in a dense model and after no step. Waits for the device.
+        """
+        tokens, self._expert_tokens = self._expert_tokens, None
+        return [] if tokens is None else tokens.tolist()
+
+    def _loaded(self) -> CausalLM:
+        assert self._model is not None, "load() comes first"
+        return self._model
+
+
+def _widest_plan(num_tokens: int, max_model_len: int, block_size: int) -> StepPlan:
+    """A prefill of `num_tokens` tokens in as few sequences as fit, nothing sampled."""
+    query_lens = np.full(-(-num_tokens // max_model_len), max_model_len, np.int32)
+    query_lens[-1] = num_tokens - query_lens[:-1].sum()
+    width = -(-int(query_lens.max()) // block_size)
+    return StepPlan(
+        epoch=0,
+        step=0,
+        seq_ids=list(range(len(query_lens))),
+        query_lens=query_lens.tobytes(),
+        context_lens=np.zeros_like(query_lens).tobytes(),
+        token_ids=np.zeros(num_tokens, np.int32).tobytes(),
+        block_tables=np.arange(len(query_lens) * width, dtype=np.int32).tobytes(),
+        max_blocks=width,
+        samples=[None] * len(query_lens),
+    )

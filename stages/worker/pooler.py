@@ -1,0 +1,58 @@
+"""Hidden states of a whole prompt → one vector, however the prompt was cut into steps."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagemesh.stages.messages.step import PoolSpec, StepPlan
+
+MAX_SUMS = 4096
+"""Running means kept at a time, far more than sequences run; those beyond are of requests given up half-way."""
+
+
+class Pooler:
+    """Last stage, tp rank 0. Keeps the running sum of each prompt that is pooled by its mean and is not whole yet."""
+
+    def __init__(self) -> None:
+        self._sums: OrderedDict[int, Tensor] = OrderedDict()
+
+    def pool(self, plan: StepPlan, hidden: Tensor, norm: Callable[[Tensor], Tensor]) -> list[bytes]:
+        """One vector (float32) for each PoolSpec of the plan whose prompt ends in this step.
+
+        hidden: [T, hidden] of the plan, before the model's final `norm`.
+        """
+        query_lens = np.frombuffer(plan.query_lens, np.int32)
+        context_lens = np.frombuffer(plan.context_lens, np.int32)
+        ends = np.cumsum(query_lens)
+        vectors = []
+        for spec in plan.pools:
+            end, length, before = (int(a[spec.sequence]) for a in (ends, query_lens, context_lens))
+            if spec.pooling == "last":
+                pooled = norm(hidden[end - 1 : end])[0].float() if spec.is_whole else None
+            else:
+                total = self._add(plan.seq_ids[spec.sequence], before, norm(hidden[end - length : end]).float().sum(0))
+                pooled = total / (before + length) if spec.is_whole else None
+            if pooled is not None:
+                self._sums.pop(plan.seq_ids[spec.sequence], None)
+                vectors.append(_finish(pooled, spec).cpu().numpy().tobytes())
+        return vectors
+
+    def _add(self, seq_id: int, num_before: int, part: Tensor) -> Tensor:
+        # A prompt that begins again, after a preemption, is counted from nothing.
+        total = part if num_before == 0 else self._sums[seq_id] + part
+        self._sums[seq_id] = total
+        self._sums.move_to_end(seq_id)
+        if len(self._sums) > MAX_SUMS:
+            self._sums.popitem(last=False)
+        return total
+
+
+def _finish(pooled: Tensor, spec: PoolSpec) -> Tensor:
+    if spec.dimensions:
+        pooled = pooled[: spec.dimensions]
+    return torch.nn.functional.normalize(pooled, dim=0) if spec.normalize else pooled

@@ -1,0 +1,284 @@
+"""One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop.
+
+Free of Ray: `deployments/lane/worker_actor.py` puts it into an actor, the tests into plain threads and processes.
+Life: `load` and `profile` once, then for every epoch `open` → `connect` → `run`. `stop` and `progress` may be called
+from another thread at any time; everything else comes from one caller at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import zmq
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from stagemesh.config.engine import EngineConfig
+from stagemesh.stages.layers.tensor_parallel import DistGroup, SingleRank, TensorGroup
+from stagemesh.stages.messages.channel import WorkerChannel
+from stagemesh.stages.messages.step import SampledTokens, StepPlan, StepResult, StopRun, WorkerStats
+from stagemesh.stages.messages.wiring import Endpoints, Progress, Wiring
+from stagemesh.stages.worker.model_runner import ModelRunner
+from stagemesh.stages.worker.transport import ActivationTransport, DistTransport, NoTransport
+
+POLL_MS = 100
+"""How soon an idle worker sees that it was stopped."""
+STATS_PERIOD_S = 1.0
+
+
+class Worker:
+    """Rank `tp_rank` of stage `stage` of a lane. `host` is the private address that its sockets bind to."""
+
+    def __init__(self, config: EngineConfig, stage: int, tp_rank: int, host: str) -> None:
+        self._config = config
+        self._plan = config.plan
+        self._stage = stage
+        self._tp_rank = tp_rank
+        self._rank = stage * self._plan.tp_size + tp_rank
+        self._world_size = self._plan.pp_size * self._plan.tp_size
+        self._is_first = stage == 0
+        self._is_last = stage == self._plan.pp_size - 1
+        self._host = host
+        self._device = pick_device(config.device, tp_rank)
+        self._context = zmq.Context()
+        self._runner = ModelRunner(config, stage, tp_rank, self._device)
+        self._channel: WorkerChannel | None = None
+        self._store: TCPStore | None = None
+        self._transport: ActivationTransport = NoTransport()
+        self._num_blocks = 0
+        self._stop = threading.Event()
+        self._epoch = 0
+        self._progress = (0, "created", time.monotonic())
+
+    def load(self) -> None:
+        """Load this rank's weights."""
+        self._enter("weights")
+        self._runner.load()
+        self._enter("idle")
+
+    def profile(self) -> int:
+        """How many KV blocks this rank has room for beside its weights."""
+        self._enter("KV profile")
+        blocks = self._runner.max_kv_blocks()
+        self._enter("idle")
+        return blocks
+
+    def open(self, epoch: int) -> Endpoints:
+        """Open this epoch's sockets. Ends what is left of an earlier epoch."""
+        self._disconnect()
+        self._epoch = epoch
+        self._stop.clear()
+        self._channel = WorkerChannel(self._context, self._host)
+        port = None
+        if self._rank == 0 and self._world_size > 1:
+            self._store = TCPStore(self._host, 0, self._world_size, is_master=True, wait_for_workers=False)
+            port = self._store.port
+        return Endpoints(self._channel.address, port)
+
+    def connect(self, wiring: Wiring, make_transport: Callable[[], ActivationTransport] | None = None) -> None:
+        """Join the lane: process groups, transport, KV cache. Every rank of the lane must call it at once.
+
+        `make_transport` replaces the default point-to-point transport. Raises what `torch.distributed` raises
+        when a peer does not come within `startup_timeout_s`.
+        """
+        assert self._channel is not None and wiring.epoch == self._epoch, "open() comes first"
+        self._enter("rendezvous")
+        samples = self._is_last and self._tp_rank == 0
+        mine = self._channel.address  # its own tokens it keeps
+        self._channel.connect(wiring.results_to, [to for to in wiring.feed_to if samples and to != mine])
+        self._runner.set_group(self._join(wiring))
+        self._enter("kv cache")
+        if wiring.num_blocks != self._num_blocks:
+            self._runner.allocate_kv(wiring.num_blocks)
+            self._num_blocks = wiring.num_blocks
+        if make_transport is not None:
+            self._transport = make_transport()
+        elif self._plan.pp_size > 1:
+            tp_size = self._plan.tp_size
+            self._transport = DistTransport(
+                None if self._is_first else self._rank - tp_size, None if self._is_last else self._rank + tp_size
+            )
+        self._enter("idle")
+
+    def _join(self, wiring: Wiring) -> TensorGroup:
+        if self._world_size == 1:
+            return SingleRank()
+        if self._store is None:
+            self._store = TCPStore(
+                wiring.store_host,
+                wiring.store_port,
+                self._world_size,
+                is_master=False,
+                timeout=timedelta(seconds=self._config.args.startup_timeout_s),
+            )
+        dist.init_process_group(
+            backend="nccl" if self._device.type == "cuda" else "gloo",
+            store=PrefixStore(f"epoch-{wiring.epoch}", self._store),
+            rank=self._rank,
+            world_size=self._world_size,
+            timeout=timedelta(seconds=self._config.peer_timeout_s),
+        )
+        if self._plan.tp_size == 1:
+            return SingleRank()
+        mine = None
+        for stage in range(self._plan.pp_size):
+            ranks = list(range(stage * self._plan.tp_size, (stage + 1) * self._plan.tp_size))
+            group = dist.new_group(ranks)
+            if stage == self._stage:
+                mine = group
+        return DistGroup(mine)
+
+    def run(self) -> None:
+        """Run plans until StopRun or `stop`. Raises when a peer is lost; the epoch is over either way."""
+        assert self._channel is not None
+        loop = _RunLoop(self)
+        try:
+            loop.run()
+        finally:
+            self._disconnect()
+            self._enter("idle")
+
+    def stop(self, epoch: int) -> None:
+        """End the run of `epoch` (not of a later one) as soon as its current step is over."""
+        if epoch == self._epoch:
+            self._stop.set()
+
+    def close(self) -> None:
+        """Free the sockets; safe to call twice. `run` must have ended."""
+        self._disconnect()
+        self._context.term()
+
+    def progress(self) -> Progress:
+        step, phase, since = self._progress
+        return Progress(self._stage, self._tp_rank, self._epoch, step, phase, time.monotonic() - since)
+
+    def _enter(self, phase: str, step: int = 0) -> None:
+        self._progress = (step, phase, time.monotonic())
+
+    def _disconnect(self) -> None:
+        self._transport.close()
+        self._transport = NoTransport()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._store = None
+
+
+class _RunLoop:
+    """The loop of one epoch: plan in, activations in, forward, activations or tokens out."""
+
+    def __init__(self, worker: Worker) -> None:
+        assert worker._channel is not None
+        self._epoch = worker._epoch
+        self._worker = worker
+        self._channel = worker._channel
+        self._runner = worker._runner
+        self._transport = worker._transport
+        self._is_first = worker._is_first
+        self._is_last = worker._is_last
+        self._is_rank0 = worker._tp_rank == 0
+        self._messages: deque[StepPlan | StopRun] = deque()
+        """Arrived and not taken up yet."""
+        self._sampled: deque[SampledTokens] = deque(maxlen=worker._plan.pp_size + 2)
+        """On stage 0: of the latest steps, more than can be in flight."""
+        self._spans: list[tuple[float, float]] = []
+        self._stats_sent = time.monotonic()
+
+    def run(self) -> None:
+        with torch.inference_mode():
+            while not self._worker._stop.is_set():
+                if self._messages:
+                    message = self._messages.popleft()
+                    if isinstance(message, StopRun):
+                        return
+                    self._step(message)
+                elif not self._listen():
+                    self._send_stats()
+
+    def _listen(self) -> bool:
+        """Take in the next message; False if there was none for a while."""
+        message = self._channel.receive(POLL_MS)
+        if message is None:
+            return False
+        if message.epoch == self._epoch:
+            if isinstance(message, SampledTokens):
+                self._sampled.append(message)
+            else:
+                self._messages.append(message)
+        return True
+
+    def _step(self, plan: StepPlan) -> None:
+        hidden = None
+        if not self._is_first:
+            self._worker._enter("activations", plan.step)
+            hidden = self._transport.receive(plan.step, self._runner.empty_hidden(len(plan.token_ids) // 4))
+        fed_token_ids = self._fed_token_ids(plan)
+        if fed_token_ids is None:
+            return
+        self._worker._enter("model", plan.step)
+        started = time.time()
+        hidden = self._runner.execute(plan, hidden, fed_token_ids)
+        result = self._runner.sample(plan, hidden) if self._is_last else None
+        self._spans.append((started, time.time()))
+        self._worker._enter("hand over", plan.step)
+        if not self._is_last:
+            self._transport.send(plan.step, hidden)
+        elif result is not None:
+            self._hand_over(result)
+        self._worker._enter("idle", plan.step)
+        if time.monotonic() - self._stats_sent > STATS_PERIOD_S:
+            self._send_stats()
+
+    def _hand_over(self, result: StepResult) -> None:
+        if result.token_ids:
+            tokens = SampledTokens(result.epoch, result.step, result.token_ids)
+            self._channel.feed(tokens)  # first, because a stage may wait for it
+            if self._is_first:
+                self._sampled.append(tokens)
+        self._channel.send(result)
+
+    def _fed_token_ids(self, plan: StepPlan) -> list[int] | None:
+        """What step `plan.fed_by` sampled, if this stage needs it; None when the worker is stopped meanwhile.
+
+        Without a deadline of its own: the head has one for that step, and stops whoever waits for it.
+        """
+        if not self._is_first or plan.fed_by < 0:
+            return []
+        self._worker._enter("tokens", plan.step)
+        while not self._worker._stop.is_set():
+            for tokens in self._sampled:
+                if tokens.step == plan.fed_by:
+                    return tokens.token_ids
+            self._listen()
+        return None
+
+    def _send_stats(self) -> None:
+        self._stats_sent = time.monotonic()
+        spans, self._spans = self._spans, []
+        if not spans or not self._is_rank0:
+            return
+        stats = WorkerStats(self._epoch, self._worker._stage, spans, self._runner.take_expert_tokens())
+        if stats.expert_tokens:
+            loads = self._runner.expert_load().values()
+            stats.expert_imbalance = [max(load) * len(load) / sum(load) for load in loads]
+        self._channel.send(stats)
+
+
+def pick_device(kind: str, tp_rank: int) -> torch.device:
+    """The device of a rank: CUDA device 0, because Ray shows each worker only its own, or the CPU."""
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("device=cuda: this worker sees no CUDA device")
+        index = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") else tp_rank
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")

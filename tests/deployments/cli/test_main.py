@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from support.model_folder import write_model_folder
+
+from stagemesh.config.engine import EngineArgs
+from stagemesh.deployments import cli
+
+REPO = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return str(write_model_folder(tmp_path))
+
+
+def stagemesh(*words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Exit status and all output of a command line."""
+    monkeypatch.setattr(sys, "argv", ["stagemesh", *words])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(done.value.code or 0), out + err
+
+
+def test_print_config_prints_the_yaml_of_what_was_given(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, output = stagemesh(
+        *["serve", model, "--tensor-parallel-size", "2", "-pp", "2", "--max-model-len", "256"],
+        *["--max-num-seqs=8", "--dtype", "float32", "--served-model-name", "a", "--served-model-name", "b"],
+        *[
+            "--no-enable-prefix-caching",
+            "--kv-cache-memory-bytes",
+            "64MiB",
+            "--pipeline-layer-partition",
+            "5,3",
+        ],
+        *["--autoscaling-config", '{"max_replicas": 2}', "--gpu-memory-utilization", "0.5"],
+        *["--host", "0.0.0.0", "--port", "8001", "--grpc-port", "9001", "--print-config"],
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
+    assert status == 0
+    content = yaml.safe_load(output)
+    assert content["http_options"] == {"host": "0.0.0.0", "port": 8001}
+    assert content["grpc_options"]["port"] == 9001
+    args = content["applications"][0]["args"]
+    assert args == {
+        "model": model,
+        "served_model_name": ["a", "b"],
+        "dtype": "float32",
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "pipeline_layer_partition": "5,3",
+        "autoscaling_config": {"max_replicas": 2},
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "enable_prefix_caching": False,
+        "gpu_memory_utilization": 0.5,
+        "kv_cache_memory_bytes": "64MiB",
+    }
+    assert EngineArgs.parse(args).pipeline_layer_partition == (5, 3)
+
+
+def test_the_model_keeps_the_name_that_it_was_given_by(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(model).parent)
+    _, output = stagemesh("serve", Path(model).name, "--print-config", capsys=capsys, monkeypatch=monkeypatch)
+    args = yaml.safe_load(output)["applications"][0]["args"]
+    assert args == {"model": model, "served_model_name": Path(model).name}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--tensor-paralel-size", "2"],
+            "unknown flag --tensor-paralel-size; did you mean '--tensor-parallel-s",
+        ),
+        (["--max-model-length=2"], "unknown flag --max-model-length; did you mean '--max-model-len'?"),
+        (["other"], "one MODEL is served, got also other"),
+        (["--dtype", "int8"], "dtype='int8': must be one of auto, float32, bfloat16, float16"),
+        (["--block-size", "0"], "block_size=0: must be an integer, at least 1 and at most 1024"),
+        (["--autoscaling-config", "{"], "autoscaling_config='{': is not JSON"),
+        (["--port", "9000"], "grpc_port=9000: must differ from port"),
+        (["-tp", "3"], "tensor_parallel_size=3: does not divide num_attention_heads=8"),
+        (["--max-model-len", "1000"], "max_model_len=1000: must be within 1 and"),
+    ],
+)
+def test_a_mistake_ends_with_one_message_before_anything_starts(
+    words: list[str],
+    message: str,
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    status, output = stagemesh("serve", model, *words, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2
+    assert output.startswith("error: " + message)
+
+
+def test_a_model_that_is_not_there_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, output = stagemesh("serve", "no/such/model", capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2
+    assert output.startswith("error: model='no/such/model': is not a folder")
+
+
+def test_help_shows_every_argument_of_the_engine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    status, output = stagemesh("serve", "--help", capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 0
+    for name in set(EngineArgs.model_fields) - {"model"}:
+        assert "--" + name.replace("_", "-") in output
+
+
+def test_the_installed_command_answers_within_moments() -> None:
+    # Neither Ray nor torch is imported for it, or --help would take seconds.
+    done = subprocess.run(
+        [Path(sys.executable).with_name("stagemesh"), "run", "missing.yaml"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config='missing.yaml': cannot be read")

@@ -1,0 +1,73 @@
+"""SIGKILL of every kind of process during running requests: the service heals itself, requests end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import httpx
+import pytest
+from ray.util.state import list_actors
+from support.harness import Cluster, chat, eventually
+
+NUM_REQUESTS = 8
+PROMPTS = [f"Act {i}. Enter the king and" for i in range(NUM_REQUESTS)]
+BODY = {"model": "demo", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
+
+
+def pids(class_part: str, name_part: str = "") -> list[int]:
+    """Processes of live actors by class and actor name."""
+    return [
+        actor.pid
+        for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+        if class_part in actor.class_name and name_part in (actor.name or "")
+    ]
+
+
+def victim(kind: str) -> int:
+    if kind == "worker":
+        return pids("ShardWorker")[-1]
+    stage = {"stage-1": "stage-1", "head": "stage-0"}[kind]
+    return pids("ServeReplica", f"#{stage}#")[0]
+
+
+def complete(cluster: Cluster, prompt: str) -> httpx.Response:
+    with cluster.client() as client:
+        return client.post("/v1/completions", json={**BODY, "prompt": prompt}, timeout=120)
+
+
+def deploy(cluster: Cluster) -> None:
+    cluster.deploy(tensor_parallel_size=2, pipeline_parallel_size=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> list[str]:
+    """The answer to each prompt, asked alone."""
+    deploy(cluster)
+    return [complete(cluster, prompt).json()["choices"][0]["text"] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["worker", "stage-1", "head"])
+def test_after_a_kill_the_service_is_whole_again_and_requests_end(
+    cluster: Cluster, undisturbed: list[str], kind: str
+) -> None:
+    deploy(cluster)
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        running: list[Future[httpx.Response]] = [pool.submit(complete, cluster, prompt) for prompt in PROMPTS]
+        eventually(lambda: cluster.metrics()["vllm:num_requests_running"] == NUM_REQUESTS, 10, "all run")
+        os.kill(victim(kind), signal.SIGKILL)
+        responses = [future.result(timeout=120) for future in running]
+    for response, text in zip(responses, undisturbed, strict=True):
+        if kind != "head" or response.status_code == 200:
+            assert response.status_code == 200, response.text
+            assert response.json()["choices"][0]["text"] == text
+        else:
+            assert response.status_code == 503
+            assert "lost" in response.json()["error"]["message"]
+    started = time.monotonic()
+    cluster.wait_ready(60)
+    with cluster.client() as client:
+        assert chat(client, "What is 17+25?") == "42"
+    print(f"{kind}: whole again {time.monotonic() - started:.1f} s after the last answer")

@@ -1,0 +1,398 @@
+"""The engine loop against a worker that is a few lines of Python: real sockets, real plans, no model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from support.model_folder import write_model_folder
+
+from stagemesh.config.engine import EngineArgs, EngineConfig
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
+from stagemesh.stages.engine.engine import Engine
+from stagemesh.stages.engine.step_timing import StepTimes
+from stagemesh.stages.messages import channel as channel_module
+from stagemesh.stages.messages.channel import HeadChannel, RouterLinks, bind_random_port
+from stagemesh.stages.messages.request import LaneDigest, TokenBatch, TokenDelta
+from stagemesh.stages.messages.step import HeadMessage, StepPlan, StepResult, StopRun, TokenLogprobs, WorkerStats
+
+HOST = "127.0.0.1"
+
+
+class FakeWorker:
+    """Answers each plan with (last token of the sequence + 1) mod 90 + 5: greedy, and a function of the tokens."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], channel: HeadChannel) -> None:
+        self._plans = context.socket(zmq.PULL)
+        self.address = bind_random_port(self._plans, HOST)
+        self._results = context.socket(zmq.PUSH)
+        self._results.connect(channel.address)
+        self.stopped = threading.Event()
+        self.mute = False
+        self.step_s = 0.0
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        sampled: dict[int, list[int]] = {}
+        decode = msgspec.msgpack.Decoder(HeadMessage).decode
+        encode = msgspec.msgpack.Encoder().encode
+        while self._plans.poll(20_000):
+            message = decode(self._plans.recv())
+            if isinstance(message, StopRun):
+                self.stopped.set()
+                break
+            if self.mute:
+                continue
+            now = time.time()
+            time.sleep(self.step_s)
+            answer = result(message, sampled.get(message.fed_by, []))
+            sampled[message.step] = answer.token_ids
+            self._results.send(encode(answer))
+            self._results.send(encode(WorkerStats(message.epoch, 0, [(now, now + 0.001)])))
+        self._plans.close(linger=0)
+        self._results.close(linger=0)
+
+
+def next_tokens(plan: StepPlan, fed: list[int]) -> list[int]:
+    """fed: what step `plan.fed_by` sampled."""
+    tokens = [token if token >= 0 else fed[-1 - token] for token in array("i", plan.token_ids)]
+    lens = array("i", plan.query_lens)
+    ends = [sum(lens[: i + 1]) for i in range(len(lens))]
+    return [(tokens[end - 1] + 1) % 90 + 5 for end, spec in zip(ends, plan.samples, strict=True) if spec is not None]
+
+
+def result(plan: StepPlan, fed: list[int]) -> StepResult:
+    token_ids = next_tokens(plan, fed)
+    specs = [spec for spec in plan.samples if spec is not None]
+    asked = [spec.num_logprobs is not None for spec in specs]
+    reports = [report(token_id) if ask else None for token_id, ask in zip(token_ids, asked, strict=True)]
+    prompts = [[report(token_id) for token_id in array("i", spec.target_ids)] for spec in plan.prompt_logprobs]
+    return StepResult(plan.epoch, plan.step, token_ids, reports if any(asked) else [], prompts)
+
+
+def report(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(token_id, -1.5, 2, [7], [-0.5])
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    tokens = [prompt[-1]]
+    for _ in range(count):
+        tokens.append((tokens[-1] + 1) % 90 + 5)
+    return tokens[1:]
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.deltas: list[TokenDelta] = []
+        self.digests: list[LaneDigest] = []
+        self.gone: set[str] = set()
+
+    def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
+        if reply_to in self.gone:
+            return False
+        self.deltas += deltas
+        return True
+
+    def publish(self, digest: LaneDigest) -> None:
+        self.digests.append(digest)
+
+    def tokens(self, request_id: str) -> list[int]:
+        """In order, with the offsets checked as a router does."""
+        tokens: list[int] = []
+        for delta in self.deltas:
+            if delta.request_id == request_id:
+                assert delta.offset == len(tokens)
+                tokens += delta.token_ids
+        return tokens
+
+
+class Bench:
+    """An engine, and workers to wire it with."""
+
+    def __init__(self, folder: Path, **more: Any) -> None:
+        args = {"model": str(folder), "device": "cpu", "step_timeout_s": 0.5, "max_num_seqs": 8, **more}
+        self.config = EngineConfig.resolve(EngineArgs.parse(args))
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.sink = Sink()
+        self.failures: list[tuple[int, str]] = []
+        self.failed = threading.Event()
+        self.workers: list[FakeWorker] = []
+        self.engine = Engine(self.config, "lane", self.sink, self._on_failure)
+
+    def _on_failure(self, epoch: int, reason: str) -> None:
+        self.failures.append((epoch, reason))
+        self.failed.set()
+
+    def wire(self, epoch: int, *, mute: bool = False, step_s: float = 0.0) -> FakeWorker:
+        channel = HeadChannel(self.context, HOST)
+        worker = FakeWorker(self.context, channel)
+        worker.mute, worker.step_s = mute, step_s
+        self.workers.append(worker)
+        channel.connect([worker.address])
+        self.engine.attach(channel, epoch, 64).result(5)
+        self.engine.set_state("serving").result(5)
+        return worker
+
+
+@pytest.fixture
+def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bench = Bench(write_model_folder(tmp_path), **getattr(request, "param", {}))
+    yield bench
+    bench.engine.close()
+    for worker in bench.workers:
+        worker.thread.join(timeout=10)
+    bench.context.destroy(linger=0)
+
+
+def params(max_tokens: int = 20) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0, ignore_eos=True)
+
+
+def test_tokens_come_in_order_and_the_summary_counts_them(bench: Bench) -> None:
+    bench.wire(1)
+    done = [bench.engine.generate(f"r{i}", [10 + i] * 5, params(), "router") for i in range(4)]
+    for i, future in enumerate(done):
+        summary = future.result(10)
+        assert (summary.num_tokens, summary.finish_reason) == (20, "length")
+        assert bench.sink.tokens(f"r{i}") == expected([10 + i], 20)
+
+
+def test_logprobs_reach_whoever_asked(bench: Bench) -> None:
+    bench.wire(1)
+    asks = msgspec.structs.replace(params(), logprobs=1, prompt_logprobs=1)
+    done = [bench.engine.generate("asks", [10, 11, 12], asks, "router")]
+    done.append(bench.engine.generate("does not", [10, 11, 12], params(), "router"))
+    for future in done:
+        future.result(10)
+    mine = [delta for delta in bench.sink.deltas if delta.request_id == "asks"]
+    assert [entry for delta in mine for entry in delta.logprobs or []] == [report(t) for t in expected([12], 20)]
+    assert mine[0].prompt_logprobs == [report(11), report(12)]
+    assert all(delta.prompt_logprobs is None for delta in mine[1:])
+    others = [delta for delta in bench.sink.deltas if delta.request_id == "does not"]
+    assert all(delta.logprobs is None and delta.prompt_logprobs is None for delta in others)
+
+
+def test_a_form_that_no_answer_can_have_here_is_refused_by_name(bench: Bench) -> None:
+    bench.wire(1)
+    form = msgspec.structs.replace(params(), structured_outputs=StructuredOutputsParams(regex="a"))
+    with pytest.raises(ConfigError, match="tokenizer.json"):  # the folder has none
+        bench.engine.generate("r", [5], form, "router").result(5)
+    assert bench.engine.generate("ok", [5], params(2), "router").result(5).num_tokens == 2
+
+
+def test_a_request_that_cannot_run_is_refused_by_name(bench: Bench) -> None:
+    bench.wire(1)
+    with pytest.raises(ConfigError, match="max_model_len=512"):
+        bench.engine.generate("r", [5] * 600, params(), "router").result(5)
+    assert bench.engine.generate("ok", [5], params(2), "router").result(5).num_tokens == 2
+
+
+def test_a_silent_worker_fails_the_epoch_by_the_step_deadline_and_requests_go_on_in_the_next(
+    bench: Bench,
+) -> None:
+    silent = bench.wire(1, mute=True)
+    done = bench.engine.generate("r", [7, 8, 9], params(), "router")
+    assert bench.failed.wait(10)
+    assert bench.failures[0][0] == 1
+    assert "step_timeout_s=0.5" in bench.failures[0][1]
+    assert silent.stopped.wait(5), "a broken epoch is told to stop"
+    bench.wire(2)
+    assert done.result(10).num_tokens == 20
+    assert bench.sink.tokens("r") == expected([9], 20)
+
+
+def test_rewiring_in_the_middle_of_an_answer_changes_nothing_in_it(bench: Bench) -> None:
+    bench.wire(1)
+    done = bench.engine.generate("r", [7, 8, 9], params(300), "router")
+    while len(bench.sink.tokens("r")) < 40:
+        time.sleep(0.002)
+    bench.engine.detach("healing").result(5)
+    bench.wire(2)
+    assert done.result(20).num_tokens == 300
+    assert bench.sink.tokens("r") == expected([9], 300)
+
+
+def test_an_aborted_request_ends_and_frees_its_blocks(bench: Bench) -> None:
+    bench.wire(1)
+    done = bench.engine.generate("r", [7, 8, 9], params(500), "router")
+    while not bench.sink.tokens("r"):
+        time.sleep(0.002)
+    bench.engine.abort("r").result(5)
+    assert done.result(5).finish_reason == "abort"
+    digest = bench.engine.digest().result(5)
+    assert (digest.num_running, digest.num_free_blocks) == (0, digest.num_blocks)
+
+
+def test_requests_of_a_router_that_is_gone_are_given_up(bench: Bench) -> None:
+    bench.sink.gone.add("dead router")
+    bench.wire(1)
+    assert bench.engine.generate("r", [7], params(500), "dead router").result(5).finish_reason == "abort"
+
+
+def test_digests_tell_the_state_and_come_even_when_idle(bench: Bench) -> None:
+    bench.wire(1)
+    seen = len(bench.sink.digests)
+    time.sleep(1.5)
+    assert len(bench.sink.digests) > seen
+    assert bench.sink.digests[-1].state == "serving"
+    assert bench.sink.digests[-1].epoch == 1
+
+
+@pytest.mark.parametrize("bench", [{"pipeline_parallel_size": 2}], indirect=True)
+def test_the_expert_load_of_a_lane_is_that_of_all_its_stages_and_steps(bench: Bench) -> None:
+    bench.wire(1)
+    assert bench.engine.digest().result(5).expert_tokens == [], "a dense model has none"
+    for _ in range(2):
+        bench.engine.call(lambda: bench.engine._wired.times.planned(0.0, 0))
+    for stats in (
+        WorkerStats(1, 0, [(0.0, 0.1)], [1, 2, 3], [1.5, 2.5]),
+        WorkerStats(1, 1, [(0.1, 0.2)], [10, 20, 30], [2.0]),
+        WorkerStats(1, 1, [(0.3, 0.4)]),  # a stage without a mixture, or no step since
+        WorkerStats(1, 0, [(0.2, 0.3)], [100, 200, 300], [1.0, 1.5]),
+    ):
+        bench.engine.call(lambda stats=stats: bench.engine._take_stats(bench.engine._wired, stats))
+    digest = bench.engine.digest().result(5)
+    assert digest.expert_tokens == [111, 222, 333]
+    assert digest.expert_imbalance == 1.5
+    assert digest.model_s == pytest.approx(0.4)
+
+
+def test_the_time_of_steps_is_told_apart(bench: Bench) -> None:
+    bench.wire(1)
+    bench.engine.generate("r", [7], params(), "router").result(10)
+    deadline = time.monotonic() + 5
+    while (digest := bench.engine.digest().result(5)).model_s < 0.0199:  # the last report comes behind the last result
+        assert time.monotonic() < deadline
+    assert digest.num_steps == 20
+    assert digest.model_s == pytest.approx(20 * 0.001, rel=0.01)
+    assert digest.schedule_s > 0
+
+
+class Recorder(StepTimes):
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.needs: list[int] = []
+
+    def planned(self, at: float, needs: int) -> None:
+        self.needs.append(needs)
+        super().planned(at, needs)
+
+
+@pytest.mark.parametrize("rule", [{}, {"frequency_penalty": 0.5}], ids=["planned ahead", "waits for its tokens"])
+def test_a_step_is_timed_from_the_step_whose_tokens_it_needs(bench: Bench, rule: dict[str, float]) -> None:
+    bench.wire(1)
+    recorder = Recorder()
+    bench.engine.call(lambda: setattr(bench.engine._wired, "times", recorder)).result(5)
+    bench.engine.generate("r", [7], msgspec.structs.replace(params(4), **rule), "router").result(10)
+    assert recorder.needs == [0, 1, 1, 1]
+
+
+def test_a_step_has_its_time_from_when_it_is_the_oldest(bench: Bench) -> None:
+    bench.wire(1, step_s=0.3)
+    assert bench.engine.generate("r", [7], params(4), "router").result(10).num_tokens == 4
+    assert not bench.failures, "the second was sent 0.6 s before its result, and step_timeout_s is 0.5"
+
+
+def test_an_id_may_be_used_again_at_once(bench: Bench) -> None:
+    bench.wire(1)
+    for _ in range(100):
+        done = bench.engine.generate("r", [7], params(1), "router")
+        while not done.done():
+            again = bench.engine.generate("r", [9], params(2), "router")
+            try:
+                assert again.result(5).num_tokens == 2
+            except ConfigError as error:
+                assert "still running" in str(error)
+        assert done.result(5).num_tokens == 1
+
+
+def test_closing_fails_what_still_waits(bench: Bench) -> None:
+    bench.wire(1, mute=True)
+    done = bench.engine.generate("r", [7], params(), "router")
+    bench.engine.close()
+    bench.engine.close()
+    with pytest.raises(RuntimeError, match="shut down"):
+        done.result(5)
+
+
+def test_whoever_gives_up_waiting_disturbs_nobody(bench: Bench) -> None:
+    bench.wire(1)
+    bench.engine.call(time.sleep, 0.2)
+    bench.engine.digest().cancel()
+    bench.engine.generate("given up", [5], params(2), "router").cancel()
+    assert bench.engine.generate("ok", [5], params(2), "router").result(5).num_tokens == 2
+
+
+def test_nobody_waits_for_an_engine_that_an_error_has_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = bench.wire(1, mute=True)
+    done = bench.engine.generate("r", [7], params(), "router")
+    ended = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: ended.set())
+    monkeypatch.setattr(bench.sink, "publish", lambda _: 1 / 0)
+    assert ended.wait(10) and worker.stopped.wait(5)
+    for future in (done, bench.engine.digest(), bench.engine.generate("late", [7], params(), "router")):
+        with pytest.raises(RuntimeError, match="shut down"):
+            future.result(5)
+
+
+def test_whatever_is_asked_of_an_engine_while_it_closes_is_answered(bench: Bench) -> None:
+    for _ in range(50):
+        engine = Engine(bench.config, "lane", Sink(), lambda epoch, reason: None)
+        asked: list[Future[Any]] = []
+
+        def ask(engine: Engine = engine, asked: list[Future[Any]] = asked) -> None:
+            while not (asked and asked[-1].done() and asked[-1].exception()):
+                asked.append(engine.digest())
+
+        asker = threading.Thread(target=ask)
+        asker.start()
+        engine.close()
+        asker.join(10)
+        assert not asker.is_alive()
+        for future in asked:
+            future.exception(5)
+
+
+def test_router_links_forget_a_router_that_is_idle_for_long_and_find_it_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links, router = RouterLinks(bench.context, HOST, "lane"), bench.context.socket(zmq.PULL)
+    address = bind_random_port(router, HOST)
+    digest = bench.engine.digest().result(5)
+    for idle_s, num_kept in ((60.0, 1), (-1.0, 0), (60.0, 1)):
+        monkeypatch.setattr(channel_module, "ROUTER_IDLE_S", idle_s)
+        assert links.emit(address, [TokenDelta("a", 0, [1])])
+        assert router.poll(5000) and router.recv()
+        links.publish(digest)
+        assert len(links._routers) == num_kept
+    links.close()
+    router.close(linger=0)
+
+
+def test_router_links_send_one_message_per_step_and_digests_to_whoever_listens() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    links = RouterLinks(context, HOST, "lane")
+    router, listener = context.socket(zmq.PULL), context.socket(zmq.SUB)
+    address = bind_random_port(router, HOST)
+    listener.setsockopt(zmq.SUBSCRIBE, b"")
+    listener.connect(links.digest_address)
+    deltas = [TokenDelta("a", 0, [1]), TokenDelta("b", 3, [2], "stop", 2)]
+    assert links.emit(address, deltas)
+    assert router.poll(5000)
+    assert msgspec.msgpack.decode(router.recv(), type=TokenBatch) == TokenBatch("lane", deltas)
+    assert links.emit("", deltas), "the head's own warm-up has nobody to tell"
+    links.close()
+    links.close()
+    router.close(linger=0)
+    listener.close(linger=0)
+    context.term()

