@@ -10,7 +10,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def kv_bytes_per_token(model: ModelConfig, plan: ParallelPlan, stage: int, dtype_bytes: int) -> int:
     """Keys and values of one token on each rank of `stage`."""
-    return model.kv_sides * plan.num_layers(stage) * plan.kv_heads_per_rank * model.head_dim * dtype_bytes
+    return model.kv_factor * plan.num_layers(stage) * plan.kv_heads_per_rank * model.head_dim * dtype_bytes
 
 
 def kv_tokens(model: ModelConfig, plan: ParallelPlan, dtype_bytes: int, memory_bytes: int, block_size: int) -> int:

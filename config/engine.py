@@ -140,7 +140,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None
     """Per rank; None = measured on the GPU, from gpu_memory_utilization."""
 
-    def folder_here(self) -> Path:
+    def local_model_path(self) -> Path:
         """The model's folder on this machine, which need not be the one that resolved the config."""
         if self.commit is None or Path(self.model_path).is_dir():
             return Path(self.model_path)
@@ -156,8 +156,8 @@ class EngineConfig:
 
     @property
     def peer_timeout_s(self) -> float:
-        """Seconds that a rank waits for another: for the step in which that is, and the next, each of which the head
-        times. The head speaks first, because it can say who is stuck."""
+        """Seconds that a rank waits for another: for the step in which that is, and the next, each of which the leader
+        times. The leader speaks first, because it can say who is stuck."""
         return 2 * self.args.step_timeout_s + 5
 
     @classmethod

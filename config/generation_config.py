@@ -34,7 +34,7 @@ def default_sampling(config: EngineConfig) -> dict[str, Any]:
 
     Empty with generation_config="vllm". Raises ConfigError that names the key and the file.
     """
-    path = config.folder_here() / "generation_config.json"
+    path = config.local_model_path() / "generation_config.json"
     if config.args.generation_config == "vllm" or not path.exists():
         return {}
     try:

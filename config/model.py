@@ -145,7 +145,7 @@ class ModelConfig:
         return self.mla.qk_rope_head_dim if self.mla else self.head_dim
 
     @property
-    def kv_sides(self) -> int:
+    def kv_factor(self) -> int:
         """Vectors per token and KV head in the cache: key and value, or one that is both."""
         return 1 if self.mla else 2
 

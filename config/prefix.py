@@ -1,4 +1,4 @@
-"""Names for blocks of a prompt: the chained hash that the head's prefix cache and the routers share.
+"""Names for blocks of a prompt: the chained hash that the leader's prefix cache and the routers share.
 
 It sits here because both `stages` and `router` need exactly the same one, and neither imports the other.
 """

@@ -26,7 +26,7 @@ QuantizationName = Literal["auto", "fp8", "int8", "awq", "gptq", "compressed-ten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EightBit:
+class W8A8:
     """Weights and activations of 8 bits (W8A8): value = stored · scale."""
 
     kind: Literal["fp8", "int8"]
@@ -42,7 +42,7 @@ class EightBit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FourBit:
+class W4A16:
     """Weights of 4 bits, packed eight to an int32: value = (stored - zero) · scale of the weight's group."""
 
     layout: Literal["awq", "gptq"]
@@ -58,7 +58,7 @@ class Quantization:
 
     method: str
     """The checkpoint's `quant_method`; "fp8" or "int8" when online."""
-    format: EightBit | FourBit
+    format: W8A8 | W4A16
     dense: tuple[str, ...] = ()
     """Regular expressions, matched from the start of a layer's name: layers that stay as they are."""
 
@@ -69,7 +69,7 @@ class Quantization:
     @property
     def description(self) -> str:
         """One or two words for messages: "gptq 4-bit", "compressed-tensors int8"."""
-        kind = "4-bit" if isinstance(self.format, FourBit) else self.format.kind
+        kind = "4-bit" if isinstance(self.format, W4A16) else self.format.kind
         return kind if kind == self.method else f"{self.method} {kind}"
 
 
@@ -82,7 +82,7 @@ def resolve_quantization(asked: QuantizationName, found: Quantization | None) ->
         return found
     if found is None:
         if asked == "fp8" or asked == "int8":
-            return Quantization(method=asked, format=EightBit(kind=asked, online=True))
+            return Quantization(method=asked, format=W8A8(kind=asked, online=True))
         reason = f"the checkpoint is not quantized; `stagemesh quantize MODEL --to {asked} --out DIR` makes one that is"
         if asked == "compressed-tensors":
             reason = "the checkpoint is not quantized; fp8 and int8 quantize while loading"
@@ -125,7 +125,7 @@ class _Fp8Json(_Json):
         dense = _parts_of_names(self.modules_to_not_convert) + _exact_names(self.ignored_layers)
         static = self.activation_scheme == "static"
         if self.weight_block_size is None:
-            format = EightBit(kind="fp8", weights="tensor", static_activations=static)
+            format = W8A8(kind="fp8", weights="tensor", static_activations=static)
             return Quantization(method="fp8", format=format, dense=dense)
         rows, columns = self.weight_block_size
         if static:
@@ -133,7 +133,7 @@ class _Fp8Json(_Json):
             raise ConfigError("activation_scheme", "static", reason)
         if min(rows, columns) < 1:
             raise ConfigError("weight_block_size", self.weight_block_size, "must be two sizes of at least 1")
-        format = EightBit(kind="fp8", weights="block", block=(rows, columns))
+        format = W8A8(kind="fp8", weights="block", block=(rows, columns))
         return Quantization(method="fp8", format=format, dense=dense)
 
 
@@ -181,7 +181,7 @@ class _CompressedTensorsJson(_Json):
         return Quantization(method="compressed-tensors", format=format, dense=tuple(dense))
 
 
-def _eight_bit(weights: _Values, inputs: _Values) -> EightBit:
+def _eight_bit(weights: _Values, inputs: _Values) -> W8A8:
     if weights.type != inputs.type:
         raise ConfigError("type", inputs.type, f"weights are {weights.type}; both must be alike")
     if weights.dynamic:
@@ -192,13 +192,13 @@ def _eight_bit(weights: _Values, inputs: _Values) -> EightBit:
         if not inputs.dynamic or inputs.strategy != "group" or inputs.group_size != block[1]:
             reason = f"weights in blocks go with dynamic activations in groups of {block[1]}"
             raise ConfigError("input_activations", inputs.strategy, reason)
-        return EightBit(kind=kind, weights="block", block=(block[0], block[1]))
+        return W8A8(kind=kind, weights="block", block=(block[0], block[1]))
     if weights.strategy != "tensor" and weights.strategy != "channel":
         raise ConfigError("strategy", weights.strategy, "weights are scaled per tensor, channel or block")
     if inputs.strategy != ("token" if inputs.dynamic else "tensor"):
         reason = "activations are scaled dynamically per token, or statically per tensor"
         raise ConfigError("strategy", inputs.strategy, reason)
-    return EightBit(kind=kind, weights=weights.strategy, static_activations=not inputs.dynamic)
+    return W8A8(kind=kind, weights=weights.strategy, static_activations=not inputs.dynamic)
 
 
 class _AwqJson(_Json):
@@ -212,7 +212,7 @@ class _AwqJson(_Json):
     def resolve(self) -> Quantization:
         if self.version.lower() != "gemm":
             raise ConfigError("version", self.version, "supported is gemm")
-        format = FourBit(layout="awq", group_size=_group_size(self.group_size))
+        format = W4A16(layout="awq", group_size=_group_size(self.group_size))
         return Quantization(method="awq", format=format, dense=_parts_of_names(self.modules_to_not_convert))
 
 
@@ -230,7 +230,7 @@ class _GptqJson(_Json):
         if self.dynamic:
             raise ConfigError("dynamic", self.dynamic, "rules for single layers are not supported")
         offset = 1 if self.checkpoint_format == "gptq" else 0
-        format = FourBit(layout="gptq", group_size=_group_size(self.group_size), zero_offset=offset)
+        format = W4A16(layout="gptq", group_size=_group_size(self.group_size), zero_offset=offset)
         return Quantization(method="gptq", format=format)
 
 

@@ -11,12 +11,12 @@ from ray.serve.config import RequestRouterConfig
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.generation_config import default_sampling
 from stagemesh.deployments.ingress.router import Router
-from stagemesh.deployments.lane.leader import Head
+from stagemesh.deployments.lane.leader import Leader
 from stagemesh.deployments.lane.stage import Stage
 from stagemesh.deployments.lane.worker_group import rank_resources
 from stagemesh.stages.text.tokenizer import Tokenizer
 
-MANY = 100_000
+UNLIMITED_REQUESTS = 100_000
 """Serve's own limits on open calls are out of the way: the scheduler queues and the router bounds."""
 HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
 """A dead replica is noticed, and its successor started, within this period; Serve's own is 10 s."""
@@ -27,7 +27,7 @@ STAGE_AUTOSCALING = {
     "upscale_delay_s": 0.0,
     "downscale_delay_s": 10.0,
 }
-"""How the pools of later stages follow the number of heads."""
+"""How the pools of later stages follow the number of leaders."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -41,11 +41,11 @@ def build(args: dict[str, Any]) -> Application:
         {"num_replicas": config.args.data_parallel_size} if autoscaling is None else {"autoscaling_config": autoscaling}
     )
     later_stages = [_stage(config, stage) for stage in range(1, config.plan.pp_size)]
-    head = (
-        serve.deployment(Head)
+    leader = (
+        serve.deployment(Leader)
         .options(
             name="stage-0",
-            max_ongoing_requests=MANY,
+            max_ongoing_requests=UNLIMITED_REQUESTS,
             request_router_config=RequestRouterConfig(
                 request_router_class="stagemesh.deployments.ingress.request_router:LaneRouter"
             ),
@@ -61,12 +61,12 @@ def build(args: dict[str, Any]) -> Application:
         .options(
             name="router",
             num_replicas=config.args.num_router_replicas,
-            max_ongoing_requests=MANY,
+            max_ongoing_requests=UNLIMITED_REQUESTS,
             ray_actor_options={"num_cpus": config.args.num_cpus_per_worker},
             graceful_shutdown_timeout_s=config.args.drain_timeout_s,
             **HEALTH,
         )
-        .bind(config, head)
+        .bind(config, leader)
     )
 
 
@@ -88,7 +88,7 @@ def _stage(config: EngineConfig, stage: int) -> Application:
         .options(
             name=f"stage-{stage}",
             max_ongoing_requests=1,
-            # An idle replica has nothing to drain; a leased one is wanted until its head lets go.
+            # An idle replica has nothing to drain; a leased one is wanted until its leader lets go.
             graceful_shutdown_timeout_s=config.args.drain_timeout_s,
             **HEALTH,
             **pool,

@@ -59,7 +59,7 @@ class LaneChooser:
             self._ring = HashRing(names)
 
     def update(self, digest: Digest) -> None:
-        """Takes a head's word about itself."""
+        """Takes a leader's word about itself."""
         self._loads.update(digest)
 
     def finished(self, request_id: str) -> None:

@@ -1,4 +1,4 @@
-"""How loaded each lane is, in tokens: what its head last said, plus what this router has sent it since.
+"""How loaded each lane is, in tokens: what its leader last said, plus what this router has sent it since.
 
 Tokens and not requests, because a request of 30 000 tokens is not as heavy as one of 30.
 """
@@ -34,7 +34,7 @@ def load_bound(loads: Iterable[int], num_prompt_tokens: int) -> float:
 
 
 class Digest(Protocol):
-    """The part of a head's LaneDigest that is read here."""
+    """The part of a leader's LaneStats that is read here."""
 
     @property
     def lane(self) -> str: ...
@@ -83,13 +83,13 @@ class LaneLoads:
         self.lanes = {name: self.lanes.get(name) or LaneLoad() for name in names}
 
     def update(self, digest: Digest) -> None:
-        """Takes a head's word. A lane that is not among those running is ignored."""
+        """Takes a leader's word. A lane that is not among those running is ignored."""
         lane = self.lanes.get(digest.lane)
         if lane is None:
             return
         lane.state, lane.epoch = digest.state, digest.epoch
         lane.reported_tokens = digest.queued_prefill_tokens + digest.running_kv_tokens
-        # What was sent before the previous digest came is surely in this one, as the heads' period is far
+        # What was sent before the previous digest came is surely in this one, as the leaders' period is far
         # longer than a message's way. Counting it twice for a period does less harm than not at all.
         lane.unsure_tokens, lane.sent_tokens = lane.sent_tokens, 0
         lane.num_digests += 1

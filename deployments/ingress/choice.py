@@ -11,7 +11,7 @@ import msgspec
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.ingress.lanes import LaneClient, LaneError
 from stagemesh.deployments.ingress.metrics import Metrics
-from stagemesh.deployments.openai.logprobs import TokenReport, TokenReporter
+from stagemesh.deployments.openai.logprobs import DecodedLogprob, LogprobDecoder
 from stagemesh.deployments.openai.responses import FunctionCall, ToolCall
 from stagemesh.stages.messages.request import TokenDelta
 from stagemesh.stages.messages.step import TokenLogprobs
@@ -26,7 +26,7 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     text: str
     finish_reason: str | None = None
     """"stop", "length" or "tool_calls" on the last piece of the choice, which may have no text."""
-    logprobs: list[TokenReport] = []
+    logprobs: list[DecodedLogprob] = []
     """Of the tokens that came, if the request asked; their text may still be held back."""
     tool_calls: list[ToolCallDelta] = []
 
@@ -41,7 +41,7 @@ class Choice:
         prompt_token_ids: list[int],
         params: SamplingParams,
         detokenizer: IncrementalDetokenizer,
-        reporter: TokenReporter | None = None,
+        reporter: LogprobDecoder | None = None,
         tools: ToolParser | None = None,
     ) -> None:
         """reporter: puts text to log-probabilities, where the request asks for them. tools: reads tool calls."""
@@ -57,7 +57,7 @@ class Choice:
         """One per generated token, if `params` asks for them."""
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         """One per prompt token after the first, if `params` asks for them."""
-        self.reports: list[TokenReport] = []
+        self.reports: list[DecodedLogprob] = []
         """`logprobs` with their text, as far as they were handed out in pieces."""
         self.tool_calls: list[ToolCall] = []
         """Whole once the pieces are exhausted."""
@@ -142,7 +142,7 @@ class Choice:
         self.num_tokens += len(token_ids) - len(shown)
         return text
 
-    def prompt_reports(self) -> list[TokenReport] | None:
+    def prompt_reports(self) -> list[DecodedLogprob] | None:
         """`prompt_logprobs` with their text."""
         if self.prompt_logprobs is None or self._reporter is None:
             return None
@@ -150,7 +150,7 @@ class Choice:
 
     def _piece(self, text: str) -> Piece:
         """Of text that has just become certain; the last one if finish_reason is set."""
-        reports: list[TokenReport] = []
+        reports: list[DecodedLogprob] = []
         if self._reporter is not None and len(self.logprobs) > len(self.reports):
             reports = self._reporter.report(self.logprobs[len(self.reports) :])
             self.reports += reports

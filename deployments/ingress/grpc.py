@@ -29,7 +29,7 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.ingress.choice import Choice, Piece
 from stagemesh.deployments.ingress.errors import report_error
 from stagemesh.deployments.ingress.service import Generation, InferenceService
-from stagemesh.deployments.openai.logprobs import TokenReport
+from stagemesh.deployments.openai.logprobs import DecodedLogprob
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
 from stagemesh.deployments.proto import inference_pb2 as pb
 
@@ -267,7 +267,7 @@ def _message_of_piece(piece: Piece) -> dict[str, Any]:
     return {"content": piece.text, "tool_calls": calls}
 
 
-def _logprobs(reports: Sequence[TokenReport]) -> list[pb.TokenLogprob]:
+def _logprobs(reports: Sequence[DecodedLogprob]) -> list[pb.TokenLogprob]:
     return [
         pb.TokenLogprob(
             token_id=report.token_id,

@@ -20,7 +20,7 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.ingress.lane_view import LaneView
 from stagemesh.deployments.ingress.lanes import LaneError
 from stagemesh.stages.messages.channel import bind_random_port
-from stagemesh.stages.messages.request import GenerateCall, GenerateSummary, LaneDigest, TokenBatch, TokenDelta
+from stagemesh.stages.messages.request import EngineRequest, LaneStats, RequestSummary, TokenBatch, TokenDelta
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,9 +33,9 @@ LAST_TOKENS_TIMEOUT_S = 5.0
 class RayLaneClient:
     """Implements `deployments.lanes.LaneClient` over Ray Serve. One per router replica."""
 
-    def __init__(self, heads: DeploymentHandle[Any], view: LaneView, lane_timeout_s: float) -> None:
+    def __init__(self, leaders: DeploymentHandle[Any], view: LaneView, lane_timeout_s: float) -> None:
         """`lane_timeout_s`: how long a request may wait until some lane takes it."""
-        self._heads = heads
+        self._leaders = leaders
         self._lane_timeout_s = lane_timeout_s
         self._view = view
         self._encode_params = msgspec.msgpack.Encoder().encode
@@ -52,7 +52,7 @@ class RayLaneClient:
         # A handle learns of its replicas with its first call.
         self._keep(asyncio.create_task(self._first_call()))
 
-    def digests(self) -> list[LaneDigest]:
+    def digests(self) -> list[LaneStats]:
         return self._view.digests()
 
     def ready(self) -> bool:
@@ -62,12 +62,12 @@ class RayLaneClient:
         self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
     ) -> AsyncGenerator[TokenDelta, None]:
         """Tokens of one request as they come. Closing the iterator aborts the request on its lane."""
-        call = GenerateCall(request_id, list(prompt_token_ids), self._encode_params(params), self._address)
+        call = EngineRequest(request_id, list(prompt_token_ids), self._encode_params(params), self._address)
         queue: asyncio.Queue[Arrived] = asyncio.Queue()
         self._queues[request_id] = queue
         # In a context of its own: calls made from one HTTP request would share its id, by which Serve tells
         # requests that wait for a replica apart, and all but the last would wait for ever.
-        response = contextvars.Context().run(self._heads.generate.remote, call)
+        response = contextvars.Context().run(self._leaders.generate.remote, call)
         ended = asyncio.ensure_future(response)
         ended.add_done_callback(lambda _: queue.put_nowait(None))
         self._keep(ended)
@@ -94,9 +94,7 @@ class RayLaneClient:
             if not finished and not ended.done():
                 response.cancel()
 
-    async def _after_the_call(
-        self, ended: asyncio.Future[GenerateSummary], queue: asyncio.Queue[Arrived]
-    ) -> TokenDelta:
+    async def _after_the_call(self, ended: asyncio.Future[RequestSummary], queue: asyncio.Queue[Arrived]) -> TokenDelta:
         """The lifetime call is over before the last token came: it failed, or the rest is on its way."""
         error = ended.exception()
         if error is not None:
@@ -126,7 +124,7 @@ class RayLaneClient:
                     queue.put_nowait(delta)
 
     async def _first_call(self) -> None:
-        lane = await self._heads.lane_id.remote()
+        lane = await self._leaders.lane_id.remote()
         logger.info("first lane found: %s", lane)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:

@@ -1,6 +1,6 @@
 """What a router process knows about the lanes: who runs, how loaded they say they are, where requests went.
 
-One per process. Serve's long poll brings the running heads (through `LaneRouter`), each head's own digests
+One per process. Serve's long poll brings the running leaders (through `LaneRouter`), each leader's own digests
 come by ZeroMQ from the address in its replica metadata, and the router adds the requests it has sent since.
 """
 
@@ -17,17 +17,17 @@ import zmq.asyncio
 
 from stagemesh.router.lane_chooser import Choice, LaneChooser, NoLane
 from stagemesh.router.load import MAX_OPEN_REQUESTS
-from stagemesh.stages.messages.request import GenerateCall, LaneDigest
+from stagemesh.stages.messages.request import EngineRequest, LaneStats
 
 STALE_AFTER_S = 5.0
-"""Heads publish every second even when idle; one that has been silent for longer is not counted on."""
+"""Leaders publish every second even when idle; one that has been silent for longer is not counted on."""
 
 
 @dataclass(frozen=True)
 class Heard:
     """A digest and when it came (monotonic seconds)."""
 
-    digest: LaneDigest
+    digest: LaneStats
     at: float
 
 
@@ -50,7 +50,7 @@ class LaneView:
         self._listen()
 
     def set_lanes(self, addresses: dict[str, str]) -> None:
-        """The heads that run now, by lane id, with the address of their digests."""
+        """The leaders that run now, by lane id, with the address of their digests."""
         with self._lock:
             self._addresses = dict(addresses)
             for lane in [lane for lane in self._heard if lane not in addresses]:
@@ -59,7 +59,7 @@ class LaneView:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._listen)
 
-    def choose(self, call: GenerateCall) -> list[str]:
+    def choose(self, call: EngineRequest) -> list[str]:
         """Lane ids, best first, for this request; remembers the reason under its id. Empty: no lane is known."""
         with self._lock:
             try:
@@ -83,7 +83,7 @@ class LaneView:
         with self._lock:
             return self._choices.get(request_id)
 
-    def digests(self) -> list[LaneDigest]:
+    def digests(self) -> list[LaneStats]:
         """The latest word of every lane that has spoken lately."""
         now = time.monotonic()
         with self._lock:
@@ -99,7 +99,7 @@ class LaneView:
                 self._listeners[lane] = asyncio.create_task(self._follow(lane, address))
 
     async def _follow(self, lane: str, address: str) -> None:
-        decode = msgspec.msgpack.Decoder(LaneDigest).decode
+        decode = msgspec.msgpack.Decoder(LaneStats).decode
         socket = self._context.socket(zmq.SUB)
         try:
             socket.setsockopt(zmq.SUBSCRIBE, b"")

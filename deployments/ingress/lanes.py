@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Literal, Protocol
 
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.stages.messages.request import LaneDigest, TokenDelta
+from stagemesh.stages.messages.request import LaneStats, TokenDelta
 
 LaneStatus = Literal["unavailable", "overloaded", "lost", "timeout", "internal"]
 
@@ -45,7 +45,7 @@ class LaneClient(Protocol):
         """
         ...
 
-    def digests(self) -> list[LaneDigest]:
+    def digests(self) -> list[LaneStats]:
         """The last known state of every lane."""
         ...
 

@@ -13,13 +13,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stagemesh.stages.messages.request import LaneDigest
+from stagemesh.stages.messages.request import LaneStats
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
 _SLOW_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
 
 # (name, help, value of one lane); a name that ends in _total is a counter.
-_LANE_METRICS: tuple[tuple[str, str, Callable[[LaneDigest], float]], ...] = (
+_LANE_METRICS: tuple[tuple[str, str, Callable[[LaneStats], float]], ...] = (
     ("vllm:num_requests_running", "Requests in the running batch.", lambda d: d.num_running),
     ("vllm:num_requests_waiting", "Requests waiting to be scheduled.", lambda d: d.num_waiting),
     (
@@ -39,7 +39,7 @@ _LANE_METRICS: tuple[tuple[str, str, Callable[[LaneDigest], float]], ...] = (
     (
         "stagemesh:engine_outside_seconds_total",
         "What steps took beside the model and waits for other steps.",
-        lambda d: d.outside_s,
+        lambda d: d.step_overhead_s,
     ),
     ("stagemesh:engine_model_seconds_total", "Inside the model, over steps and stages.", lambda d: d.model_s),
 )
@@ -48,7 +48,7 @@ _LANE_METRICS: tuple[tuple[str, str, Callable[[LaneDigest], float]], ...] = (
 class Metrics:
     """The metrics of one router, in a registry of its own. Call it from the router's event loop."""
 
-    def __init__(self, model_name: str, digests: Callable[[], Iterable[LaneDigest]]) -> None:
+    def __init__(self, model_name: str, digests: Callable[[], Iterable[LaneStats]]) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_LaneCollector(model_name, digests))
 
@@ -79,7 +79,7 @@ class Metrics:
 
 
 class _LaneCollector(Collector):
-    def __init__(self, model_name: str, digests: Callable[[], Iterable[LaneDigest]]) -> None:
+    def __init__(self, model_name: str, digests: Callable[[], Iterable[LaneStats]]) -> None:
         self._model_name = model_name
         self._digests = digests
 
@@ -93,7 +93,7 @@ class _LaneCollector(Collector):
             yield metric
         yield from self._expert_metrics(digests)
 
-    def _expert_metrics(self, digests: list[LaneDigest]) -> Iterator[Metric]:
+    def _expert_metrics(self, digests: list[LaneStats]) -> Iterator[Metric]:
         """Of lanes whose model is a mixture of experts. Workers report about once a second; every step is counted.
 
         The counter tells which experts are busy over time; the imbalance is that of one step, in which the busiest

@@ -1,18 +1,18 @@
-"""The adapter between Ray Serve's request routing and `router/`: Serve asks which head, `router/` answers."""
+"""The adapter between Ray Serve's request routing and `router/`: Serve asks which leader, `router/` answers."""
 
 from __future__ import annotations
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from stagemesh.deployments.ingress import lane_view
-from stagemesh.stages.messages.request import GenerateCall
+from stagemesh.stages.messages.request import EngineRequest
 
 # Serve ships this class by value, with every global that it names: `lane_view` is named as a module, which
 # travels by reference, so that the class in the router process meets that process's own view.
 
 
 class LaneRouter(RequestRouter):
-    """Set as `request_router_class` of the head deployment; runs in each router replica."""
+    """Set as `request_router_class` of the leader deployment; runs in each router replica."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -32,7 +32,7 @@ class LaneRouter(RequestRouter):
             # Without this Serve asks again at once, and for ever, when no replica could take the request.
             pending_request.routing_context.should_backoff = True
         call = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        if not isinstance(call, GenerateCall):
+        if not isinstance(call, EngineRequest):
             return [candidate_replicas]
         by_lane = {replica.replica_metadata.get("lane"): replica for replica in candidate_replicas}
         ranked = [[by_lane.pop(lane)] for lane in lane_view.VIEW.choose(call) if lane in by_lane]

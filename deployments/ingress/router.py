@@ -23,13 +23,13 @@ class Router(GrpcApi):
     """Validates, tokenizes, picks a lane, streams text. Any number of replicas; they share nothing."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: EngineConfig, heads: DeploymentHandle[Any]
+        self, config: EngineConfig, leaders: DeploymentHandle[Any]
     ) -> None:
-        self._lanes = RayLaneClient(heads, VIEW, config.args.startup_timeout_s)
+        self._lanes = RayLaneClient(leaders, VIEW, config.args.startup_timeout_s)
         self._lanes.start()
         self.inference_service = InferenceService(
             lanes=self._lanes,
-            tokenizer=Tokenizer.from_folder(config.folder_here()),
+            tokenizer=Tokenizer.from_folder(config.local_model_path()),
             model_names=config.served_model_names,
             max_model_len=config.max_model_len,
             vocab_size=config.model.vocab_size,

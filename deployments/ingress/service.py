@@ -25,7 +25,7 @@ from stagemesh.deployments.ingress.lanes import LaneClient, LaneError
 from stagemesh.deployments.ingress.limits import check_params, check_prompt
 from stagemesh.deployments.ingress.metrics import Metrics
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest, EmbeddingResponse, vector_of
-from stagemesh.deployments.openai.logprobs import TokenReporter
+from stagemesh.deployments.openai.logprobs import LogprobDecoder
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest, InferenceRequest, NamedTool
 from stagemesh.deployments.openai.responses import ModelCard, PromptTokensDetails, Usage
 from stagemesh.stages.engine import grammar as structured
@@ -316,7 +316,7 @@ class InferenceService:
                         prompt,
                         msgspec.structs.replace(params, seed=self._seeds.getrandbits(63) if seed is None else seed),
                         self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens),
-                        TokenReporter(self._tokenizer) if has_reports else None,
+                        LogprobDecoder(self._tokenizer) if has_reports else None,
                         None if make_parser is None else make_parser(),
                     )
                 )

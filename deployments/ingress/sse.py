@@ -11,7 +11,7 @@ import msgspec
 
 from stagemesh.deployments.ingress.choice import Piece
 from stagemesh.deployments.ingress.service import Generation
-from stagemesh.deployments.openai.logprobs import TokenReport, chat_logprobs, completion_logprobs
+from stagemesh.deployments.openai.logprobs import DecodedLogprob, chat_logprobs, completion_logprobs
 from stagemesh.stages.text.tool_calls import ToolCallDelta
 
 _json = msgspec.json.encode
@@ -59,7 +59,7 @@ class ChunkWriter:
     def _content(self, piece: Piece) -> bytes:
         raise NotImplementedError
 
-    def _logprobs(self, reports: list[TokenReport]) -> bytes:
+    def _logprobs(self, reports: list[DecodedLogprob]) -> bytes:
         raise NotImplementedError
 
 
@@ -69,7 +69,7 @@ class CompletionChunks(ChunkWriter):
     def _content(self, piece: Piece) -> bytes:
         return b'"text":' + _json(piece.text)
 
-    def _logprobs(self, reports: list[TokenReport]) -> bytes:
+    def _logprobs(self, reports: list[DecodedLogprob]) -> bytes:
         return _json(completion_logprobs(reports))
 
 
@@ -97,7 +97,7 @@ class ChatChunks(ChunkWriter):
             parts.append(b'"tool_calls":' + _json([_tool_call(delta) for delta in piece.tool_calls]))
         return b'"delta":{' + b",".join(parts) + b"}"
 
-    def _logprobs(self, reports: list[TokenReport]) -> bytes:
+    def _logprobs(self, reports: list[DecodedLogprob]) -> bytes:
         return _json(chat_logprobs(reports))
 
 

@@ -1,4 +1,4 @@
-"""The Head deployment: stage 0 of a lane, with the lane's engine and its wiring."""
+"""The Leader deployment: stage 0 of a lane, with the lane's engine and its wiring."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from stagemesh.deployments.lane.supervisor import Lane
 from stagemesh.deployments.lane.worker_group import WorkerGroup
 from stagemesh.stages.engine.engine import Engine
 from stagemesh.stages.messages.channel import RouterLinks
-from stagemesh.stages.messages.request import GenerateCall, GenerateSummary
+from stagemesh.stages.messages.request import EngineRequest, RequestSummary
 
 logger = logging.getLogger("ray.serve")
 
 WARM_UP_TOKENS = 8
 
 
-class Head:
+class Leader:
     """One replica is one lane: it leases a replica of every later stage, wires them, and runs the engine."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -81,7 +81,7 @@ class Head:
         except TimeoutError:
             raise TimeoutError(f"lane {self._lane_id}: phase 'warm-up' took over {timeout_s:g} s") from None
 
-    async def generate(self, call: GenerateCall) -> GenerateSummary:
+    async def generate(self, call: EngineRequest) -> RequestSummary:
         """Run one request to its end. Tokens go to `call.reply_to`; cancelling this call aborts it."""
         done = self._engine.generate(
             call.request_id, call.prompt_token_ids, self._decode_params(call.params), call.reply_to
@@ -92,7 +92,7 @@ class Head:
             self._engine.abort(call.request_id)
             raise
         except ConfigError as error:
-            return GenerateSummary(call.request_id, 0, "refused", str(error))
+            return RequestSummary(call.request_id, 0, "refused", str(error))
 
     async def lane_id(self) -> str:
         """A call with no effect: whoever makes it learns that a lane is up."""
@@ -103,7 +103,7 @@ class Head:
         return {"lane": self._lane_id, "digests": self._links.digest_address}
 
     async def check_health(self) -> None:
-        """Serve replaces a head whose lane could not be made whole again in time."""
+        """Serve replaces a leader whose lane could not be made whole again in time."""
         if self._lane is not None:
             self._lane.check_health()
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import zmq
 
 from stagemesh.config.engine import EngineConfig
-from stagemesh.stages.messages.channel import HeadChannel
+from stagemesh.stages.messages.channel import LeaderChannel
 from stagemesh.stages.messages.wiring import Progress, Wiring
 
 logger = logging.getLogger("ray.serve")
@@ -36,7 +36,7 @@ class PhaseError(RuntimeError):
         return type(self), (self.phase, self.failures)
 
 
-async def every_rank(phase: str, calls: Mapping[Rank, Awaitable[Answer]], timeout_s: float) -> dict[Rank, Answer]:
+async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Answer]], timeout_s: float) -> dict[Rank, Answer]:
     """Wait for one answer per rank. As soon as one fails, or at the deadline, raises PhaseError.
 
     Where one rank's failure makes the others wait for ever, the first failure is the one worth naming.
@@ -88,27 +88,27 @@ async def wire(
     epoch: int,
     workers: Mapping[Rank, Any],
     num_blocks: int,
-) -> HeadChannel:
-    """Open sockets on every rank, then let all of them meet; returns the head's connected end.
+) -> LeaderChannel:
+    """Open sockets on every rank, then let all of them meet; returns the leader's connected end.
 
     workers: the ShardWorker actors, all of them loaded and none running. Raises PhaseError.
     """
     timeout_s = config.args.startup_timeout_s
-    endpoints = await every_rank(
+    endpoints = await gather_ranks(
         "open", {rank: worker.open.remote(epoch) for rank, worker in workers.items()}, timeout_s
     )
-    channel = HeadChannel(context, host)
+    channel = LeaderChannel(context, host)
     first = endpoints[0, 0]
     wiring = Wiring(
         epoch=epoch,
         store_host=first.plan_address.removeprefix("tcp://").rpartition(":")[0],
         store_port=first.store_port or 0,
         results_to=channel.address,
-        feed_to=tuple(endpoints[0, tp_rank].plan_address for tp_rank in range(config.plan.tp_size)),
+        sampled_tokens_to=tuple(endpoints[0, tp_rank].plan_address for tp_rank in range(config.plan.tp_size)),
         num_blocks=num_blocks,
     )
     try:
-        await every_rank(
+        await gather_ranks(
             "rendezvous",
             {
                 (stage, tp_rank): worker.connect.remote(wiring, workers.get((stage + 1, tp_rank)))

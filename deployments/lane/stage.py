@@ -14,13 +14,13 @@ from stagemesh.deployments.lane.worker_group import GroupState, WorkerGroup
 
 logger = logging.getLogger("ray.serve")
 
-HEAD_CHECK_PERIOD_S = 0.5
+LEADER_CHECK_PERIOD_S = 0.5
 """Serve does not cancel the open call of a caller that died, so the holder of a lease asks for itself."""
 
 
 class Stage:
-    """Stages k >= 1. `max_ongoing_requests=1`: an open `hold_lane` call is the lease, and Serve's own
-    queueing and autoscaling make the pool of free replicas follow the number of heads."""
+    """Stages k >= 1. `max_ongoing_requests=1`: an open `lease` call is the lease, and Serve's own
+    queueing and autoscaling make the pool of free replicas follow the number of leaders."""
 
     async def __init__(self, config: EngineConfig, stage: int) -> None:  # type: ignore[misc]  # Serve awaits it
         self._stage = stage
@@ -31,26 +31,26 @@ class Stage:
             self._group.close()
             raise
 
-    async def hold_lane(self, head: ActorHandle, lane: str) -> AsyncIterator[GroupState]:
+    async def lease(self, leader: ActorHandle, lane: str) -> AsyncIterator[GroupState]:
         """Belong to `lane` while this stream is open: yields the group's state now and at every change.
 
-        Ends by itself when the head's process has died.
+        Ends by itself when the leader's process has died.
         """
         logger.info("stage %d: leased to lane %s", self._stage, lane)
         states = self._group.states()
         next_state = asyncio.ensure_future(anext(states))
-        head_died = asyncio.ensure_future(until_dead(head))
+        leader_died = asyncio.ensure_future(until_dead(leader))
         try:
             while True:
-                await asyncio.wait({next_state, head_died}, return_when=asyncio.FIRST_COMPLETED)
-                if head_died.done():
-                    logger.warning("stage %d: lane %s lost its head, released", self._stage, lane)
+                await asyncio.wait({next_state, leader_died}, return_when=asyncio.FIRST_COMPLETED)
+                if leader_died.done():
+                    logger.warning("stage %d: lane %s lost its leader, released", self._stage, lane)
                     return
                 yield next_state.result()
                 next_state = asyncio.ensure_future(anext(states))
         finally:
             next_state.cancel()
-            head_died.cancel()
+            leader_died.cancel()
             logger.info("stage %d: lease of lane %s ended", self._stage, lane)
 
     def __del__(self) -> None:
@@ -66,4 +66,4 @@ async def until_dead(actor: ActorHandle) -> None:
             await actor.__ray_ready__.remote()
         except ray.exceptions.RayActorError:
             return
-        await asyncio.sleep(HEAD_CHECK_PERIOD_S)
+        await asyncio.sleep(LEADER_CHECK_PERIOD_S)

@@ -16,7 +16,7 @@ from stagemesh.config.engine import EngineConfig
 from stagemesh.deployments.lane.rendezvous import PhaseError, Rank, progress, timed, wire
 from stagemesh.deployments.lane.worker_group import GroupState, WorkerGroup
 from stagemesh.stages.engine.engine import Engine
-from stagemesh.stages.messages.channel import HeadChannel
+from stagemesh.stages.messages.channel import LeaderChannel
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,7 +26,7 @@ STOP_TIMEOUT_S = 5.0
 
 
 class Lane:
-    """The supervisor of one lane: keeps a group of every stage, wires them, heals. Lives in the head."""
+    """The supervisor of one lane: keeps a group of every stage, wires them, heals. Lives in the leader."""
 
     def __init__(
         self,
@@ -102,9 +102,9 @@ class Lane:
 
     async def _hold(self, stage: int, handle: DeploymentHandle[Any]) -> None:
         """Hold a replica of `stage`; when its lease ends, hold another."""
-        head = ray.get_runtime_context().current_actor
+        leader = ray.get_runtime_context().current_actor
         while True:
-            stream = handle.options(stream=True).hold_lane.remote(head, self._lane)
+            stream = handle.options(stream=True).lease.remote(leader, self._lane)
             try:
                 await self._follow(stage, stream)
                 reason = "the lease ended"
@@ -154,7 +154,7 @@ class Lane:
             await self._stop(workers, runs)
             await asyncio.sleep(RETRY_PAUSE_S)
 
-    async def _wire(self, workers: dict[Rank, Any], num_blocks: int) -> HeadChannel:
+    async def _wire(self, workers: dict[Rank, Any], num_blocks: int) -> LeaderChannel:
         # The number of blocks is fixed by the first wiring: the scheduler's tables outlive an epoch.
         num_blocks = self.num_blocks or num_blocks
         channel = await wire(self._config, self._context, self._host, self._epoch, workers, num_blocks)

@@ -1,6 +1,6 @@
 """The ShardWorker actor: one rank of one stage in a process of its own.
 
-The head imports this file to make the actors; torch is imported in theirs only.
+The leader imports this file to make the actors; torch is imported in theirs only.
 """
 
 from __future__ import annotations

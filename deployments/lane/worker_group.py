@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stagemesh.config.engine import EngineConfig
-from stagemesh.deployments.lane.rendezvous import PhaseError, every_rank, timed
+from stagemesh.deployments.lane.rendezvous import PhaseError, gather_ranks, timed
 from stagemesh.deployments.lane.worker_actor import ShardWorker
 
 logger = logging.getLogger("ray.serve")
@@ -116,7 +116,7 @@ class WorkerGroup:
         """Call `method` on some ranks, log the time it took, and hold it to the deadline."""
         calls = {(self._stage, r): getattr(self._ranks[r].worker, method).remote() for r in tp_ranks}
         with timed(f"stage {self._stage}", phase):
-            return await every_rank(phase, calls, self._config.args.startup_timeout_s)
+            return await gather_ranks(phase, calls, self._config.args.startup_timeout_s)
 
     def _spawn(self, tp_rank: int) -> ActorHandle:
         resources = rank_resources(self._config)

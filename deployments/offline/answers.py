@@ -63,7 +63,7 @@ class GrowingChoice:
 
 
 @dataclass
-class GrowingAnswer:
+class RequestState:
     """One prompt on its way."""
 
     request_id: str

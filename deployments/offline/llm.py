@@ -30,7 +30,7 @@ from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.ingress.choice import Choice
 from stagemesh.deployments.ingress.limits import check_params, check_prompt
-from stagemesh.deployments.offline.answers import GrowingAnswer, GrowingChoice
+from stagemesh.deployments.offline.answers import GrowingChoice, RequestState
 from stagemesh.deployments.offline.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -41,7 +41,7 @@ from stagemesh.deployments.offline.outputs import (
 from stagemesh.deployments.openai.embeddings import vector_of
 from stagemesh.stages.engine.engine import Engine, TokenSink
 from stagemesh.stages.engine.logits_processor import bad_words_token_ids
-from stagemesh.stages.messages.request import LaneDigest, TokenDelta
+from stagemesh.stages.messages.request import LaneStats, TokenDelta
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ Message = Mapping[str, Any]
 Vector = npt.NDArray[np.float32]
 ProgressBar = Callable[..., Any]
 
-WITHOUT_EFFECT = {
+IGNORED_VLLM_ARGS = {
     "async_scheduling",
     "compilation_config",
     "cpu_offload_gb",
@@ -227,7 +227,7 @@ class LLM:
         answers = []
         for i, (text, ids, asked) in enumerate(zip(texts, token_ids, each, strict=True)):
             id = f"{call}-{i}"
-            answers.append(GrowingAnswer(id, text, ids, self._choices(id, ids, asked)))
+            answers.append(RequestState(id, text, ids, self._choices(id, ids, asked)))
         running = {choice.choice.request_id: (answer, choice) for answer in answers for choice in answer.choices}
         starts = [(id, answer.prompt_token_ids, choice.choice.params) for id, (answer, choice) in running.items()]
         with _progress(use_tqdm, len(answers)) as bar, self._requests(call, starts) as arriving:
@@ -354,7 +354,7 @@ class _Inbox(TokenSink):
             arriving.put(delta)
         return True
 
-    def publish(self, digest: LaneDigest) -> None:
+    def publish(self, digest: LaneStats) -> None:
         pass
 
 
@@ -367,11 +367,11 @@ def _arrivals(arriving: queue.SimpleQueue[TokenDelta | Exception]) -> Iterator[T
 
 
 def _engine_args(model: str, dtype: Any, seed: int | None, given: Mapping[str, Any]) -> EngineArgs:
-    unused = sorted(WITHOUT_EFFECT & given.keys())
+    unused = sorted(IGNORED_VLLM_ARGS & given.keys())
     if unused:
         logger.info("without effect here: %s", ", ".join(unused))
     # None is vLLM's word for "as you think best"; a torch.dtype prints as its name.
-    args = {name: value for name, value in given.items() if name not in WITHOUT_EFFECT and value is not None}
+    args = {name: value for name, value in given.items() if name not in IGNORED_VLLM_ARGS and value is not None}
     dtype = str(dtype).removeprefix("torch.")
     return EngineArgs(model=model, dtype=DTYPES.get(dtype, dtype), seed=seed, **args)
 

@@ -11,7 +11,7 @@ import zmq
 
 from stagemesh.config.engine import EngineConfig
 from stagemesh.stages.engine.engine import Engine, TokenSink
-from stagemesh.stages.messages.channel import HeadChannel
+from stagemesh.stages.messages.channel import LeaderChannel
 from stagemesh.stages.messages.wiring import Wiring
 from stagemesh.stages.worker.worker import Worker
 
@@ -29,7 +29,7 @@ class LocalLane:
         assert config.plan.tp_size * config.plan.pp_size == 1
         self._worker = Worker(config, 0, 0, HOST)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        channel = HeadChannel(self._context, HOST)
+        channel = LeaderChannel(self._context, HOST)
         try:
             self._worker.load()
             self.num_blocks = self._worker.profile()
@@ -40,7 +40,7 @@ class LocalLane:
                     store_host=HOST,
                     store_port=0,
                     results_to=channel.address,
-                    feed_to=(endpoints.plan_address,),
+                    sampled_tokens_to=(endpoints.plan_address,),
                     num_blocks=self.num_blocks,
                 )
             )

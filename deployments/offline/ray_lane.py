@@ -115,7 +115,7 @@ class ActorLane:
         if failed and not self._closed:
             self._close_groups()
             self.engine.detach("failed")
-            self._on_failure(blame(failed))
+            self._on_failure(root_cause(failed))
 
     def _step_failed(self, epoch: int, reason: str) -> None:
         """The engine gave a step up (called in its thread): say what every rank is doing."""
@@ -146,7 +146,7 @@ class ActorLane:
             group.close()
 
 
-def blame(failed: dict[Rank, BaseException]) -> str:
+def root_cause(failed: dict[Rank, BaseException]) -> str:
     """The cause among the errors of several ranks: those that only lost a peer are left out where others did not."""
 
     def cause(error: BaseException) -> str:

@@ -21,7 +21,7 @@ LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not know; vLLM's number."""
 
 
-class TokenReport(msgspec.Struct, frozen=True):
+class DecodedLogprob(msgspec.Struct, frozen=True):
     """How likely the model found a token, with its text."""
 
     token_id: int
@@ -31,20 +31,20 @@ class TokenReport(msgspec.Struct, frozen=True):
     logprob: float
     rank: int | None
     """1 for the likeliest token."""
-    top: list[TokenReport] = []
+    top: list[DecodedLogprob] = []
     """The likeliest tokens, falling."""
     offset: int = 0
     """Characters of the answer before it."""
 
 
-class TokenReporter:
+class LogprobDecoder:
     """Puts text to the log-probabilities of one answer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._offset = 0
 
-    def report(self, logprobs: Sequence[TokenLogprobs]) -> list[TokenReport]:
+    def report(self, logprobs: Sequence[TokenLogprobs]) -> list[DecodedLogprob]:
         reports = []
         for entry in logprobs:
             top = [
@@ -55,13 +55,13 @@ class TokenReporter:
             self._offset += len(reports[-1].token)
         return reports
 
-    def _report(self, token_id: int, logprob: float, rank: int, top: Sequence[TokenReport] = ()) -> TokenReport:
+    def _report(self, token_id: int, logprob: float, rank: int, top: Sequence[DecodedLogprob] = ()) -> DecodedLogprob:
         data = self._tokenizer.token_bytes(token_id)
         text = data.decode("utf-8", "replace")
-        return TokenReport(token_id, text, list(data), max(logprob, LEAST_LOGPROB), rank, list(top), self._offset)
+        return DecodedLogprob(token_id, text, list(data), max(logprob, LEAST_LOGPROB), rank, list(top), self._offset)
 
 
-def completion_logprobs(reports: list[TokenReport]) -> CompletionLogprobs:
+def completion_logprobs(reports: list[DecodedLogprob]) -> CompletionLogprobs:
     return CompletionLogprobs(
         tokens=[report.token for report in reports],
         token_logprobs=[report.logprob for report in reports],
@@ -70,7 +70,7 @@ def completion_logprobs(reports: list[TokenReport]) -> CompletionLogprobs:
     )
 
 
-def chat_logprobs(reports: list[TokenReport]) -> ChatLogprobs:
+def chat_logprobs(reports: list[DecodedLogprob]) -> ChatLogprobs:
     return ChatLogprobs(
         [
             ChatTokenLogprob(
@@ -84,7 +84,7 @@ def chat_logprobs(reports: list[TokenReport]) -> ChatLogprobs:
     )
 
 
-def prompt_logprobs(reports: Sequence[TokenReport]) -> PromptLogprobs:
+def prompt_logprobs(reports: Sequence[DecodedLogprob]) -> PromptLogprobs:
     entries: PromptLogprobs = [None]
     for report in reports:
         # The likeliest first, the prompt's own token where they end unless it is among them.

@@ -23,7 +23,7 @@ the order in which they were scheduled*, and that a layer's KV lives in one stag
 - Abort in flight. A plan that was sent is run in full, also for a sequence that was aborted meanwhile, so a
   block published for it does get its content.
 - The exception is a lane that is wired anew: plans in flight are forgotten and the KV is gone. Then
-  `forget_contents` drops every hash.
+  `reset_prefix_cache` drops every hash.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class BlockManager:
         """Blocks that can be handed out: empty or evictable."""
         return len(self._empty) + len(self._evictable)
 
-    def find_prefix(self, hashes: Iterable[bytes]) -> list[int]:
+    def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
         """Blocks that hold the longest known prefix of a chain of block hashes. Takes no reference."""
         found = []
         for block_hash in hashes:
@@ -62,7 +62,7 @@ class BlockManager:
         return found
 
     def can_allocate(self, num_new: int, shared: Sequence[int] = ()) -> bool:
-        """Whether `num_new` blocks are left when those in `shared` (from `find_prefix`) are taken too."""
+        """Whether `num_new` blocks are left when those in `shared` (from `match_prefix`) are taken too."""
         num_revived = sum(self._ref_counts[block] == 0 for block in shared)
         return num_new + num_revived <= self.num_free_blocks
 
@@ -80,7 +80,7 @@ class BlockManager:
             self._ref_counts[block] = 1
         return [*shared, *fresh]
 
-    def publish(self, block: int, block_hash: bytes) -> None:
+    def cache_block(self, block: int, block_hash: bytes) -> None:
         """Lets later plans find a held block by its content. Of two with one content the first counts."""
         assert self._ref_counts[block] > 0 and self._hashes[block] is None
         if block_hash not in self._block_of:
@@ -98,7 +98,7 @@ class BlockManager:
                 else:
                     self._evictable[block] = None
 
-    def forget_contents(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Drops every published hash: the memory behind the blocks is lost or no longer to be trusted."""
         self._empty.extend(self._evictable)
         self._evictable.clear()
@@ -119,40 +119,40 @@ class BlockManager:
         """Raises AssertionError unless the books agree with each other and with the running `tables`."""
         holders: Counter[int] = Counter()
         for table in tables:
-            require(len(set(table)) == len(table), f"a block is twice in one table: {list(table)}")
-            require(all(0 <= block < self.num_blocks for block in table), f"no such block: {list(table)}")
+            check(len(set(table)) == len(table), f"a block is twice in one table: {list(table)}")
+            check(all(0 <= block < self.num_blocks for block in table), f"no such block: {list(table)}")
             holders.update(table)
-        require(len(set(self._empty)) == len(self._empty), "a block is twice in the empty list")
+        check(len(set(self._empty)) == len(self._empty), "a block is twice in the empty list")
         empty = set(self._empty)
         for block in range(self.num_blocks):
             ref_count, block_hash = self._ref_counts[block], self._hashes[block]
             num_places = (ref_count > 0) + (block in empty) + (block in self._evictable)
-            require(ref_count == holders[block], f"block {block}: {ref_count} for {holders[block]} holders")
-            require(num_places == 1, f"block {block} is in {num_places} of held, empty and evictable")
-            require(block not in self._evictable or block_hash is not None, f"block {block} lost its hash")
-            require(block not in empty or block_hash is None, f"block {block}: empty, but has a hash")
-            require(
+            check(ref_count == holders[block], f"block {block}: {ref_count} for {holders[block]} holders")
+            check(num_places == 1, f"block {block} is in {num_places} of held, empty and evictable")
+            check(block not in self._evictable or block_hash is not None, f"block {block} lost its hash")
+            check(block not in empty or block_hash is None, f"block {block}: empty, but has a hash")
+            check(
                 block_hash is None or self._block_of.get(block_hash) == block,
                 f"block {block} has a hash that leads elsewhere",
             )
-        require(
+        check(
             empty.issubset(range(self.num_blocks)) and self._evictable.keys() <= set(range(self.num_blocks)),
             "a free block does not exist",
         )
         num_hashes = sum(block_hash is not None for block_hash in self._hashes)
-        require(len(self._block_of) == num_hashes, "a hash leads to a block that does not have it")
-        require(self.enable_prefix_caching or num_hashes == 0, "hashes without prefix caching")
+        check(len(self._block_of) == num_hashes, "a hash leads to a block that does not have it")
+        check(self.enable_prefix_caching or num_hashes == 0, "hashes without prefix caching")
 
     def check_contents(self, full: Sequence[int], hashes: Sequence[bytes], unfinished: Sequence[int]) -> None:
         """Raises AssertionError unless what is published of a table is full, and under its own hash."""
         for block, block_hash in zip(full, hashes, strict=True):
-            require(self._hashes[block] in (None, block_hash), f"block {block} is published as something else")
+            check(self._hashes[block] in (None, block_hash), f"block {block} is published as something else")
         for block in unfinished:
-            require(self._hashes[block] is None, f"block {block} is published before it is full")
-            require(self._ref_counts[block] == 1, f"block {block} is shared before it is full")
+            check(self._hashes[block] is None, f"block {block} is published before it is full")
+            check(self._ref_counts[block] == 1, f"block {block} is shared before it is full")
 
 
-def require(ok: bool, message: str) -> None:
+def check(ok: bool, message: str) -> None:
     """An assert that also stands under `python -O`: an integrity check must not be compiled away."""
     if not ok:
         raise AssertionError(message)

@@ -28,8 +28,8 @@ from stagemesh.stages.engine.grammar import GrammarFactory
 from stagemesh.stages.engine.scheduler import COUNTS, Scheduler, SequenceUpdate
 from stagemesh.stages.engine.step import ScheduledStep
 from stagemesh.stages.engine.step_timing import StepTimes
-from stagemesh.stages.messages.channel import ChannelClosed, HeadChannel
-from stagemesh.stages.messages.request import GenerateSummary, LaneDigest, TokenDelta
+from stagemesh.stages.messages.channel import ChannelClosed, LeaderChannel
+from stagemesh.stages.messages.request import LaneStats, RequestSummary, TokenDelta
 from stagemesh.stages.messages.step import StepResult, StopRun, WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -48,14 +48,14 @@ class TokenSink(Protocol):
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
         """Hand `deltas` to whoever listens at `reply_to`; False when nobody reads there any more."""
 
-    def publish(self, digest: LaneDigest) -> None:
+    def publish(self, digest: LaneStats) -> None:
         """Tell everybody how the lane is."""
 
 
 @dataclass
 class _Request:
     reply_to: str
-    done: Future[GenerateSummary]
+    done: Future[RequestSummary]
     num_sent: int = 0
 
 
@@ -69,11 +69,11 @@ class _InFlight:
 
 @dataclass
 class _Clocks:
-    """Sums over the life of the lane, as LaneDigest explains them."""
+    """Sums over the life of the lane, as LaneStats explains them."""
 
     num_steps: int = 0
     schedule_s: float = 0.0
-    outside_s: float = 0.0
+    step_overhead_s: float = 0.0
     model_s: float = 0.0
 
 
@@ -81,7 +81,7 @@ class _Clocks:
 class _Wired:
     """The lane as it is wired now."""
 
-    channel: HeadChannel
+    channel: LeaderChannel
     epoch: int
     times: StepTimes
     next_step: int = 0
@@ -98,7 +98,7 @@ class Engine:
         self._lane = lane
         self._sink = sink
         self._on_failure = on_failure
-        self._grammars = GrammarFactory(config.folder_here(), config.model.eos_token_ids, config.model.vocab_size)
+        self._grammars = GrammarFactory(config.local_model_path(), config.model.eos_token_ids, config.model.vocab_size)
         self._scheduler: Scheduler | None = None
         self._wired: _Wired | None = None
         self._requests: dict[str, _Request] = {}
@@ -144,7 +144,7 @@ class Engine:
 
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, reply_to: str
-    ) -> Future[GenerateSummary]:
+    ) -> Future[RequestSummary]:
         """Start a request; the future ends with it (ConfigError if it is refused)."""
         done = _started()
         grammar = None
@@ -159,7 +159,7 @@ class Engine:
         def add() -> None:
             if self._scheduler is None:
                 raise ConfigError("", None, "the lane is not wired yet")
-            self._scheduler.add(request_id, prompt_token_ids, params, grammar)
+            self._scheduler.add_request(request_id, prompt_token_ids, params, grammar)
             self._requests[request_id] = _Request(reply_to, done)
             self._digest_due = True
 
@@ -174,7 +174,7 @@ class Engine:
         """End a request nobody waits for any more; its blocks are free before the next step."""
         return self.call(self._abort, request_id)
 
-    def attach(self, channel: HeadChannel, epoch: int, num_blocks: int) -> Future[None]:
+    def attach(self, channel: LeaderChannel, epoch: int, num_blocks: int) -> Future[None]:
         """The lane is wired (again): run on `channel`, which the engine owns from now on."""
         return self.call(self._attach, channel, epoch, num_blocks)
 
@@ -185,7 +185,7 @@ class Engine:
     def set_state(self, state: str) -> Future[None]:
         return self.call(self._set_state, state)
 
-    def digest(self) -> Future[LaneDigest]:
+    def digest(self) -> Future[LaneStats]:
         return self.call(self._make_digest)
 
     def close(self) -> None:
@@ -210,10 +210,10 @@ class Engine:
             while not self._closed:
                 self._wait()
                 self._run_commands()
-                self._guarded(self._collect)
-                self._guarded(self._check_deadline)
-                self._guarded(self._fill)
-                self._guarded(self._hand_out)  # behind the next plan, which the workers wait for
+                self._fail_epoch_on_error(self._receive_results)
+                self._fail_epoch_on_error(self._check_deadline)
+                self._fail_epoch_on_error(self._schedule_steps)
+                self._fail_epoch_on_error(self._emit_outputs)  # behind the next plan, which the workers wait for
                 self._publish()
         finally:
             with self._lock:
@@ -227,7 +227,7 @@ class Engine:
         while self._commands:
             self._commands.popleft()()
 
-    def _guarded(self, part: Callable[[], None]) -> None:
+    def _fail_epoch_on_error(self, part: Callable[[], None]) -> None:
         """A failure inside a step is a failure of this wiring, not of the thread."""
         try:
             part()
@@ -255,7 +255,7 @@ class Engine:
             if handle == self._wake:
                 os.eventfd_read(handle)
 
-    def _fill(self) -> None:
+    def _schedule_steps(self) -> None:
         wired, scheduler = self._wired, self._scheduler
         if wired is None or scheduler is None:
             return
@@ -265,7 +265,7 @@ class Engine:
             if step is None:
                 return
             wired.channel.send(step.to_plan(wired.epoch, wired.next_step))
-            needs = step.feeder_distance
+            needs = step.placeholder_steps_back
             if not needs and step.has_decodes:  # for tokens that came, at the latest, with the last result
                 needs = len(wired.in_flight) + 1
             wired.times.planned(started_at, needs)
@@ -274,7 +274,7 @@ class Engine:
             wired.next_step += 1
             self._clocks.schedule_s += now - started
 
-    def _collect(self) -> None:
+    def _receive_results(self) -> None:
         wired = self._wired
         if wired is None:
             return
@@ -294,7 +294,7 @@ class Engine:
             raise RuntimeError(f"result of step {result.step} came while step {flight.number} was due")
         if wired.in_flight:
             wired.in_flight[0].due_from = started
-        self._updates += self._scheduler.update(
+        self._updates += self._scheduler.process_result(
             flight.step, result.token_ids, result.logprobs, result.prompt_logprobs, result.pooled
         )
         self._digest_due = True
@@ -302,15 +302,15 @@ class Engine:
         self._clocks.schedule_s += time.monotonic() - started
 
     def _take_stats(self, wired: _Wired, stats: WorkerStats) -> None:
-        model_s, outside_s = wired.times.ran(stats.stage, stats.spans)
+        model_s, step_overhead_s = wired.times.ran(stats.stage, stats.spans)
         self._clocks.model_s += model_s
-        self._clocks.outside_s += outside_s
+        self._clocks.step_overhead_s += step_overhead_s
         if stats.expert_tokens:
             before = self._expert_tokens or [0] * len(stats.expert_tokens)
             self._expert_tokens = [a + b for a, b in zip(before, stats.expert_tokens, strict=True)]
             self._expert_imbalance[stats.stage] = stats.expert_imbalance
 
-    def _hand_out(self) -> None:
+    def _emit_outputs(self) -> None:
         updates, self._updates = self._updates, []
         by_router: dict[str, list[TokenDelta]] = {}
         for update in updates:
@@ -344,11 +344,11 @@ class Engine:
     def _finish(self, request_id: str, reason: str) -> None:
         request = self._requests.pop(request_id, None)
         if request is not None:
-            request.done.set_result(GenerateSummary(request_id, request.num_sent, reason))
+            request.done.set_result(RequestSummary(request_id, request.num_sent, reason))
 
     def _abort(self, request_id: str) -> None:
         if request_id in self._requests and self._scheduler is not None:
-            self._scheduler.abort(request_id)
+            self._scheduler.abort_request(request_id)
             self._finish(request_id, "abort")
             self._digest_due = True
 
@@ -363,7 +363,7 @@ class Engine:
     def _due_at(self, flight: _InFlight) -> float:
         return flight.due_from + self._config.args.step_timeout_s
 
-    def _attach(self, channel: HeadChannel, epoch: int, num_blocks: int) -> None:
+    def _attach(self, channel: LeaderChannel, epoch: int, num_blocks: int) -> None:
         if self._scheduler is None:
             args = self._config.args
             self._scheduler = Scheduler(
@@ -391,7 +391,7 @@ class Engine:
             logger.info("lane %s: %s", self._lane, error)
         wired.channel.close()
         if self._scheduler is not None:
-            self._scheduler.recompute_all()
+            self._scheduler.preempt_all()
 
     def _set_state(self, state: str) -> None:
         if state != self._state:
@@ -405,10 +405,10 @@ class Engine:
             self._digest_at, self._digest_due = now, False
             self._sink.publish(self._make_digest())
 
-    def _make_digest(self) -> LaneDigest:
+    def _make_digest(self) -> LaneStats:
         counts = dict.fromkeys(COUNTS, 0) if self._scheduler is None else self._scheduler.counts()
         imbalance = list(chain.from_iterable(self._expert_imbalance.values()))
-        return LaneDigest(
+        return LaneStats(
             lane=self._lane,
             state=self._state,
             epoch=self._epoch,

@@ -1,6 +1,6 @@
-"""Answers of a given form (JSON schema, regex, choice, grammar), by llguidance, on the head.
+"""Answers of a given form (JSON schema, regex, choice, grammar), by llguidance, on the leader.
 
-The head knows every token, so a grammar's state is replayed there from the answer so far, whatever became of the
+The leader knows every token, so a grammar's state is replayed there from the answer so far, whatever became of the
 lane meanwhile; workers get one bit per token id. llguidance needs neither torch nor the model.
 """
 

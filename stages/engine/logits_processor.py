@@ -1,7 +1,7 @@
-"""What a request changes about the logits of its next token, worked out on the head from the tokens so far.
+"""What a request changes about the logits of its next token, worked out on the leader from the tokens so far.
 
 Penalties, allowed tokens, bad words and grammars are pure functions of prompt and answer, so an answer comes out
-the same alone, in a batch, after preemption and on another lane. No torch here: a worker gets them as LogitEdits.
+the same alone, in a batch, after preemption and on another lane. No torch: workers get them as LogitsAdjustments.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.grammar import Grammar, TokenMask, token_mask
-from stagemesh.stages.messages.step import LogitEdits
+from stagemesh.stages.messages.step import LogitsAdjustments
 
 EncodeText = Callable[[str], list[int]]
 """Text → token ids, without the tokenizer's special tokens."""
 
 
-class LogitRules:
+class LogitsProcessor:
     """The rules of one request. `edits` may be asked for any answer so far, in any order."""
 
     def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], grammar: Grammar | None) -> None:
@@ -38,7 +38,7 @@ class LogitRules:
     @classmethod
     def of(
         cls, params: SamplingParams, prompt_token_ids: Sequence[int], grammar: Grammar | None = None
-    ) -> LogitRules | None:
+    ) -> LogitsProcessor | None:
         """None for a request that leaves the logits as they are."""
         if (
             grammar is None
@@ -57,11 +57,11 @@ class LogitRules:
         """Why the answer had to end before it had its form; empty as long as all is well."""
         return "" if self._grammar is None else self._grammar.error
 
-    def edits(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> LogitEdits:
+    def edits(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> LogitsAdjustments:
         """For the token that follows `output_token_ids`; `banned_token_ids` are those that may not come now."""
         if self._has_penalties:
             self._count(output_token_ids)
-        return LogitEdits(
+        return LogitsAdjustments(
             allowed=self._allowed_now(output_token_ids, banned_token_ids),
             bias_ids=self._bias_ids,
             bias=self._bias,

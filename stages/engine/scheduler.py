@@ -1,12 +1,12 @@
 """Decides which tokens of which sequences the lane computes next, and keeps their state. No torch, no Ray.
 
-The head's loop is: `schedule` → `to_plan` → send → (result arrives) → `update`. Results come back in order. Each
-`schedule` fills one token budget: first one token for each decoding sequence whose last token is known, then for
+The leader's loop: `schedule` → `to_plan` → send → (result arrives) → `process_result`, results in order.
+Each `schedule` fills one token budget: first one token for each decoding sequence whose last token is known, then for
 those whose last token a step in flight samples, then further chunks of prompts already begun, then new prompts,
 each first come, first served.
 
 `num_micro_batches` steps in flight keep as many stages busy. One more is planned ahead, so that the stage which ends
-its step has the next one at hand: while a result travels to the head and a plan back, it need not stand still. A plan
+its step has the next one at hand: while a result travels to the leader and a plan back, it need not stand still. A plan
 ahead leaves out the tokens that nobody knows yet; the workers put them in. If such a sequence turns out to have ended,
 its part of the plan was in vain. While a request runs whose next token depends on its tokens by more than the model
 (penalties, a grammar), nothing is planned ahead: the others would get on twice as often as it.
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.stages.engine.block_manager import BlockManager, require
+from stagemesh.stages.engine.block_manager import BlockManager, check
 from stagemesh.stages.engine.grammar import Grammar
 from stagemesh.stages.engine.sequence import Sequence, SequenceStatus
 from stagemesh.stages.engine.step import ScheduledSequence, ScheduledStep
@@ -48,7 +48,7 @@ COUNTS = (
     "prompt_tokens",
     "generation_tokens",
 )
-"""The scheduler's part of a LaneDigest."""
+"""The scheduler's part of a LaneStats."""
 
 _by_arrival = attrgetter("arrival")
 
@@ -116,7 +116,7 @@ class Scheduler:
 
     # ---- requests ------------------------------------------------------------------------------------------
 
-    def add(
+    def add_request(
         self,
         request_id: str,
         prompt_token_ids: SequenceOf[int],
@@ -163,43 +163,43 @@ class Scheduler:
         self._waiting.append(sequence)
         return sequence
 
-    def abort(self, request_id: str) -> None:
+    def abort_request(self, request_id: str) -> None:
         """Forgets a request and frees its blocks at once, in flight or not. Ignores an unknown id."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             sequence.finish_reason = "abort"
             self._finish(sequence)
 
-    def recompute_all(self) -> None:
+    def preempt_all(self) -> None:
         """The lane's KV is lost: running sequences wait again with the tokens they have, and steps in
-        flight are forgotten (their results, should they still come, must not be given to `update`)."""
+        flight are forgotten (their results, should they still come, must not be given to `process_result`)."""
         self._in_flight.clear()
         for sequence in self._running:
             sequence.num_in_flight = 0
-            self._take_back(sequence)
+            self._release_blocks(sequence)
         self._waiting = deque(sorted([*self._running, *self._waiting], key=_by_arrival))
         self._running.clear()
-        self.blocks.forget_contents()
+        self.blocks.reset_prefix_cache()
 
     # ---- one step ------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None when nothing can be done before a result comes back or a request arrives."""
-        looks_ahead = not any(sequence.has_rules for sequence in self._running)
+        looks_ahead = not any(sequence.has_logits_processor for sequence in self._running)
         if len(self._in_flight) >= self.num_micro_batches + looks_ahead:
             return None
         step = ScheduledStep()
         self._schedule_decodes(step, looks_ahead)
         self._schedule_prompts(step)
         for block_hash, block in self._filled.items():
-            self.blocks.publish(block, block_hash)
+            self.blocks.cache_block(block, block_hash)
         self._filled.clear()
         if not step.entries:
             return None
         self._in_flight.append(step)
         return step
 
-    def update(
+    def process_result(
         self,
         step: ScheduledStep,
         token_ids: SequenceOf[int],
@@ -270,7 +270,7 @@ class Scheduler:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted for an older one in this very loop
             if sequence.num_uncomputed_tokens == 1:
-                if self._make_room(sequence):
+                if self._reserve_block(sequence):
                     self._schedule_tokens(step, sequence, 1)
                 else:
                     looks_ahead = False  # or whoever could make room for it would be in flight for ever
@@ -287,11 +287,11 @@ class Scheduler:
                     continue  # it ended, or is in a later plan already
                 if sequence.num_tokens + 1 == sequence.max_num_tokens:
                     continue  # that token is its last
-                if not self._make_room(sequence):
+                if not self._reserve_block(sequence):
                     return
-                step.feeder_distance = len(self._in_flight) - index
+                step.placeholder_steps_back = len(self._in_flight) - index
                 self._schedule_tokens(step, sequence, 1, row)
-            if step.feeder_distance:
+            if step.placeholder_steps_back:
                 return
 
     def _schedule_prompts(self, step: ScheduledStep) -> None:
@@ -325,7 +325,7 @@ class Scheduler:
         return min(max(share, MIN_SHARE_TOKENS), self.max_num_batched_tokens)
 
     def _schedule_tokens(
-        self, step: ScheduledStep, sequence: Sequence, num_tokens: int, fed_row: int | None = None
+        self, step: ScheduledStep, sequence: Sequence, num_tokens: int, placeholder_row: int | None = None
     ) -> None:
         start = sequence.num_computed_tokens
         end = start + num_tokens
@@ -335,7 +335,9 @@ class Scheduler:
             num_prompt_logprobs = max(0, min(end, sequence.num_prompt_tokens - 1) - start)
         block_table = sequence.block_table[: -(-end // self.block_size)]
         step.entries.append(
-            ScheduledSequence(sequence, block_table, start, num_tokens, is_sampled, num_prompt_logprobs, fed_row)
+            ScheduledSequence(
+                sequence, block_table, start, num_tokens, is_sampled, num_prompt_logprobs, placeholder_row
+            )
         )
         step.num_tokens += num_tokens
         sequence.num_computed_tokens = end
@@ -370,7 +372,7 @@ class Scheduler:
         if self.blocks.enable_prefix_caching and not sequence.needs_all_hidden:
             # At least the last token is computed: sampling needs its hidden state, and that is not cached.
             hashes = sequence.hash_blocks((sequence.num_tokens - 1) // self.block_size, self.block_size)
-            shared = self.blocks.find_prefix(hashes)
+            shared = self.blocks.match_prefix(hashes)
             if len(shared) < len(hashes) and hashes[len(shared)] in self._filled:
                 # This very step fills the block that it misses: a step later it need not be computed again.
                 return False
@@ -391,7 +393,7 @@ class Scheduler:
                 self.prefix_hits += sequence.num_cached_tokens
         return True
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _reserve_block(self, sequence: Sequence) -> bool:
         """A block for the token that `sequence` computes next, if need be by preempting who came later.
 
         False: nobody can be preempted right now, the sequence has to wait for a step in flight.
@@ -399,7 +401,7 @@ class Scheduler:
         if sequence.num_computed_tokens < len(sequence.block_table) * self.block_size:
             return True
         while not self.blocks.can_allocate(1):
-            victim = self._latest_idle()
+            victim = self._pick_victim()
             if victim is None or victim.arrival <= sequence.arrival:
                 # Only ever the later one yields: the oldest sequence always gets on, so all of them end.
                 return False
@@ -407,7 +409,7 @@ class Scheduler:
         sequence.block_table.extend(self.blocks.allocate(1))
         return True
 
-    def _latest_idle(self) -> Sequence | None:
+    def _pick_victim(self) -> Sequence | None:
         """The running sequence that came last among those in no plan, whose work would be thrown away."""
         for sequence in reversed(self._running):
             if sequence.num_in_flight == 0:
@@ -417,7 +419,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Takes its blocks; it waits with the tokens that it has. Its KV may survive as cached blocks."""
         self._running.remove(sequence)
-        self._take_back(sequence)
+        self._release_blocks(sequence)
         self.num_preemptions += 1
         # Almost always to the very front, since who waits came later than who ran.
         position = 0
@@ -425,9 +427,9 @@ class Scheduler:
             position += 1
         self._waiting.insert(position, sequence)
 
-    def _take_back(self, sequence: Sequence) -> None:
+    def _release_blocks(self, sequence: Sequence) -> None:
         for block_hash, block in self._newly_full(sequence):  # a token planned ahead that is known by now
-            self.blocks.publish(block, block_hash)
+            self.blocks.cache_block(block, block_hash)
         self.blocks.release(sequence.block_table)
         sequence.block_table = array("i")
         sequence.num_published_blocks = 0
@@ -437,13 +439,13 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
-            self._take_back(sequence)
+            self._release_blocks(sequence)
         else:
             self._waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         del self._sequences[sequence.request_id]
 
-    # ---- what a head says about itself ---------------------------------------------------------------------
+    # ---- what a leader says about itself ---------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
@@ -493,28 +495,28 @@ class Scheduler:
         queues = {SequenceStatus.RUNNING: self._running, SequenceStatus.WAITING: self._waiting}
         for status, queue in queues.items():
             arrivals = [sequence.arrival for sequence in queue]
-            require(arrivals == sorted(set(arrivals)), f"{status}: not in order of arrival: {arrivals}")
-            require(all(sequence.status is status for sequence in queue), f"{status}: one is not")
+            check(arrivals == sorted(set(arrivals)), f"{status}: not in order of arrival: {arrivals}")
+            check(all(sequence.status is status for sequence in queue), f"{status}: one is not")
         queued = {sequence.request_id: sequence for sequence in (*self._running, *self._waiting)}
-        require(queued == self._sequences, "requests and queues differ")
-        require(len(self._running) <= self.max_num_seqs, "more than max_num_seqs are running")
-        require(len(self._in_flight) <= self.num_micro_batches + 1, "too many steps in flight")
-        require(not self._filled, "blocks filled by a closed step are not published")
+        check(queued == self._sequences, "requests and queues differ")
+        check(len(self._running) <= self.max_num_seqs, "more than max_num_seqs are running")
+        check(len(self._in_flight) <= self.num_micro_batches + 1, "too many steps in flight")
+        check(not self._filled, "blocks filled by a closed step are not published")
         in_flight = [entry.sequence.seq_id for step in self._in_flight for entry in step.entries]
         for sequence in queued.values():
             name = f"sequence {sequence.seq_id}"
             num_slots = len(sequence.block_table) * self.block_size
             num_computed = sequence.num_computed_tokens
             num_ahead = min(1, max(0, sequence.num_in_flight - 1))
-            require(num_computed <= num_slots, f"{name}: computed without a slot")
-            require(num_computed <= sequence.num_tokens + num_ahead, f"{name}: computed without a token")
-            require(sequence.num_in_flight == in_flight.count(sequence.seq_id), f"{name}: plans in flight")
-            require(sequence.num_tokens < sequence.max_num_tokens, f"{name}: is too long and still there")
+            check(num_computed <= num_slots, f"{name}: computed without a slot")
+            check(num_computed <= sequence.num_tokens + num_ahead, f"{name}: computed without a token")
+            check(sequence.num_in_flight == in_flight.count(sequence.seq_id), f"{name}: plans in flight")
+            check(sequence.num_tokens < sequence.max_num_tokens, f"{name}: is too long and still there")
             if sequence.status is SequenceStatus.WAITING:
-                require(num_slots == 0 and sequence.num_in_flight == 0, f"{name}: waits, but has blocks")
+                check(num_slots == 0 and sequence.num_in_flight == 0, f"{name}: waits, but has blocks")
             if self.blocks.enable_prefix_caching:
                 num_full = min(num_computed, sequence.num_tokens) // self.block_size
                 hashes = sequence.hash_blocks(num_full, self.block_size)
                 full, rest = sequence.block_table[:num_full], sequence.block_table[num_full:]
-                require(sequence.num_published_blocks <= num_full, f"{name}: a block is published before it is full")
+                check(sequence.num_published_blocks <= num_full, f"{name}: a block is published before it is full")
                 self.blocks.check_contents(full, hashes, rest)

@@ -1,4 +1,4 @@
-"""One request as the head sees it: its tokens, its blocks, and how far its KV is computed."""
+"""One request as the leader sees it: its tokens, its blocks, and how far its KV is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import Enum
 from stagemesh.config.prefix import ROOT, block_hashes
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.grammar import Grammar
-from stagemesh.stages.engine.logits_processor import LogitRules
+from stagemesh.stages.engine.logits_processor import LogitsProcessor
 from stagemesh.stages.messages.step import SampleSpec, TokenLogprobs
 
 
@@ -62,7 +62,7 @@ class Sequence:
         max_model_len: int,
         grammar: Grammar | None = None,
     ) -> None:
-        assert params.seed is not None, "the router draws a seed before a request reaches a head"
+        assert params.seed is not None, "the router draws a seed before a request reaches a leader"
         self.seq_id = seq_id
         self.arrival = seq_id
         """Place in the queue, kept through preemptions: a smaller number came earlier."""
@@ -99,7 +99,7 @@ class Sequence:
         self.stop_token_ids = frozenset(stop if params.ignore_eos else stop | eos)
         self.banned_token_ids = sorted(stop | eos)
         """What may not be sampled before min_tokens exist."""
-        self._rules = LogitRules.of(params, prompt_token_ids, grammar)
+        self._rules = LogitsProcessor.of(params, prompt_token_ids, grammar)
         self._spec = (
             params.temperature,
             params.top_p,
@@ -132,7 +132,7 @@ class Sequence:
         return len(self.token_ids) == self.num_computed_tokens
 
     @property
-    def has_rules(self) -> bool:
+    def has_logits_processor(self) -> bool:
         """Whether what may come next depends on the tokens so far, so that nothing can be planned without them."""
         return self._rules is not None
 

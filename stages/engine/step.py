@@ -23,19 +23,19 @@ class ScheduledSequence(NamedTuple):
     """The step reaches the last known token or the one after it, so that it samples the next."""
     num_prompt_logprobs: int
     """Tokens that follow one of these in the prompt and whose log-probabilities are wanted."""
-    fed_row: int | None
+    placeholder_row: int | None
     """Not None: its only token is the one of this number among those that the step's feeder samples."""
 
 
 class ScheduledStep:
     """One step as scheduled. `to_plan` may be called at any later time and gives the same plan."""
 
-    __slots__ = ("entries", "feeder_distance", "num_tokens")
+    __slots__ = ("entries", "placeholder_steps_back", "num_tokens")
 
     def __init__(self) -> None:
         self.entries: list[ScheduledSequence] = []
         self.num_tokens = 0
-        self.feeder_distance = 0
+        self.placeholder_steps_back = 0
         """The step that samples what this one does not know is as many steps back; 0 where all is known."""
 
     @property
@@ -55,15 +55,15 @@ class ScheduledStep:
         tables: list[bytes] = []
         samples: list[SampleSpec | None] = []
         prompt_logprobs, pools = [], []
-        for sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs, fed_row in self.entries:
+        for sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs, placeholder_row in self.entries:
             end = start + num_tokens
             seq_ids.append(sequence.seq_id)
             query_lens.append(num_tokens)
             context_lens.append(start)
-            if fed_row is None:
+            if placeholder_row is None:
                 token_ids.extend(sequence.token_ids[start:end])
             else:
-                token_ids.append(-1 - fed_row)
+                token_ids.append(-1 - placeholder_row)
             tables.append(table.tobytes())
             tables.append(_UNUSED * (max_blocks - len(table)))
             pooling = sequence.params.pooling
@@ -87,5 +87,5 @@ class ScheduledStep:
             samples=samples,
             prompt_logprobs=prompt_logprobs,
             pools=pools,
-            fed_by=step - self.feeder_distance if self.feeder_distance else -1,
+            placeholder_step=step - self.placeholder_steps_back if self.placeholder_steps_back else -1,
         )

@@ -36,21 +36,21 @@ class StepTimes:
         that every stage has reported now.
         """
         self._spans[stage].extend(spans)
-        outside_s = 0.0
+        step_overhead_s = 0.0
         while all(self._spans):
-            outside_s += self._outside()
-        return sum(end - start for start, end in spans), outside_s
+            step_overhead_s += self._outside()
+        return sum(end - start for start, end in spans), step_overhead_s
 
     def _outside(self) -> float:
         """Of the oldest step, which is then forgotten."""
         ready_at, needs = self._planned.popleft()
         if 0 < needs <= len(self._sampled_at):
             ready_at = self._sampled_at[-needs]
-        outside_s = 0.0
+        step_overhead_s = 0.0
         for stage, reported in enumerate(self._spans):
             start, end = reported.popleft()
             # Less than nothing where clocks disagree, or where the stage before has only queued its work.
-            outside_s += max(0.0, start - max(ready_at, self._free_at[stage]))
+            step_overhead_s += max(0.0, start - max(ready_at, self._free_at[stage]))
             self._free_at[stage] = ready_at = end
         self._sampled_at.append(ready_at)
-        return outside_s
+        return step_overhead_s

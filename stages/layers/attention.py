@@ -10,14 +10,14 @@ from stagemesh.config.model import ModelConfig
 from stagemesh.config.parallel import kv_heads
 from stagemesh.kernels.rotary import rotary_
 from stagemesh.stages.layers.checkpoint import Checkpoint
-from stagemesh.stages.layers.forward_batch import StepBatch
+from stagemesh.stages.layers.forward_batch import ForwardBatch
 from stagemesh.stages.layers.linear import (
     ColumnParallelLinear,
-    MakeMethod,
-    Output,
+    LinearMethodFactory,
+    OutputShard,
     RowParallelLinear,
     dense_method,
-    even_part,
+    shard_slice,
 )
 from stagemesh.stages.layers.norm import RMSNorm
 from stagemesh.stages.layers.tensor_parallel import TensorShard
@@ -35,7 +35,7 @@ class Attention:
         config: ModelConfig,
         tp: TensorShard,
         *,
-        make_method: MakeMethod = dense_method,
+        make_method: LinearMethodFactory = dense_method,
     ) -> None:
         dim = config.head_dim
         held = kv_heads(config, tp.size, tp.rank)
@@ -44,14 +44,14 @@ class Attention:
         self.head_dim = dim
         self.scale = dim**-0.5
         q_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
-        q_rows = [even_part(q_size, tp)]
+        q_rows = [shard_slice(q_size, tp)]
         kv_rows = _rows_of(held, dim)
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
             [
-                Output(f"{name}.q_proj", q_size, q_rows),
-                Output(f"{name}.k_proj", kv_size, kv_rows),
-                Output(f"{name}.v_proj", kv_size, kv_rows),
+                OutputShard(f"{name}.q_proj", q_size, q_rows),
+                OutputShard(f"{name}.k_proj", kv_size, kv_rows),
+                OutputShard(f"{name}.v_proj", kv_size, kv_rows),
             ],
             bias=config.qkv_bias,
             make_method=make_method,
@@ -69,7 +69,7 @@ class Attention:
             self.k_norm.load(checkpoint)
         self.out.load(checkpoint)
 
-    def __call__(self, x: Tensor, batch: StepBatch, cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden]. The new keys and values go into `cache` [N, 2, K, B, D]."""
         heads = self.num_heads
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2·K, D]

@@ -12,7 +12,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class StepBatch:
+class ForwardBatch:
     """One step of S sequences and T tokens on the device of a rank. Valid until the next one is made."""
 
     token_ids: Tensor

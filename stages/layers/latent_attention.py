@@ -14,14 +14,14 @@ from torch import Tensor
 from stagemesh.config.model import MlaConfig
 from stagemesh.kernels.rotary import rotary_
 from stagemesh.stages.layers.checkpoint import Checkpoint
-from stagemesh.stages.layers.forward_batch import StepBatch
+from stagemesh.stages.layers.forward_batch import ForwardBatch
 from stagemesh.stages.layers.linear import (
     ColumnParallelLinear,
-    MakeMethod,
-    Output,
+    LinearMethodFactory,
+    OutputShard,
     RowParallelLinear,
     dense_method,
-    even_part,
+    shard_slice,
 )
 from stagemesh.stages.layers.norm import RMSNorm
 from stagemesh.stages.layers.tensor_parallel import TensorShard
@@ -40,15 +40,15 @@ class LatentAttention:
         tp: TensorShard,
         *,
         bias: bool,
-        make_method: MakeMethod = dense_method,
+        make_method: LinearMethodFactory = dense_method,
     ) -> None:
         self.mla = mla
         self.num_heads = num_heads // tp.size
         self.query_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
 
         def linear(part: str, width: int, features: int, *, cut: bool, bias: bool = False) -> ColumnParallelLinear:
-            rows = even_part(features, tp) if cut else slice(0, features)
-            output = Output(f"{name}.{part}", features, [rows])
+            rows = shard_slice(features, tp) if cut else slice(0, features)
+            output = OutputShard(f"{name}.{part}", features, [rows])
             return ColumnParallelLinear(width, [output], bias=bias, make_method=make_method)
 
         query_features = num_heads * self.query_dim
@@ -81,12 +81,12 @@ class LatentAttention:
         self.latent_norm.load(checkpoint)
         self.expand.load(checkpoint)
         self.out.load(checkpoint)
-        by_head = self.expand.method.matrix().to(self.latent_norm.weight.dtype).unflatten(0, (self.num_heads, -1))
+        by_head = self.expand.method.dequantize().to(self.latent_norm.weight.dtype).unflatten(0, (self.num_heads, -1))
         key, value = by_head.split([self.mla.qk_nope_head_dim, self.mla.v_head_dim], 1)
         self.key, self.value = key.contiguous(), value.transpose(1, 2).contiguous()
         del self.expand
 
-    def __call__(self, x: Tensor, batch: StepBatch, cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden]. The new latents go into `cache` [N, 1, 1, B, kv_lora_rank + rope]."""
         mla, num_tokens = self.mla, len(x)
         hidden = self.query_norm(self.query_latent(x)) if self.query_latent and self.query_norm else x

@@ -1,6 +1,6 @@
 """Linear layers and how they are cut over the ranks of a stage.
 
-A layer says which parts of which checkpoint matrices belong to its rank (`MatrixPart`); a `LinearMethod`
+A layer says which parts of which checkpoint matrices belong to its rank (`WeightShard`); a `LinearMethod`
 reads them in the checkpoint's format and multiplies. Dense weights are `DenseMethod`; a quantized format is
 another method that reads its packed tensors for the same parts, so cutting and format do not know each other.
 """
@@ -20,7 +20,7 @@ from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
 @dataclass(frozen=True)
-class MatrixPart:
+class WeightShard:
     """A rectangle of the checkpoint matrix `name`; a dense one is [out_features, in_features]."""
 
     name: str
@@ -36,10 +36,10 @@ class MatrixPart:
 class LinearMethod(Protocol):
     """Holds and applies the parts of one layer, stacked along the output."""
 
-    def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
+    def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
         """Read the parts; with `with_bias` their biases as well."""
 
-    def matrix(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weights as floats, [rows of all parts, columns], for who wants them rather than their product."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -52,28 +52,28 @@ class DenseMethod:
     weight: Tensor
     bias: Tensor | None = None
 
-    def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
+    def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
         self.weight = pack_weight(read_weight(checkpoint, parts))
         self.bias = read_bias(checkpoint, parts) if with_bias else None
 
-    def matrix(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
-def read_weight(checkpoint: Checkpoint, parts: Sequence[MatrixPart], dtype: torch.dtype | None = None) -> Tensor:
+def read_weight(checkpoint: Checkpoint, parts: Sequence[WeightShard], dtype: torch.dtype | None = None) -> Tensor:
     """The parts of tensors that are stored as they are, [rows of all parts, columns]."""
     reads = [(f"{p.name}.weight", (p.out_features, p.in_features), (p.rows, p.columns)) for p in parts]
     return checkpoint.stack(reads, dtype)
 
 
-def read_bias(checkpoint: Checkpoint, parts: Sequence[MatrixPart]) -> Tensor:
+def read_bias(checkpoint: Checkpoint, parts: Sequence[WeightShard]) -> Tensor:
     return checkpoint.stack([(f"{p.name}.bias", (p.out_features,), (p.rows,)) for p in parts])
 
 
-MakeMethod = Callable[[str], LinearMethod]
+LinearMethodFactory = Callable[[str], LinearMethod]
 """From a layer's name (`model.layers.0.self_attn.o_proj`) to its method: formats leave some layers dense."""
 
 
@@ -82,7 +82,7 @@ def dense_method(name: str) -> LinearMethod:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputShard:
     """One checkpoint matrix of a column-parallel layer."""
 
     name: str
@@ -100,15 +100,15 @@ class ColumnParallelLinear:
     def __init__(
         self,
         in_features: int,
-        outputs: Sequence[Output],
+        outputs: Sequence[OutputShard],
         *,
         bias: bool,
-        make_method: MakeMethod = dense_method,
+        make_method: LinearMethodFactory = dense_method,
     ) -> None:
         self.bias = bias
         self.method = make_method(outputs[0].name)
         every = slice(0, in_features)
-        self.parts = [MatrixPart(o.name, o.out_features, in_features, rows, every) for o in outputs for rows in o.rows]
+        self.parts = [WeightShard(o.name, o.out_features, in_features, rows, every) for o in outputs for rows in o.rows]
 
     def load(self, checkpoint: Checkpoint) -> None:
         self.method.load(checkpoint, self.parts, self.bias)
@@ -128,12 +128,14 @@ class RowParallelLinear:
         *,
         bias: bool,
         tp: TensorShard,
-        make_method: MakeMethod = dense_method,
+        make_method: LinearMethodFactory = dense_method,
     ) -> None:
         self.bias = bias and tp.rank == 0  # added once, then summed
         self.tp = tp
         self.method = make_method(name)
-        self.parts = [MatrixPart(name, out_features, in_features, slice(0, out_features), even_part(in_features, tp))]
+        self.parts = [
+            WeightShard(name, out_features, in_features, slice(0, out_features), shard_slice(in_features, tp))
+        ]
 
     def load(self, checkpoint: Checkpoint) -> None:
         self.method.load(checkpoint, self.parts, self.bias)
@@ -146,7 +148,7 @@ class RowParallelLinear:
         return self.method(x)
 
 
-def even_part(features: int, tp: TensorShard) -> slice:
+def shard_slice(features: int, tp: TensorShard) -> slice:
     """This rank's part of `features`, which the number of ranks divides."""
     assert features % tp.size == 0, f"{features} features over {tp.size} ranks"
     part = features // tp.size

@@ -8,11 +8,11 @@ from stagemesh.kernels.silu_and_mul import silu_and_mul
 from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.linear import (
     ColumnParallelLinear,
-    MakeMethod,
-    Output,
+    LinearMethodFactory,
+    OutputShard,
     RowParallelLinear,
     dense_method,
-    even_part,
+    shard_slice,
 )
 from stagemesh.stages.layers.tensor_parallel import TensorShard
 
@@ -28,16 +28,16 @@ class GatedMLP:
         tp: TensorShard,
         *,
         bias: bool,
-        make_method: MakeMethod = dense_method,
+        make_method: LinearMethodFactory = dense_method,
         projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> None:
         gate, up, down = projections
-        rows = [even_part(intermediate_size, tp)]
+        rows = [shard_slice(intermediate_size, tp)]
         self.gate_up = ColumnParallelLinear(
             hidden_size,
             [
-                Output(f"{name}.{gate}", intermediate_size, rows),
-                Output(f"{name}.{up}", intermediate_size, rows),
+                OutputShard(f"{name}.{gate}", intermediate_size, rows),
+                OutputShard(f"{name}.{up}", intermediate_size, rows),
             ],
             bias=bias,
             make_method=make_method,

@@ -24,7 +24,7 @@ from stagemesh.config.parallel import expert_range
 from stagemesh.kernels.linear import linear, pack_weight
 from stagemesh.kernels.moe import apply_experts, moe_experts, top_k_in_groups, top_k_softmax
 from stagemesh.stages.layers.checkpoint import Checkpoint
-from stagemesh.stages.layers.linear import DenseMethod, MakeMethod, dense_method, even_part
+from stagemesh.stages.layers.linear import DenseMethod, LinearMethodFactory, dense_method, shard_slice
 from stagemesh.stages.layers.mlp import GatedMLP
 from stagemesh.stages.layers.tensor_parallel import TensorShard
 
@@ -36,7 +36,7 @@ much on 4, 1.2 times as much on 2; at 4096 it takes 0.5 on 8, 0.5 to 0.8 on 4 an
 
 
 @dataclass(frozen=True)
-class MoeNames:
+class MoENames:
     """What a family calls the tensors of a mixture, below the layer's own name."""
 
     router: str
@@ -51,7 +51,7 @@ class MoeNames:
 
 
 class Experts:
-    """The experts of one rank: numbers `held`, each cut over `shard`."""
+    """The experts of one rank: numbers `local_experts`, each cut over `shard`."""
 
     def __init__(
         self,
@@ -59,29 +59,29 @@ class Experts:
         projections: tuple[str, str, str],
         hidden_size: int,
         intermediate_size: int,
-        held: range,
+        local_experts: range,
         shard: TensorShard,
-        make_method: MakeMethod,
+        make_method: LinearMethodFactory,
     ) -> None:
-        self.names = [name.format(expert) for expert in held]
+        self.names = [name.format(expert) for expert in local_experts]
         self.projections = projections
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        self.held = held
-        self.part = even_part(intermediate_size, shard)
+        self.local_experts = local_experts
+        self.part = shard_slice(intermediate_size, shard)
         # Dense weights are stacked, as a kernel for all experts at once wants them; formats keep theirs apart.
-        self.apart: list[GatedMLP] | None = None
+        self.unfused_experts: list[GatedMLP] | None = None
         if not isinstance(make_method(f"{self.names[0]}.{projections[0]}"), DenseMethod):
             sizes = (hidden_size, intermediate_size, shard)
-            self.apart = [
+            self.unfused_experts = [
                 GatedMLP(n, *sizes, bias=False, make_method=make_method, projections=projections) for n in self.names
             ]
         self.gate_up: Tensor
         self.down: Tensor
 
     def load(self, checkpoint: Checkpoint) -> None:
-        if self.apart is not None:
-            for expert in self.apart:
+        if self.unfused_experts is not None:
+            for expert in self.unfused_experts:
                 expert.load(checkpoint)
             return
         gate, up, down = self.projections
@@ -94,25 +94,25 @@ class Experts:
 
     def __call__(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """What the experts of this rank add to x [T, hidden]; ids are those of the model, [T, k]."""
-        expert_ids = expert_ids - self.held.start
-        if (apart := self.apart) is not None:
-            return apply_experts(x, weights, expert_ids, len(apart), lambda i, rows: apart[i].partial(rows))
+        expert_ids = expert_ids - self.local_experts.start
+        if (unfused := self.unfused_experts) is not None:
+            return apply_experts(x, weights, expert_ids, len(unfused), lambda i, rows: unfused[i].partial(rows))
         return moe_experts(x, self.gate_up, self.down, weights, expert_ids)
 
 
-class MixtureOfExperts:
+class MoE:
     """Each token to its top k, and where the family has one, to the expert that all tokens share."""
 
     def __init__(
         self,
         name: str,
-        names: MoeNames,
+        names: MoENames,
         moe: MoeConfig,
         hidden_size: int,
         tp: TensorShard,
         *,
         expert_parallel: bool,
-        make_method: MakeMethod = dense_method,
+        make_method: LinearMethodFactory = dense_method,
     ) -> None:
         self.moe = moe
         self.hidden_size = hidden_size
@@ -124,18 +124,18 @@ class MixtureOfExperts:
         self.router: Tensor
         self.choice_bias: Tensor | None = None
         self.shared_gate: Tensor | None = None
-        held, shard = range(moe.num_experts), tp
+        local_experts, shard = range(moe.num_experts), tp
         if expert_parallel:
-            held, shard = expert_range(moe.num_experts, tp.size, tp.rank), TensorShard()
+            local_experts, shard = expert_range(moe.num_experts, tp.size, tp.rank), TensorShard()
             sizes = [len(expert_range(moe.num_experts, tp.size, rank)) for rank in range(tp.size)]
-            self.owners = torch.arange(tp.size).repeat_interleave(torch.tensor(sizes))
+            self.expert_to_rank = torch.arange(tp.size).repeat_interleave(torch.tensor(sizes))
             """int64 [E]: the rank of each expert."""
         self.experts = Experts(
             f"{name}.{names.expert}",
             names.projections,
             hidden_size,
             moe.intermediate_size,
-            held,
+            local_experts,
             shard,
             make_method,
         )
@@ -154,7 +154,7 @@ class MixtureOfExperts:
         if self.moe.sigmoid:
             self.choice_bias = checkpoint.read(self.choice_bias_name, (num_experts,), dtype=torch.float32)
         if self.expert_parallel:
-            self.owners = self.owners.to(self.router.device)
+            self.expert_to_rank = self.expert_to_rank.to(self.router.device)
         self.experts.load(checkpoint)
         if self.shared:
             self.shared.load(checkpoint)
@@ -165,7 +165,7 @@ class MixtureOfExperts:
         """[T, hidden] → [T, hidden], whole on every rank."""
         weights, expert_ids = self.route(x)
         self.tokens_per_expert = torch.bincount(expert_ids.flatten(), minlength=self.moe.num_experts)
-        if self.expert_parallel and dispatch_pays(len(x), self.tp.size):
+        if self.expert_parallel and should_dispatch(len(x), self.tp.size):
             out = self.dispatch(x, weights, expert_ids)
             return out if self.shared is None else out + self.tp.all_reduce(self._shared_part(x))
         part = self.experts(x, weights, expert_ids)
@@ -198,16 +198,16 @@ class MixtureOfExperts:
         """
         num_tokens, top_k, size, rank = len(x), expert_ids.shape[1], self.tp.size, self.tp.rank
         share = -(-num_tokens // size)
-        owners = self.owners[expert_ids.flatten()]
+        expert_ranks = self.expert_to_rank[expert_ids.flatten()]
         sources = torch.arange(num_tokens * top_k, device=x.device) // (share * top_k)
-        traffic = torch.bincount(sources * size + owners, minlength=size * size).view(size, size)
+        traffic = torch.bincount(sources * size + expert_ranks, minlength=size * size).view(size, size)
         sends, receives = traffic[rank].tolist(), traffic[:, rank].tolist()
 
         first, last = min(rank * share, num_tokens), min((rank + 1) * share, num_tokens)
-        order = owners[first * top_k : last * top_k].argsort(stable=True)
+        order = expert_ranks[first * top_k : last * top_k].argsort(stable=True)
         arrived = self.tp.group.all_to_all(x[first + order // top_k], sends, receives)
         # What arrives is ordered by source, then as the source numbers its pairs: in the order of all pairs.
-        pairs = (owners == rank).nonzero().flatten()
+        pairs = (expert_ranks == rank).nonzero().flatten()
         results = self.experts(arrived, weights.flatten()[pairs, None], expert_ids.flatten()[pairs, None])
         returned = self.tp.group.all_to_all(results, receives, sends)
 
@@ -216,6 +216,6 @@ class MixtureOfExperts:
         return self.tp.group.all_gather(mine.view(share, top_k, x.shape[1]).sum(1), 0)[:num_tokens]
 
 
-def dispatch_pays(num_tokens: int, size: int) -> bool:
+def should_dispatch(num_tokens: int, size: int) -> bool:
     """Whether to dispatch the tokens of a step to the experts' owners rather than reduce over all ranks."""
     return size > 1 and num_tokens >= MIN_DISPATCH_TOKENS

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.quantization import EightBit, FourBit, Quantization
+from stagemesh.config.quantization import W4A16, W8A8, Quantization
 from stagemesh.kernels.quant_int4 import (
     AWQ_ORDER,
     PER_WORD,
@@ -30,8 +30,8 @@ from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.linear import (
     DenseMethod,
     LinearMethod,
-    MakeMethod,
-    MatrixPart,
+    LinearMethodFactory,
+    WeightShard,
     dense_method,
     read_bias,
     read_weight,
@@ -44,7 +44,7 @@ UNPACKED = 2**20
 """Weights that are converted at a time: on the way each takes up to 12 bytes."""
 
 
-def linear_methods(quantization: Quantization | None) -> MakeMethod:
+def linear_methods(quantization: Quantization | None) -> LinearMethodFactory:
     """What makes the method of each layer."""
     if quantization is None:
         return dense_method
@@ -52,9 +52,9 @@ def linear_methods(quantization: Quantization | None) -> MakeMethod:
     def make_method(name: str) -> LinearMethod:
         if not quantization.covers(name):
             return DenseMethod()
-        if isinstance(quantization.format, FourBit):
-            return FourBitMethod(quantization.format)
-        return EightBitMethod(quantization.format)
+        if isinstance(quantization.format, W4A16):
+            return W4A16Method(quantization.format)
+        return W8A8Method(quantization.format)
 
     return make_method
 
@@ -68,10 +68,10 @@ class _EightBitPiece:
     input_scale: Tensor | None
 
 
-class EightBitMethod:
+class W8A8Method:
     """FP8 or INT8 weights and activations."""
 
-    def __init__(self, format: EightBit) -> None:
+    def __init__(self, format: W8A8) -> None:
         self.format = format
         self.dtype = FP8 if format.kind == "fp8" else torch.int8
         self.pieces: list[_EightBitPiece] = []
@@ -79,7 +79,7 @@ class EightBitMethod:
         """Zeros before and after this rank's inputs, which complete its first and last group."""
         self.bias: Tensor | None = None
 
-    def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
+    def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
         if self.format.weights == "block":
             block, columns = self.format.block[1], parts[0].columns
             self.padding = (columns.start % block, -columns.stop % block)
@@ -87,7 +87,7 @@ class EightBitMethod:
         self.pieces = [self._read(checkpoint, list(group), input_scale) for input_scale, group in alike]
         self.bias = read_bias(checkpoint, parts) if with_bias else None
 
-    def matrix(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         before, after = self.padding
         matrices = [dequantize(piece.weight, piece.scale) for piece in self.pieces]
         whole = torch.cat(matrices)
@@ -99,7 +99,7 @@ class EightBitMethod:
         outputs = [w8a8_linear(x, p.weight, p.scale, p.input_scale) for p in self.pieces]
         return add_bias(outputs, self.bias)
 
-    def _read(self, checkpoint: Checkpoint, parts: list[MatrixPart], input_scale: float | None) -> _EightBitPiece:
+    def _read(self, checkpoint: Checkpoint, parts: list[WeightShard], input_scale: float | None) -> _EightBitPiece:
         if self.format.online:
             return _EightBitPiece(*_read_quantized(checkpoint, parts, self.dtype), None)
         weight = read_weight(checkpoint, parts, self.dtype)
@@ -109,7 +109,7 @@ class EightBitMethod:
         scale = torch.cat([self._read_scale(checkpoint, part) for part in parts])
         return _EightBitPiece(weight, scale, None if input_scale is None else scale.new_tensor(input_scale))
 
-    def _read_scale(self, checkpoint: Checkpoint, part: MatrixPart) -> Tensor:
+    def _read_scale(self, checkpoint: Checkpoint, part: WeightShard) -> Tensor:
         """float32 [rows, groups]."""
         name = _present(checkpoint, part.name, WEIGHT_SCALES)
         rows = part.rows.stop - part.rows.start
@@ -123,7 +123,7 @@ class EightBitMethod:
         scales = checkpoint.read(name, blocks, covering, torch.float32).repeat_interleave(size, 0)
         return scales[part.rows.start % size :][:rows].contiguous()
 
-    def _read_input_scale(self, checkpoint: Checkpoint, part: MatrixPart) -> float | None:
+    def _read_input_scale(self, checkpoint: Checkpoint, part: WeightShard) -> float | None:
         if not self.format.static_activations:
             return None
         return _read_scalar(checkpoint, _present(checkpoint, part.name, INPUT_SCALES)).item()
@@ -147,28 +147,28 @@ class _FourBitPiece:
         return _FourBitPiece(torch.cat(weights, 1), torch.cat(scales, 1), torch.cat(zeros, 1), pieces[0].groups)
 
 
-class FourBitMethod:
+class W4A16Method:
     """AWQ and GPTQ. Both are kept as GPTQ packs them."""
 
-    def __init__(self, format: FourBit) -> None:
+    def __init__(self, format: W4A16) -> None:
         self.format = format
         self.pieces: list[_FourBitPiece] = []
         self.bias: Tensor | None = None
 
-    def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
+    def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
         read = self._read_awq if self.format.layout == "awq" else self._read_gptq
         alike = groupby([read(checkpoint, part) for part in parts], lambda piece: piece.groups.tolist())
         self.pieces = [_FourBitPiece.join(list(group)) for _, group in alike]
         self.bias = read_bias(checkpoint, parts) if with_bias else None
 
-    def matrix(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         return torch.cat([dequantize_int4(p.weight, p.scales, p.zeros, p.groups) for p in self.pieces], 1).T
 
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [int4_linear(x, p.weight, p.scales, p.zeros, p.groups) for p in self.pieces]
         return add_bias(outputs, self.bias)
 
-    def _read_awq(self, checkpoint: Checkpoint, part: MatrixPart) -> _FourBitPiece:
+    def _read_awq(self, checkpoint: Checkpoint, part: WeightShard) -> _FourBitPiece:
         """qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]."""
         name = part.name
         _check_packed(name, "out_features", part.out_features)
@@ -188,7 +188,7 @@ class FourBitMethod:
         zeros = unpack_columns(qzeros, AWQ_ORDER)[:, features]
         return _FourBitPiece(weight, scales, zeros.contiguous(), groups.to(scales.device))
 
-    def _read_gptq(self, checkpoint: Checkpoint, part: MatrixPart) -> _FourBitPiece:
+    def _read_gptq(self, checkpoint: Checkpoint, part: WeightShard) -> _FourBitPiece:
         """qweight [in / 8, out], qzeros [groups, out / 8], scales [groups, out], g_idx [in].
 
         With act-order the inputs of a rank lie in any of the groups: it reads those between the first and the last.
@@ -222,13 +222,13 @@ class FourBitMethod:
         zeros = (unpack_columns(qzeros)[:, outputs] + self.format.zero_offset) & 15
         return _FourBitPiece(weight, scales, zeros, groups.to(scales.device))
 
-    def _consecutive_groups(self, part: MatrixPart) -> tuple[int, Tensor]:
+    def _consecutive_groups(self, part: WeightShard) -> tuple[int, Tensor]:
         """How many groups the matrix has, and the group of each of the rank's inputs, where they follow one another."""
         size = part.in_features if self.format.group_size == -1 else self.format.group_size
         return -(-part.in_features // size), torch.arange(part.columns.start, part.columns.stop) // size
 
 
-def _read_quantized(checkpoint: Checkpoint, parts: Sequence[MatrixPart], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _read_quantized(checkpoint: Checkpoint, parts: Sequence[WeightShard], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Plain weights in `dtype`, [rows of all parts, columns], and a scale for each row."""
     heights = [part.rows.stop - part.rows.start for part in parts]
     width = parts[0].columns.stop - parts[0].columns.start

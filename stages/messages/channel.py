@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 import zmq
 
-from stagemesh.stages.messages.request import LaneDigest, TokenBatch, TokenDelta
-from stagemesh.stages.messages.step import HeadMessage, SampledTokens, ToWorker, WorkerMessage
+from stagemesh.stages.messages.request import LaneStats, TokenBatch, TokenDelta
+from stagemesh.stages.messages.step import LeaderMessage, SampledTokens, ToWorker, WorkerMessage
 
 ROUTER_IDLE_S = 60.0
 """A router with no token for this long is forgotten until the next: it may have gone for good."""
@@ -60,8 +60,8 @@ class _PlanSockets:
         self._sockets.clear()
 
 
-class HeadChannel:
-    """The head's end: one PUSH socket per worker, one PULL socket for all results. One thread may use it."""
+class LeaderChannel:
+    """The leader's end: one PUSH socket per worker, one PULL socket for all results. One thread may use it."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
         self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
@@ -73,7 +73,7 @@ class HeadChannel:
         """Reach the workers' plan sockets."""
         self._workers.connect(addresses)
 
-    def send(self, message: HeadMessage) -> None:
+    def send(self, message: LeaderMessage) -> None:
         """Queue `message` to every worker; raises ChannelClosed where a queue is full (its worker is gone)."""
         self._workers.send(message)
 
@@ -105,10 +105,10 @@ class WorkerChannel:
         self._results.setsockopt(zmq.LINGER, 1000)
         self._fed = _PlanSockets(context)
 
-    def connect(self, head_address: str, feed_to: Iterable[str] = ()) -> None:
-        """feed_to: plan sockets of the workers that `feed` reaches."""
-        self._results.connect(head_address)
-        self._fed.connect(feed_to)
+    def connect(self, leader_address: str, sampled_tokens_to: Iterable[str] = ()) -> None:
+        """sampled_tokens_to: plan sockets of the workers that `feed` reaches."""
+        self._results.connect(leader_address)
+        self._fed.connect(sampled_tokens_to)
 
     def receive(self, timeout_ms: int) -> ToWorker | None:
         """The next message, or None after `timeout_ms` without one."""
@@ -120,7 +120,7 @@ class WorkerChannel:
         self._results.send(self._encoder.encode(message))
 
     def feed(self, tokens: SampledTokens) -> None:
-        """Queue `tokens` to every worker that needs them; raises ChannelClosed as HeadChannel.send does."""
+        """Queue `tokens` to every worker that needs them; raises ChannelClosed as LeaderChannel.send does."""
         self._fed.send(tokens)
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class _Link:
 
 
 class RouterLinks:
-    """A head's way to the routers: new tokens to the one that asked, digests to all. One thread may use it."""
+    """A leader's way to the routers: new tokens to the one that asked, digests to all. One thread may use it."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, lane: str) -> None:
         self._context = context
@@ -150,7 +150,7 @@ class RouterLinks:
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
         """One message with `deltas`; False when the router's queue is full, which means that it is gone."""
         if not reply_to:
-            return True  # the head's own warm-up
+            return True  # the leader's own warm-up
         link = self._routers.get(reply_to)
         if link is None:
             link = self._routers[reply_to] = _Link(self._context.socket(zmq.PUSH), 0.0)
@@ -163,7 +163,7 @@ class RouterLinks:
             return False
         return True
 
-    def publish(self, digest: LaneDigest) -> None:
+    def publish(self, digest: LaneStats) -> None:
         self._digests.send(self._encoder.encode(digest))
         now = time.monotonic()
         for reply_to in [name for name, link in self._routers.items() if now - link.used_at > ROUTER_IDLE_S]:

@@ -8,7 +8,7 @@ from stagemesh.stages.messages.step import TokenLogprobs
 
 
 class TokenDelta(msgspec.Struct, array_like=True):
-    """New tokens of one request after an engine step, from a head to the router that asked."""
+    """New tokens of one request after an engine step, from a leader to the router that asked."""
 
     request_id: str
     offset: int
@@ -37,11 +37,11 @@ class TokenBatch(msgspec.Struct, array_like=True):
     deltas: list[TokenDelta]
 
 
-class LaneDigest(msgspec.Struct, array_like=True):
-    """A head's own account of itself, published to the routers when it changes, at most a few times a second."""
+class LaneStats(msgspec.Struct, array_like=True):
+    """A leader's own account of itself, published to the routers when it changes, at most a few times a second."""
 
     lane: str
-    """The head's Serve replica id."""
+    """The leader's Serve replica id."""
     state: str
     """"starting" | "serving" | "healing" | "failed"."""
     epoch: int
@@ -62,7 +62,7 @@ class LaneDigest(msgspec.Struct, array_like=True):
     num_steps: int
     schedule_s: float
     """Sum over steps: choosing the batch, building and sending the plan, taking the result in."""
-    outside_s: float
+    step_overhead_s: float
     """Sum over steps: what each took beside its time inside the model and its waits for other steps. Scheduling is in
     it as far as a step had to wait for that."""
     model_s: float
@@ -74,8 +74,8 @@ class LaneDigest(msgspec.Struct, array_like=True):
     """The mean over all mixture layers of the lane, as their stages last reported it; 0 where nobody has."""
 
 
-class GenerateCall(msgspec.Struct):
-    """A request as it goes from a router to a head (argument of the one unary Serve call)."""
+class EngineRequest(msgspec.Struct):
+    """A request as it goes from a router to a leader (argument of the one unary Serve call)."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -85,7 +85,7 @@ class GenerateCall(msgspec.Struct):
     """ZeroMQ address of the router's PULL socket for TokenBatch messages."""
 
 
-class GenerateSummary(msgspec.Struct):
+class RequestSummary(msgspec.Struct):
     """What the unary call returns when the request has ended: lets the router check that nothing is missing."""
 
     request_id: str

@@ -9,9 +9,9 @@ from __future__ import annotations
 import msgspec
 
 
-class LogitEdits(msgspec.Struct, array_like=True, frozen=True):
+class LogitsAdjustments(msgspec.Struct, array_like=True, frozen=True):
     """What a request changes about the model's logits for one token, in this order. A pure function of the
-    request and the tokens so far; the head works it out, so that a worker keeps no state for it."""
+    request and the tokens so far; the leader works it out, so that a worker keeps no state for it."""
 
     allowed: bytes = b""
     """One bit per token id, the lowest first in each byte; ids past its end are not allowed. Empty allows all."""
@@ -41,7 +41,7 @@ class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
     """Position of the token to be sampled; with `seed` it fixes the randomness."""
     banned_token_ids: list[int]
     """Never chosen in this step (EOS and stop ids while min_tokens is not reached)."""
-    edits: LogitEdits | None = None
+    edits: LogitsAdjustments | None = None
     """None for most requests, which cost nothing for it."""
     num_logprobs: int | None = None
     """How many likeliest tokens to report beside the chosen one; -1 for all, None for no report."""
@@ -79,14 +79,14 @@ class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     step: int
     """Rises by one per plan within an epoch."""
     seq_ids: list[int]
-    """[S]; a number that the head gives a sequence for its life in the lane."""
+    """[S]; a number that the leader gives a sequence for its life in the lane."""
     query_lens: bytes
     """int32 [S]: tokens of each sequence in this step; sums to T."""
     context_lens: bytes
     """int32 [S]: tokens whose KV is in the cache before this step."""
     token_ids: bytes
     """int32 [T], flattened in sequence order. Position of a token = context_len + offset in its query.
-    -1 - i stands for the i-th token that step `fed_by` samples, which the head did not know yet."""
+    -1 - i stands for the i-th token that step `placeholder_step` samples, which the leader did not know yet."""
     block_tables: bytes
     """int32 [S, max_blocks] row-major, -1 = unused."""
     max_blocks: int
@@ -94,12 +94,12 @@ class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     """[S]; None where the step ends inside the prompt (no token is sampled for that sequence)."""
     prompt_logprobs: list[PromptLogprobsSpec] = []
     pools: list[PoolSpec] = []
-    fed_by: int = -1
+    placeholder_step: int = -1
     """An earlier step, or -1 where all of token_ids are known."""
 
 
 class SampledTokens(msgspec.Struct, array_like=True, tag="tokens"):
-    """From rank 0 of the last stage straight to the ranks of stage 0, for plans that were sent before the head knew
+    """From rank 0 of the last stage straight to the ranks of stage 0, for plans that were sent before the leader knew
     these tokens."""
 
     epoch: int
@@ -156,5 +156,5 @@ class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
 
 
 WorkerMessage = StepResult | WorkerStats
-HeadMessage = StepPlan | StopRun
-ToWorker = HeadMessage | SampledTokens
+LeaderMessage = StepPlan | StopRun
+ToWorker = LeaderMessage | SampledTokens

@@ -1,4 +1,4 @@
-"""What a head and its workers tell each other to form a lane. No torch: the head's process does without it."""
+"""What a leader and its workers tell each other to form a lane. No torch: the leader's process does without it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Wiring:
     store_host: str
     store_port: int
     results_to: str
-    """Address of the head's result socket."""
-    feed_to: tuple[str, ...]
+    """Address of the leader's result socket."""
+    sampled_tokens_to: tuple[str, ...]
     """Addresses of the plan sockets of stage 0, by TP rank: whoever samples sends them the tokens too."""
     num_blocks: int
     """KV blocks of the lane: the least that any of its ranks has room for."""

@@ -11,9 +11,9 @@ from stagemesh.config.model import ModelConfig
 from stagemesh.config.parallel import kv_heads
 from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.embedding import VocabParallelEmbedding, VocabParallelHead
-from stagemesh.stages.layers.forward_batch import StepBatch
-from stagemesh.stages.layers.linear import MakeMethod, dense_method
-from stagemesh.stages.layers.moe import MixtureOfExperts
+from stagemesh.stages.layers.forward_batch import ForwardBatch
+from stagemesh.stages.layers.linear import LinearMethodFactory, dense_method
+from stagemesh.stages.layers.moe import MoE
 from stagemesh.stages.layers.norm import RMSNorm
 from stagemesh.stages.layers.tensor_parallel import TensorShard
 
@@ -28,7 +28,7 @@ HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias
 class AttentionBlock(Protocol):
     def load(self, checkpoint: Checkpoint) -> None: ...
 
-    def __call__(self, x: Tensor, batch: StepBatch, cache: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor: ...
 
 
 class FeedForward(Protocol):
@@ -58,18 +58,20 @@ class DecoderLayer:
         self.post_attention_norm.load(checkpoint)
         self.feed_forward.load(checkpoint)
 
-    def __call__(self, stream: Tensor, update: Tensor | None, batch: StepBatch, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """(stream, update) → (stream, update), all [T, hidden]; the layer's output is their sum.
+    def __call__(
+        self, residual: Tensor, hidden_states: Tensor | None, batch: ForwardBatch, cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(residual, hidden_states) → (residual, hidden_states), all [T, hidden]; the layer's output is their sum.
 
-        `update` is None at the start of a stage, where nothing is left to be added.
+        `hidden_states` is None at the start of a stage, where nothing is left to be added.
         """
-        if update is None:
-            normed = self.input_norm(stream)
+        if hidden_states is None:
+            normed = self.input_norm(residual)
         else:
-            normed, stream = self.input_norm.after_add(update, stream)
-        update = self.attention(normed, batch, cache)
-        normed, stream = self.post_attention_norm.after_add(update, stream)
-        return stream, self.feed_forward(normed)
+            normed, residual = self.input_norm.add_and_norm(hidden_states, residual)
+        hidden_states = self.attention(normed, batch, cache)
+        normed, residual = self.post_attention_norm.add_and_norm(hidden_states, residual)
+        return residual, self.feed_forward(normed)
 
 
 class CausalLM:
@@ -84,7 +86,7 @@ class CausalLM:
         config: ModelConfig,
         layers: tuple[int, int],
         tp: TensorShard,
-        make_method: MakeMethod = dense_method,
+        make_method: LinearMethodFactory = dense_method,
         *,
         expert_parallel: bool = False,
     ) -> None:
@@ -114,7 +116,7 @@ class CausalLM:
     def kv_block_shape(self, block_size: int) -> tuple[int, ...]:
         """Of one block of one layer's cache on this rank, as kernels/README.md describes it."""
         num_kv_heads = len(kv_heads(self.config, self.tp.size, self.tp.rank))
-        return (self.config.kv_sides, num_kv_heads, block_size, self.config.head_dim)
+        return (self.config.kv_factor, num_kv_heads, block_size, self.config.head_dim)
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Read this rank's weights; returns the checkpoint's tensors that no stage of this model uses."""
@@ -140,19 +142,19 @@ class CausalLM:
         assert self.embedding is not None
         return self.embedding(token_ids)
 
-    def forward(self, hidden: Tensor, batch: StepBatch, caches: list[Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, batch: ForwardBatch, caches: list[Tensor]) -> Tensor:
         """The layers of this stage: [T, hidden] → [T, hidden]."""
-        stream, update = hidden, None
+        residual, hidden_states = hidden, None
         for layer, cache in zip(self.layers, caches, strict=True):
-            stream, update = layer(stream, update, batch, cache)
-        return stream if update is None else stream + update
+            residual, hidden_states = layer(residual, hidden_states, batch, cache)
+        return residual if hidden_states is None else residual + hidden_states
 
     def expert_load(self) -> dict[int, list[int]]:
         """Layer → tokens that each of its experts got in the last step, for the mixtures of this stage."""
         return {
             index: layer.feed_forward.tokens_per_expert.tolist()
             for index, layer in enumerate(self.layers, self.start)
-            if isinstance(layer.feed_forward, MixtureOfExperts)
+            if isinstance(layer.feed_forward, MoE)
         }
 
     def logits(self, hidden: Tensor) -> Tensor | None:

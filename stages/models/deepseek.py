@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from stagemesh.stages.layers.latent_attention import LatentAttention
-from stagemesh.stages.layers.moe import MoeNames
+from stagemesh.stages.layers.moe import MoENames
 from stagemesh.stages.layers.norm import RMSNorm
 from stagemesh.stages.models.decoder import DecoderLayer
 from stagemesh.stages.models.mixture import MixtureForCausalLM
 
 
 class DeepseekForCausalLM(MixtureForCausalLM):
-    names = MoeNames(
+    names = MoENames(
         router="mlp.gate",
         expert="mlp.experts.{}",
         projections=("gate_proj", "up_proj", "down_proj"),

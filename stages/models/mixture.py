@@ -6,20 +6,20 @@ from __future__ import annotations
 
 import re
 
-from stagemesh.stages.layers.moe import MixtureOfExperts, MoeNames
+from stagemesh.stages.layers.moe import MoE, MoENames
 from stagemesh.stages.models.decoder import FeedForward
 from stagemesh.stages.models.llama import LlamaForCausalLM
 
 
 class MixtureForCausalLM(LlamaForCausalLM):
-    names: MoeNames
+    names: MoENames
 
     def make_feed_forward(self, index: int, name: str) -> FeedForward:
         moe = self.config.moe
         assert moe is not None
         if index not in moe.layers:
             return super().make_feed_forward(index, name)
-        return MixtureOfExperts(
+        return MoE(
             name,
             self.names,
             moe,
@@ -39,7 +39,7 @@ class MixtureForCausalLM(LlamaForCausalLM):
 
 
 class MixtralForCausalLM(MixtureForCausalLM):
-    names = MoeNames(
+    names = MoENames(
         router="block_sparse_moe.gate",
         expert="block_sparse_moe.experts.{}",
         projections=("w1", "w3", "w2"),
@@ -47,7 +47,7 @@ class MixtralForCausalLM(MixtureForCausalLM):
 
 
 class QwenMoeForCausalLM(MixtureForCausalLM):
-    names = MoeNames(
+    names = MoENames(
         router="mlp.gate",
         expert="mlp.experts.{}",
         projections=("gate_proj", "up_proj", "down_proj"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.kernels.linear import pack_weight
 from stagemesh.stages.layers.checkpoint import Checkpoint
-from stagemesh.stages.layers.linear import DenseMethod, LinearMethod, MatrixPart
+from stagemesh.stages.layers.linear import DenseMethod, LinearMethod, WeightShard
 from stagemesh.stages.messages.step import StepPlan
 from stagemesh.stages.worker.model_runner import ModelRunner
 
@@ -35,14 +35,14 @@ class RecordingMethod:
         self._moment: Tensor | None = None
         self._magnitude: Tensor | None = None
 
-    def load(self, checkpoint: Checkpoint, parts: Sequence[MatrixPart], with_bias: bool) -> None:
+    def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
         self.dense.load(checkpoint, parts, with_bias)
         for part in parts:
             shape = (part.out_features, part.in_features)
             self.matrices[part.name] = checkpoint.read(f"{part.name}.weight", shape, dtype=torch.float32)
 
-    def matrix(self) -> Tensor:
-        return self.dense.matrix()
+    def dequantize(self) -> Tensor:
+        return self.dense.dequantize()
 
     def __call__(self, x: Tensor) -> Tensor:
         inputs = x.float()

@@ -9,12 +9,12 @@ import torch
 
 from stagemesh.kernels.paged_attention import Ints, PagedAttentionStep
 from stagemesh.kernels.paged_attention_cpu import CpuPagedAttention
-from stagemesh.stages.layers.forward_batch import StepBatch
+from stagemesh.stages.layers.forward_batch import ForwardBatch
 from stagemesh.stages.layers.rotary import RotaryTable
 from stagemesh.stages.messages.step import StepPlan
 
 
-class BatchMaker:
+class BatchBuilder:
     """Turns step plans into batches. It owns the attention workspace, so one batch is alive at a time."""
 
     def __init__(
@@ -36,15 +36,15 @@ class BatchMaker:
         shape = (num_heads, num_kv_heads, block_size, head_dim)
         self._cpu = CpuPagedAttention(*shape, dtype, window, sides) if device.type == "cpu" else None
 
-    def make(self, plan: StepPlan, fed_token_ids: Sequence[int] = ()) -> StepBatch:
-        """fed_token_ids: what step `plan.fed_by` sampled."""
+    def build(self, plan: StepPlan, sampled_token_ids: Sequence[int] = ()) -> ForwardBatch:
+        """sampled_token_ids: what step `plan.placeholder_step` sampled."""
         query_lens = np.frombuffer(plan.query_lens, np.int32)
         context_lens = np.frombuffer(plan.context_lens, np.int32)
         token_ids = np.frombuffer(plan.token_ids, np.int32)
-        if fed_token_ids:
+        if sampled_token_ids:
             is_fed = token_ids < 0
             token_ids = token_ids.copy()
-            token_ids[is_fed] = np.array(fed_token_ids, np.int32)[-1 - token_ids[is_fed]]
+            token_ids[is_fed] = np.array(sampled_token_ids, np.int32)[-1 - token_ids[is_fed]]
         block_tables = np.frombuffer(plan.block_tables, np.int32).reshape(len(query_lens), plan.max_blocks)
 
         sequence_of: Ints = np.arange(len(query_lens))
@@ -61,4 +61,4 @@ class BatchMaker:
         attend = (
             self._cpu.prepare(*step) if self._cpu else PagedAttentionStep.on_device(*step, self._device, self._window)
         )
-        return StepBatch(torch.from_numpy(token_ids.astype(np.int64)).to(self._device), cos, sin, attend)
+        return ForwardBatch(torch.from_numpy(token_ids.astype(np.int64)).to(self._device), cos, sin, attend)

@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: memory for the layers of its stage, handed out in blocks by the head."""
+"""The paged KV cache of one rank: memory for the layers of its stage, handed out in blocks by the leader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class KVCache:
 
     With an fp8 dtype (e4m3) values are stored as they are, without a scale, and larger ones as ±448.
     Zeroed, because a slot that a mask hides must still hold a finite number. Which block belongs to whom is
-    the head's business; here they are only memory.
+    the leader's business; here they are only memory.
     """
 
     def __init__(

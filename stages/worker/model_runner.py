@@ -13,15 +13,15 @@ from torch import Tensor
 from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.stages.layers.checkpoint import Checkpoint
-from stagemesh.stages.layers.linear import MakeMethod
-from stagemesh.stages.layers.moe import MixtureOfExperts
+from stagemesh.stages.layers.linear import LinearMethodFactory
+from stagemesh.stages.layers.moe import MoE
 from stagemesh.stages.layers.quantized_linear import linear_methods
 from stagemesh.stages.layers.rotary import RotaryTable
 from stagemesh.stages.layers.tensor_parallel import TensorGroup, TensorShard
 from stagemesh.stages.messages.step import StepPlan, StepResult, TokenLogprobs
 from stagemesh.stages.models.decoder import CausalLM
 from stagemesh.stages.models.registry import model_class
-from stagemesh.stages.worker.batch_builder import BatchMaker
+from stagemesh.stages.worker.batch_builder import BatchBuilder
 from stagemesh.stages.worker.kv_cache import KVCache, host_memory_available
 from stagemesh.stages.worker.pooler import Pooler
 from stagemesh.stages.worker.sampler import sample, token_logprobs
@@ -45,7 +45,7 @@ class ModelRunner:
         stage: int,
         tp_rank: int,
         device: torch.device,
-        make_method: MakeMethod | None = None,
+        make_method: LinearMethodFactory | None = None,
     ) -> None:
         """make_method: for the linear layers; by default that of the format which `config` names."""
         self._config = config
@@ -58,9 +58,9 @@ class ModelRunner:
         self._block_size = config.args.block_size
         self._model: CausalLM | None = None
         self._cache: KVCache | None = None
-        self._batches: BatchMaker | None = None
+        self._batches: BatchBuilder | None = None
         self._pooler = Pooler()
-        self._mixtures: list[MixtureOfExperts] = []
+        self._mixtures: list[MoE] = []
         self._expert_tokens: Tensor | None = None
 
     # -- before the first step ---------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class ModelRunner:
         model = model_class(model_config.architecture)(
             model_config, layers, self._tp, self._make_method, expert_parallel=self._config.plan.expert_parallel
         )
-        with Checkpoint(self._config.folder_here(), self._dtype, self._device) as checkpoint:
+        with Checkpoint(self._config.local_model_path(), self._dtype, self._device) as checkpoint:
             unused = model.load(checkpoint)
         if unused and self._tp.rank == 0:
             logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), ", ".join(unused[:10]))
@@ -83,11 +83,11 @@ class ModelRunner:
         )
         num_heads = model_config.num_heads // self._tp.size
         shape = (num_heads, num_kv_heads, block_size, head_dim)
-        self._batches = BatchMaker(rotary, *shape, self._dtype, self._device, model_config.sliding_window, sides)
+        self._batches = BatchBuilder(rotary, *shape, self._dtype, self._device, model_config.sliding_window, sides)
         self._model = model
         if self._tp.rank == 0:  # one rank counts for all
             blocks = [layer.feed_forward for layer in model.layers]
-            self._mixtures = [block for block in blocks if isinstance(block, MixtureOfExperts)]
+            self._mixtures = [block for block in blocks if isinstance(block, MoE)]
 
     def kv_bytes_per_block(self) -> int:
         """Of the cache on this rank, over the layers of its stage."""
@@ -156,15 +156,15 @@ class ModelRunner:
         return torch.empty(num_tokens, self._config.model.hidden_size, dtype=self._dtype, device=self._device)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, hidden: Tensor | None, fed_token_ids: Sequence[int] = ()) -> Tensor:
+    def execute(self, plan: StepPlan, hidden: Tensor | None, sampled_token_ids: Sequence[int] = ()) -> Tensor:
         """Run the plan's T tokens through the layers of this stage: hidden states [T, hidden].
 
-        The first stage embeds the plan's tokens and takes None, and what step `plan.fed_by` sampled if there is one.
+        The first stage embeds the plan's tokens: it takes None, and what step `plan.placeholder_step` sampled.
         The others take what the stage before returned.
         """
         model = self._loaded()
         assert self._cache is not None and self._batches is not None, "allocate_kv() comes first"
-        batch = self._batches.make(plan, fed_token_ids)
+        batch = self._batches.build(plan, sampled_token_ids)
         if hidden is None:
             hidden = model.embed(batch.token_ids)
         hidden = model.forward(hidden, batch, self._cache.layers)

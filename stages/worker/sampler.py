@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagemesh.stages.messages.step import LogitEdits, SampleSpec, TokenLogprobs
+from stagemesh.stages.messages.step import LogitsAdjustments, SampleSpec, TokenLogprobs
 
 _MASK64 = 2**64 - 1
 _NUCLEUS_CANDIDATES = 256
@@ -63,7 +63,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[in
     ]
 
 
-def _edit(row: Tensor, edits: LogitEdits) -> None:
+def _edit(row: Tensor, edits: LogitsAdjustments) -> None:
     """Changes `row`, float32 [vocab], in vLLM's order: allowed tokens, bias, repetition, frequency, presence."""
     if edits.allowed:
         bits = np.unpackbits(np.frombuffer(edits.allowed, np.uint8), count=len(row), bitorder="little")

@@ -91,8 +91,8 @@ class Worker:
         self._enter("rendezvous")
         samples = self._is_last and self._tp_rank == 0
         mine = self._channel.address  # its own tokens it keeps
-        self._channel.connect(wiring.results_to, [to for to in wiring.feed_to if samples and to != mine])
-        self._runner.set_group(self._join(wiring))
+        self._channel.connect(wiring.results_to, [to for to in wiring.sampled_tokens_to if samples and to != mine])
+        self._runner.set_group(self._init_process_groups(wiring))
         self._enter("kv cache")
         if wiring.num_blocks != self._num_blocks:
             self._runner.allocate_kv(wiring.num_blocks)
@@ -106,7 +106,7 @@ class Worker:
             )
         self._enter("idle")
 
-    def _join(self, wiring: Wiring) -> TensorGroup:
+    def _init_process_groups(self, wiring: Wiring) -> TensorGroup:
         if self._world_size == 1:
             return SingleRank()
         if self._store is None:
@@ -200,10 +200,10 @@ class _RunLoop:
                     if isinstance(message, StopRun):
                         return
                     self._step(message)
-                elif not self._listen():
+                elif not self._poll_messages():
                     self._send_stats()
 
-    def _listen(self) -> bool:
+    def _poll_messages(self) -> bool:
         """Take in the next message; False if there was none for a while."""
         message = self._channel.receive(POLL_MS)
         if message is None:
@@ -220,24 +220,24 @@ class _RunLoop:
         if not self._is_first:
             self._worker._enter("activations", plan.step)
             hidden = self._transport.receive(plan.step, self._runner.empty_hidden(len(plan.token_ids) // 4))
-        fed_token_ids = self._fed_token_ids(plan)
-        if fed_token_ids is None:
+        sampled_token_ids = self._wait_for_sampled_tokens(plan)
+        if sampled_token_ids is None:
             return
         self._worker._enter("model", plan.step)
         started = time.time()
-        hidden = self._runner.execute(plan, hidden, fed_token_ids)
+        hidden = self._runner.execute(plan, hidden, sampled_token_ids)
         result = self._runner.sample(plan, hidden) if self._is_last else None
         self._spans.append((started, time.time()))
         self._worker._enter("hand over", plan.step)
         if not self._is_last:
             self._transport.send(plan.step, hidden)
         elif result is not None:
-            self._hand_over(result)
+            self._send_result(result)
         self._worker._enter("idle", plan.step)
         if time.monotonic() - self._stats_sent > STATS_PERIOD_S:
             self._send_stats()
 
-    def _hand_over(self, result: StepResult) -> None:
+    def _send_result(self, result: StepResult) -> None:
         if result.token_ids:
             tokens = SampledTokens(result.epoch, result.step, result.token_ids)
             self._channel.feed(tokens)  # first, because a stage may wait for it
@@ -245,19 +245,19 @@ class _RunLoop:
                 self._sampled.append(tokens)
         self._channel.send(result)
 
-    def _fed_token_ids(self, plan: StepPlan) -> list[int] | None:
-        """What step `plan.fed_by` sampled, if this stage needs it; None when the worker is stopped meanwhile.
+    def _wait_for_sampled_tokens(self, plan: StepPlan) -> list[int] | None:
+        """What step `plan.placeholder_step` sampled, if this stage needs it; None when the worker is stopped meanwhile.
 
-        Without a deadline of its own: the head has one for that step, and stops whoever waits for it.
+        Without a deadline of its own: the leader has one for that step, and stops whoever waits for it.
         """
-        if not self._is_first or plan.fed_by < 0:
+        if not self._is_first or plan.placeholder_step < 0:
             return []
         self._worker._enter("tokens", plan.step)
         while not self._worker._stop.is_set():
             for tokens in self._sampled:
-                if tokens.step == plan.fed_by:
+                if tokens.step == plan.placeholder_step:
                     return tokens.token_ids
-            self._listen()
+            self._poll_messages()
         return None
 
     def _send_stats(self) -> None:

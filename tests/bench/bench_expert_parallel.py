@@ -3,7 +3,7 @@
     python tests/bench/bench_expert_parallel.py [ranks] [experts] [top_k] [hidden] [expert intermediate size]
 
 Prints milliseconds of one mixture layer for each number of tokens, replicated and dispatched. MIN_DISPATCH_TOKENS
-and dispatch_pays in stages/layers/moe.py come from here.
+and should_dispatch in stages/layers/moe.py come from here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from stagemesh.config.model import MoeConfig
 from stagemesh.stages.layers import moe as moe_layer
 from stagemesh.stages.layers.checkpoint import Checkpoint
-from stagemesh.stages.layers.moe import MixtureOfExperts, MoeNames
+from stagemesh.stages.layers.moe import MoE, MoENames
 from stagemesh.stages.layers.tensor_parallel import DistGroup, TensorShard
 
 SIZES = (1, 16, 64, 256, 1024, 4096)
@@ -48,9 +48,9 @@ def measure(rank: int, store: str, size: int, num_experts: int, top_k: int, hidd
         shared_intermediate_size=0,
         layers=frozenset([0]),
     )
-    names = MoeNames("gate", "experts.{}", ("w1", "w3", "w2"))
+    names = MoENames("gate", "experts.{}", ("w1", "w3", "w2"))
     shard = TensorShard(rank, size, DistGroup())
-    layer = MixtureOfExperts("moe", names, moe, hidden, shard, expert_parallel=True)
+    layer = MoE("moe", names, moe, hidden, shard, expert_parallel=True)
     checkpoint = RandomCheckpoint()
     layer.load(checkpoint)
     for num_tokens in SIZES:
@@ -58,7 +58,7 @@ def measure(rank: int, store: str, size: int, num_experts: int, top_k: int, hidd
         times: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(REPEATS):
             for dispatched in (False, True):
-                moe_layer.dispatch_pays = lambda *_, answer=dispatched: answer
+                moe_layer.should_dispatch = lambda *_, answer=dispatched: answer
                 dist.barrier()
                 start = time.perf_counter()
                 with torch.inference_mode():

@@ -168,10 +168,10 @@ def test_the_engine_takes_a_hub_id_and_every_machine_its_commit(hub: Hub, tmp_pa
     args = {"model": "org/model", "device": "cpu", "revision": "old", "download_dir": str(hub.cache)}
     config = EngineConfig.resolve(EngineArgs.parse(args))
     assert config.commit == OLD and config.served_model_names == ("org/model",)
-    assert config.folder_here() == Path(config.model_path)
+    assert config.local_model_path() == Path(config.model_path)
     hub.cache.rename(tmp_path / "another machine's")
     hub.downloaded.clear()
-    assert config.folder_here().name == OLD and len(hub.downloaded) == 5
+    assert config.local_model_path().name == OLD and len(hub.downloaded) == 5
 
 
 def test_a_folder_is_not_looked_up_on_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

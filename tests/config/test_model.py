@@ -170,7 +170,7 @@ DEEPSEEK_V2 = {**DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "norm_top
 def test_deepseek_is_read(write_model: WriteModel) -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
     model = ModelConfig.from_folder(write_model(**DEEPSEEK, rope_scaling=yarn))
-    assert (model.num_kv_heads, model.head_dim, model.rotary_dim, model.kv_sides) == (1, 44, 4, 1)
+    assert (model.num_kv_heads, model.head_dim, model.rotary_dim, model.kv_factor) == (1, 44, 4, 1)
     assert model.rope.attention_factor == 1.0
     assert model.mla is not None and model.mla.scale == pytest.approx((0.1 * math.log(4) + 1) ** 2 / 4)
     assert model.moe == MoeConfig(

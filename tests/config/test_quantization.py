@@ -11,7 +11,7 @@ from support.model_folder import write_model_folder
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.quantization import EightBit, FourBit, read_quantization
+from stagemesh.config.quantization import W4A16, W8A8, read_quantization
 
 COMPRESSED: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -51,33 +51,33 @@ def compressed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "raw, expected",
     [
-        (FP8, EightBit(kind="fp8", weights="block")),
-        (FP8 | {"weight_block_size": None}, EightBit(kind="fp8", weights="tensor")),
+        (FP8, W8A8(kind="fp8", weights="block")),
+        (FP8 | {"weight_block_size": None}, W8A8(kind="fp8", weights="tensor")),
         (
             {"quant_method": "fp8", "activation_scheme": "static"},
-            EightBit(kind="fp8", weights="tensor", static_activations=True),
+            W8A8(kind="fp8", weights="tensor", static_activations=True),
         ),
-        (COMPRESSED, EightBit(kind="int8", weights="channel")),
+        (COMPRESSED, W8A8(kind="int8", weights="channel")),
         (
             compressed(
                 weights={"type": "float", "strategy": "tensor"},
                 input_activations={"type": "float", "strategy": "tensor", "dynamic": False},
             ),
-            EightBit(kind="fp8", weights="tensor", static_activations=True),
+            W8A8(kind="fp8", weights="tensor", static_activations=True),
         ),
         (
             compressed(
                 weights={"type": "float", "strategy": "block", "block_structure": [64, 32]},
                 input_activations={"type": "float", "strategy": "group", "group_size": 32},
             ),
-            EightBit(kind="fp8", weights="block", block=(64, 32)),
+            W8A8(kind="fp8", weights="block", block=(64, 32)),
         ),
-        (AWQ, FourBit(layout="awq", group_size=128)),
-        (GPTQ, FourBit(layout="gptq", group_size=128, zero_offset=1)),
-        (GPTQ | {"checkpoint_format": "gptq_v2", "group_size": -1}, FourBit(layout="gptq", group_size=-1)),
+        (AWQ, W4A16(layout="awq", group_size=128)),
+        (GPTQ, W4A16(layout="gptq", group_size=128, zero_offset=1)),
+        (GPTQ | {"checkpoint_format": "gptq_v2", "group_size": -1}, W4A16(layout="gptq", group_size=-1)),
     ],
 )
-def test_the_published_formats_are_understood(raw: dict[str, Any], expected: EightBit | FourBit) -> None:
+def test_the_published_formats_are_understood(raw: dict[str, Any], expected: W8A8 | W4A16) -> None:
     quantization = read_quantization(raw)
     assert quantization is not None
     assert (quantization.method, quantization.format) == (raw["quant_method"], expected)
@@ -127,16 +127,16 @@ def test_layers_that_were_left_out_are_told_by_name() -> None:
     "found, asked, expected",
     [
         (None, "auto", None),
-        (None, "fp8", EightBit(kind="fp8", online=True)),
-        (None, "int8", EightBit(kind="int8", online=True)),
-        (AWQ, "auto", FourBit(layout="awq", group_size=128)),
-        (AWQ, "awq", FourBit(layout="awq", group_size=128)),
-        (COMPRESSED, "int8", EightBit(kind="int8")),
-        (COMPRESSED, "compressed-tensors", EightBit(kind="int8")),
+        (None, "fp8", W8A8(kind="fp8", online=True)),
+        (None, "int8", W8A8(kind="int8", online=True)),
+        (AWQ, "auto", W4A16(layout="awq", group_size=128)),
+        (AWQ, "awq", W4A16(layout="awq", group_size=128)),
+        (COMPRESSED, "int8", W8A8(kind="int8")),
+        (COMPRESSED, "compressed-tensors", W8A8(kind="int8")),
     ],
 )
 def test_what_a_user_asks_for_meets_what_the_checkpoint_is(
-    tmp_path: Path, found: Any, asked: Any, expected: EightBit | FourBit | None
+    tmp_path: Path, found: Any, asked: Any, expected: W8A8 | W4A16 | None
 ) -> None:
     folder = write_model_folder(tmp_path, **({"quantization_config": found} if found else {}))
     config = EngineConfig.resolve(EngineArgs(model=str(folder), device="cpu", quantization=asked))

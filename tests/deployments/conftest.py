@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.ingress.lanes import LaneError
 from stagemesh.deployments.ingress.service import InferenceService
-from stagemesh.stages.messages.request import LaneDigest, TokenDelta
+from stagemesh.stages.messages.request import LaneStats, TokenDelta
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 EOS = "<|end|>"
@@ -25,7 +25,7 @@ TEMPLATE = (
 
 
 class FakeLanes:
-    """Answers every request with `answer`, one token per delta, as a head would. A LaneClient."""
+    """Answers every request with `answer`, one token per delta, as a leader would. A LaneClient."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -83,9 +83,9 @@ class FakeLanes:
             deltas.append(delta)
         return deltas
 
-    def digests(self) -> list[LaneDigest]:
+    def digests(self) -> list[LaneStats]:
         return [
-            LaneDigest(
+            LaneStats(
                 lane="lane-a",
                 state="serving",
                 epoch=1,
@@ -102,7 +102,7 @@ class FakeLanes:
                 generation_tokens=60,
                 num_steps=7,
                 schedule_s=0.5,
-                outside_s=1.0,
+                step_overhead_s=1.0,
                 model_s=3.0,
                 block_size=16,
             )

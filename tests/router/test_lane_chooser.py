@@ -18,7 +18,7 @@ LANES = ["lane-0", "lane-1", "lane-2", "lane-3"]
 
 @dataclass
 class Said:
-    """What a head says of itself."""
+    """What a leader says of itself."""
 
     lane: str
     running_kv_tokens: int = 0

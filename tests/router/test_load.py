@@ -12,7 +12,7 @@ from stagemesh.router.load import MAX_OPEN_REQUESTS, LaneLoads, load_bound
 
 @dataclass
 class Said:
-    """What a head says of itself."""
+    """What a leader says of itself."""
 
     lane: str
     running_kv_tokens: int = 0

@@ -63,7 +63,7 @@ class ToyLane:
 
     def add(self, name: str, prompt: list[int], params: SamplingParams, grammar: Grammar | None = None) -> None:
         self.answers[name] = Answer()
-        self.scheduler.add(name, prompt, params, grammar)
+        self.scheduler.add_request(name, prompt, params, grammar)
 
     def run(self, disturb: Callable[[int], None] = lambda step: None) -> dict[str, Answer]:
         num_steps = 0
@@ -100,7 +100,7 @@ class ToyLane:
                 row = toy_logits(entry.sequence.token_ids[: entry.start + i + 1], self.vocab_size)
                 found += token_logprobs(row[None], [target], [asked.num_logprobs])
             prompt_reports.append(found)
-        for update in self.scheduler.update(step, token_ids, reports, prompt_reports):
+        for update in self.scheduler.process_result(step, token_ids, reports, prompt_reports):
             self.answers[update.request_id].take(update)
 
 

@@ -44,7 +44,7 @@ except KeyboardInterrupt:
 LAUNCH = """
 import signal, sys
 from pathlib import Path
-from stagemesh.deployments import launch
+from stagemesh.deployments.cli import launch
 launch.END_GRACE_S = 0.5
 # As a shell does for what it starts in the background.
 signal.signal(signal.SIGINT, signal.SIG_IGN)

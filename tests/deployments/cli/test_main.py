@@ -9,7 +9,7 @@ import yaml
 from support.model_folder import write_model_folder
 
 from stagemesh.config.engine import EngineArgs
-from stagemesh.deployments import cli
+from stagemesh.deployments.cli import main as cli
 
 REPO = Path(__file__).parents[3]
 

@@ -8,7 +8,7 @@ import pytest
 
 from stagemesh.deployments.ingress import lane_view
 from stagemesh.deployments.ingress.lane_view import LaneView
-from stagemesh.stages.messages.request import GenerateCall
+from stagemesh.stages.messages.request import EngineRequest
 
 
 @pytest.fixture
@@ -38,5 +38,5 @@ def test_choices_that_nobody_takes_back_are_bounded(view: LaneView, monkeypatch:
     assert [view.explain(str(i)) is not None for i in range(5)] == [False, False, True, True, True]
 
 
-def call(request_id: str) -> GenerateCall:
-    return GenerateCall(request_id, [1, 2, 3], b"", "")
+def call(request_id: str) -> EngineRequest:
+    return EngineRequest(request_id, [1, 2, 3], b"", "")

@@ -7,15 +7,15 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from stagemesh.deployments.ingress.metrics import Metrics
-from stagemesh.stages.messages.request import LaneDigest
+from stagemesh.stages.messages.request import LaneStats
 
 
-def digest(lane: str, **changes: Any) -> LaneDigest:
-    numbers = {name: 0 for name in LaneDigest.__struct_fields__ if not name.startswith("expert")}
-    return LaneDigest(**(numbers | {"lane": lane, "state": "serving"} | changes))
+def digest(lane: str, **changes: Any) -> LaneStats:
+    numbers = {name: 0 for name in LaneStats.__struct_fields__ if not name.startswith("expert")}
+    return LaneStats(**(numbers | {"lane": lane, "state": "serving"} | changes))
 
 
-def samples(*digests: LaneDigest) -> dict[tuple[str, str, str], float]:
+def samples(*digests: LaneStats) -> dict[tuple[str, str, str], float]:
     """(name, lane, expert) → value."""
     text = Metrics("tiny", lambda: digests).render().decode()
     return {

@@ -29,7 +29,7 @@ def pids(class_part: str, name_part: str = "") -> list[int]:
 def victim(kind: str) -> int:
     if kind == "worker":
         return pids("ShardWorker")[-1]
-    stage = {"stage-1": "stage-1", "head": "stage-0"}[kind]
+    stage = {"stage-1": "stage-1", "leader": "stage-0"}[kind]
     return pids("ServeReplica", f"#{stage}#")[0]
 
 
@@ -49,7 +49,7 @@ def undisturbed(cluster: Cluster) -> list[str]:
     return [complete(cluster, prompt).json()["choices"][0]["text"] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("kind", ["worker", "stage-1", "head"])
+@pytest.mark.parametrize("kind", ["worker", "stage-1", "leader"])
 def test_after_a_kill_the_service_is_whole_again_and_requests_end(
     cluster: Cluster, undisturbed: list[str], kind: str
 ) -> None:
@@ -60,7 +60,7 @@ def test_after_a_kill_the_service_is_whole_again_and_requests_end(
         os.kill(victim(kind), signal.SIGKILL)
         responses = [future.result(timeout=120) for future in running]
     for response, text in zip(responses, undisturbed, strict=True):
-        if kind != "head" or response.status_code == 200:
+        if kind != "leader" or response.status_code == 200:
             assert response.status_code == 200, response.text
             assert response.json()["choices"][0]["text"] == text
         else:

@@ -13,7 +13,7 @@ from support.model_harness import Part, ThreadLane, make_checkpoint, some_token_
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.offline.local_lane import LocalLane
-from stagemesh.stages.messages.request import LaneDigest, TokenDelta
+from stagemesh.stages.messages.request import LaneStats, TokenDelta
 from stagemesh.stages.worker.model_runner import ModelRunner
 
 
@@ -26,7 +26,7 @@ class Sink:
             self.token_ids.setdefault(delta.request_id, []).extend(delta.token_ids)
         return True
 
-    def publish(self, digest: LaneDigest) -> None:
+    def publish(self, digest: LaneStats) -> None:
         pass
 
 

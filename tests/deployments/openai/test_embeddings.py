@@ -15,7 +15,7 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.ingress.http import build_http_app
 from stagemesh.deployments.ingress.lanes import LaneError
 from stagemesh.deployments.ingress.service import InferenceService
-from stagemesh.stages.messages.request import LaneDigest, TokenDelta
+from stagemesh.stages.messages.request import LaneStats, TokenDelta
 
 pytestmark = pytest.mark.anyio
 
@@ -35,7 +35,7 @@ class Lanes:
             raise self.error
         yield TokenDelta(request_id, 0, [], "stop", embedding=struct.pack("<2f", len(prompt_token_ids), 0.5))
 
-    def digests(self) -> list[LaneDigest]:
+    def digests(self) -> list[LaneStats]:
         return []
 
     def ready(self) -> bool:

@@ -18,7 +18,7 @@ def filled(blocks: BlockManager, num_blocks: int, first: int = 0) -> list[int]:
     """A table of `num_blocks` new blocks, published as a chain that starts at HASHES[first]."""
     table = blocks.allocate(num_blocks)
     for block, block_hash in zip(table, HASHES[first:], strict=False):
-        blocks.publish(block, block_hash)
+        blocks.cache_block(block, block_hash)
     return table
 
 
@@ -44,7 +44,7 @@ def test_allocated_blocks_are_distinct_and_come_back() -> None:
 def test_a_published_prefix_is_shared_without_a_copy() -> None:
     blocks = BlockManager(8, 4)
     first = filled(blocks, 3)
-    shared = blocks.find_prefix(HASHES[:2])
+    shared = blocks.match_prefix(HASHES[:2])
     assert shared == first[:2]
     second = blocks.allocate(1, shared)
     assert second[:2] == first[:2] and second[2] not in first
@@ -57,8 +57,8 @@ def test_a_published_prefix_is_shared_without_a_copy() -> None:
 def test_a_prefix_ends_at_the_first_unknown_block() -> None:
     blocks = BlockManager(8, 4)
     table = filled(blocks, 2)
-    assert blocks.find_prefix([HASHES[0], b"unknown", HASHES[1]]) == table[:1]
-    assert blocks.find_prefix([]) == []
+    assert blocks.match_prefix([HASHES[0], b"unknown", HASHES[1]]) == table[:1]
+    assert blocks.match_prefix([]) == []
 
 
 def test_released_blocks_are_found_again_until_they_are_evicted() -> None:
@@ -66,7 +66,7 @@ def test_released_blocks_are_found_again_until_they_are_evicted() -> None:
     table = filled(blocks, 3)
     blocks.release(table)
     assert blocks.num_free_blocks == 4
-    assert blocks.find_prefix(HASHES[:3]) == table
+    assert blocks.match_prefix(HASHES[:3]) == table
     again = blocks.allocate(0, table)
     assert again == table and blocks.num_free_blocks == 1
     blocks.check_integrity([again])
@@ -89,8 +89,8 @@ def test_empty_blocks_are_used_before_cached_ones_and_the_least_recent_goes_firs
     assert used[0] not in old + new, "one block was empty"
     used += blocks.allocate(1)
     assert used[1] == old[1], "the tail of the chain released first"
-    assert blocks.find_prefix(HASHES[:2]) == old[:1]
-    blocks.allocate(0, blocks.find_prefix(HASHES[:1]))
+    assert blocks.match_prefix(HASHES[:2]) == old[:1]
+    blocks.allocate(0, blocks.match_prefix(HASHES[:1]))
     used += blocks.allocate(1)
     assert used[2] == new[1], "the block used again in between was spared"
 
@@ -99,16 +99,16 @@ def test_evicted_blocks_are_never_shared() -> None:
     blocks = BlockManager(2, 4)
     blocks.release(filled(blocks, 2))
     table = blocks.allocate(2)
-    assert blocks.find_prefix(HASHES[:2]) == []
+    assert blocks.match_prefix(HASHES[:2]) == []
     blocks.check_integrity([table])
 
 
 def test_of_two_blocks_with_one_content_the_first_is_kept() -> None:
     blocks = BlockManager(4, 4)
     first, second = filled(blocks, 1), filled(blocks, 1)
-    assert blocks.find_prefix(HASHES[:1]) == first
+    assert blocks.match_prefix(HASHES[:1]) == first
     blocks.release(second)
-    assert blocks.find_prefix(HASHES[:1]) == first
+    assert blocks.match_prefix(HASHES[:1]) == first
     blocks.release(first)
     blocks.check_integrity([])
 
@@ -117,8 +117,8 @@ def test_forgotten_contents_are_not_found_and_leak_nothing() -> None:
     blocks = BlockManager(4, 4)
     blocks.release(filled(blocks, 2))
     held = filled(blocks, 1)
-    blocks.forget_contents()
-    assert blocks.find_prefix(HASHES) == []
+    blocks.reset_prefix_cache()
+    assert blocks.match_prefix(HASHES) == []
     assert blocks.num_free_blocks == 3
     blocks.check_integrity([held])
 
@@ -132,16 +132,16 @@ def test_any_order_of_operations_keeps_the_books_straight(operations: list[tuple
     for operation, number in operations:
         if operation == "take":
             chain = block_hashes([number % 3] * 2 * (1 + number % 4), block_size=2)
-            shared = blocks.find_prefix(chain)
+            shared = blocks.match_prefix(chain)
             if blocks.can_allocate(len(chain) - len(shared), shared):
                 table = blocks.allocate(len(chain) - len(shared), shared)
                 for index in range(len(shared), len(chain)):
-                    blocks.publish(table[index], chain[index])
+                    blocks.cache_block(table[index], chain[index])
                 tables.append(table)
         elif operation == "drop" and tables:
             blocks.release(tables.pop(number % len(tables)))
         elif operation == "forget":
-            blocks.forget_contents()
+            blocks.reset_prefix_cache()
         blocks.check_integrity(tables)
         held = {block for table in tables for block in table}
         assert blocks.num_free_blocks == blocks.num_blocks - len(held)
@@ -198,6 +198,6 @@ def test_check_contents_finds_a_wrong_hash_and_an_unfinished_block_that_is_share
         blocks.check_contents(first, HASHES[1:3], [])
     with pytest.raises(AssertionError, match="before it is full"):
         blocks.check_contents([], [], first)
-    blocks.forget_contents()
+    blocks.reset_prefix_cache()
     with pytest.raises(AssertionError, match="shared before"):
         blocks.check_contents([], [], first)

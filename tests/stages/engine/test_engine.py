@@ -21,9 +21,9 @@ from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
 from stagemesh.stages.engine.engine import Engine
 from stagemesh.stages.engine.step_timing import StepTimes
 from stagemesh.stages.messages import channel as channel_module
-from stagemesh.stages.messages.channel import HeadChannel, RouterLinks, bind_random_port
-from stagemesh.stages.messages.request import LaneDigest, TokenBatch, TokenDelta
-from stagemesh.stages.messages.step import HeadMessage, StepPlan, StepResult, StopRun, TokenLogprobs, WorkerStats
+from stagemesh.stages.messages.channel import LeaderChannel, RouterLinks, bind_random_port
+from stagemesh.stages.messages.request import LaneStats, TokenBatch, TokenDelta
+from stagemesh.stages.messages.step import LeaderMessage, StepPlan, StepResult, StopRun, TokenLogprobs, WorkerStats
 
 HOST = "127.0.0.1"
 
@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 class FakeWorker:
     """Answers each plan with (last token of the sequence + 1) mod 90 + 5: greedy, and a function of the tokens."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], channel: HeadChannel) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], channel: LeaderChannel) -> None:
         self._plans = context.socket(zmq.PULL)
         self.address = bind_random_port(self._plans, HOST)
         self._results = context.socket(zmq.PUSH)
@@ -44,7 +44,7 @@ class FakeWorker:
 
     def _run(self) -> None:
         sampled: dict[int, list[int]] = {}
-        decode = msgspec.msgpack.Decoder(HeadMessage).decode
+        decode = msgspec.msgpack.Decoder(LeaderMessage).decode
         encode = msgspec.msgpack.Encoder().encode
         while self._plans.poll(20_000):
             message = decode(self._plans.recv())
@@ -55,7 +55,7 @@ class FakeWorker:
                 continue
             now = time.time()
             time.sleep(self.step_s)
-            answer = result(message, sampled.get(message.fed_by, []))
+            answer = result(message, sampled.get(message.placeholder_step, []))
             sampled[message.step] = answer.token_ids
             self._results.send(encode(answer))
             self._results.send(encode(WorkerStats(message.epoch, 0, [(now, now + 0.001)])))
@@ -64,7 +64,7 @@ class FakeWorker:
 
 
 def next_tokens(plan: StepPlan, fed: list[int]) -> list[int]:
-    """fed: what step `plan.fed_by` sampled."""
+    """fed: what step `plan.placeholder_step` sampled."""
     tokens = [token if token >= 0 else fed[-1 - token] for token in array("i", plan.token_ids)]
     lens = array("i", plan.query_lens)
     ends = [sum(lens[: i + 1]) for i in range(len(lens))]
@@ -94,7 +94,7 @@ def expected(prompt: list[int], count: int) -> list[int]:
 class Sink:
     def __init__(self) -> None:
         self.deltas: list[TokenDelta] = []
-        self.digests: list[LaneDigest] = []
+        self.digests: list[LaneStats] = []
         self.gone: set[str] = set()
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
@@ -103,7 +103,7 @@ class Sink:
         self.deltas += deltas
         return True
 
-    def publish(self, digest: LaneDigest) -> None:
+    def publish(self, digest: LaneStats) -> None:
         self.digests.append(digest)
 
     def tokens(self, request_id: str) -> list[int]:
@@ -134,7 +134,7 @@ class Bench:
         self.failed.set()
 
     def wire(self, epoch: int, *, mute: bool = False, step_s: float = 0.0) -> FakeWorker:
-        channel = HeadChannel(self.context, HOST)
+        channel = LeaderChannel(self.context, HOST)
         worker = FakeWorker(self.context, channel)
         worker.mute, worker.step_s = mute, step_s
         self.workers.append(worker)
@@ -390,7 +390,7 @@ def test_router_links_send_one_message_per_step_and_digests_to_whoever_listens()
     assert links.emit(address, deltas)
     assert router.poll(5000)
     assert msgspec.msgpack.decode(router.recv(), type=TokenBatch) == TokenBatch("lane", deltas)
-    assert links.emit("", deltas), "the head's own warm-up has nobody to tell"
+    assert links.emit("", deltas), "the leader's own warm-up has nobody to tell"
     links.close()
     links.close()
     router.close(linger=0)

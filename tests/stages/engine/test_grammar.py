@@ -78,7 +78,7 @@ def test_answers_to_random_schemas_always_validate(model: Model, num_blocks: int
     for i, schema in enumerate(schemas):
         changes = {"temperature": [0.0, 1.0, 3.0][i % 3], "max_tokens": 200}
         lane.add(str(i), [5, i % 50], params(i, **changes), model.grammar(json=schema))
-    answers = lane.run(lambda step: lane.scheduler.recompute_all() if loses_cache and step % 11 == 10 else None)
+    answers = lane.run(lambda step: lane.scheduler.preempt_all() if loses_cache and step % 11 == 10 else None)
     assert (lane.scheduler.num_preemptions > 0) == (num_blocks == 52)
     for i, schema in enumerate(schemas):
         assert_valid(model.text(answers[str(i)]), schema)
@@ -89,7 +89,7 @@ def test_a_preempted_answer_is_the_undisturbed_one(model: Model) -> None:
     calm = answer_alone(model.lane(), [5], params(1), model.grammar(json=schema))
     lane = model.lane()
     lane.add("a", [5], params(1), model.grammar(json=schema))
-    disturbed = lane.run(lambda step: lane.scheduler.recompute_all() if step % 2 else None)["a"]
+    disturbed = lane.run(lambda step: lane.scheduler.preempt_all() if step % 2 else None)["a"]
     assert disturbed == calm
 
 

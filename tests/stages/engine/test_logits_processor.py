@@ -1,4 +1,4 @@
-"""Penalties, biases and bans by request: what the head sends for each token, and that nothing disturbs it."""
+"""Penalties, biases and bans by request: what the leader sends for each token, and that nothing disturbs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.toy_lane import ToyLane, answer_alone, ints, spec_of
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.stages.engine.logits_processor import LogitRules, bad_words_token_ids
+from stagemesh.stages.engine.logits_processor import LogitsProcessor, bad_words_token_ids
 
 VOCAB_SIZE = 60
 EOS = 1
@@ -33,7 +33,7 @@ def test_a_request_without_rules_costs_nothing() -> None:
     plain = lane()
     plain.add("a", [5, 6], params())
     assert spec_of(plain).edits is None
-    assert LogitRules.of(params(), [5, 6]) is None
+    assert LogitsProcessor.of(params(), [5, 6]) is None
 
 
 def test_frequency_penalty_spreads_an_answer_and_a_negative_one_makes_it_repeat() -> None:
@@ -51,7 +51,7 @@ def test_presence_penalty_spreads_an_answer() -> None:
 
 
 def test_penalties_count_the_answer_and_repetition_also_the_prompt() -> None:
-    rules = LogitRules.of(params(repetition_penalty=1.2, frequency_penalty=0.5), [7, 7, 3])
+    rules = LogitsProcessor.of(params(repetition_penalty=1.2, frequency_penalty=0.5), [7, 7, 3])
     assert rules is not None
     output = [4, 9, 4]
     edits = rules.edits(output, [])
@@ -63,7 +63,7 @@ def test_penalties_count_the_answer_and_repetition_also_the_prompt() -> None:
 
 
 def test_frequency_penalty_does_not_count_the_prompt() -> None:
-    rules = LogitRules.of(params(frequency_penalty=0.5), [7, 7, 3])
+    rules = LogitsProcessor.of(params(frequency_penalty=0.5), [7, 7, 3])
     assert rules is not None
     assert rules.edits([], []).output_ids == rules.edits([], []).prompt_ids == b""
 
@@ -157,7 +157,7 @@ def test_an_answer_is_the_same_after_the_lane_lost_its_cache(alone: list[list[in
     crowd = lane()
     for i in range(32):
         crowd.add(str(i), *mixed(i))
-    answers = crowd.run(lambda step: crowd.scheduler.recompute_all() if step % 5 == 4 else None)
+    answers = crowd.run(lambda step: crowd.scheduler.preempt_all() if step % 5 == 4 else None)
     assert [answers[str(i)].token_ids for i in range(32)] == alone
 
 
@@ -180,7 +180,7 @@ def test_prompt_logprobs_cover_the_prompt_once(changes: dict[str, Any], disturbe
     some.add("warms the cache", prompt, params(max_tokens=1))
     some.run()
     some.add("asks", prompt, params(prompt_logprobs=1))
-    answer = some.run(lambda step: some.scheduler.recompute_all() if disturbed and step in (2, 9) else None)["asks"]
+    answer = some.run(lambda step: some.scheduler.preempt_all() if disturbed and step in (2, 9) else None)["asks"]
     assert answer.prompt_logprobs is not None
     assert [entry.token_id for entry in answer.prompt_logprobs] == prompt[1:]
     calm = answer_alone(lane(), prompt, params(prompt_logprobs=1))

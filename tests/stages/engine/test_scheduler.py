@@ -50,7 +50,7 @@ def shape(step: ScheduledStep | None) -> list[tuple[str, int, int]]:
 def answer(scheduler: Scheduler, step: ScheduledStep | None, token_id: int = WORD) -> list[SequenceUpdate]:
     assert step is not None
     num_sampled = sum(entry.is_sampled for entry in step.entries)
-    return scheduler.update(step, [token_id] * num_sampled)
+    return scheduler.process_result(step, [token_id] * num_sampled)
 
 
 def run(scheduler: Scheduler, token_id: int = WORD) -> list[SequenceUpdate]:
@@ -72,36 +72,36 @@ def run_to_end(scheduler: Scheduler) -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least one token"):
-        make().add("a", [], params())
+        make().add_request("a", [], params())
 
 
 @pytest.mark.parametrize("num_tokens", [128, 500])
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_both_numbers(num_tokens: int) -> None:
     with pytest.raises(ConfigError, match=rf"{num_tokens} tokens .*max_model_len=128"):
-        make().add("a", prompt(num_tokens), params())
+        make().add_request("a", prompt(num_tokens), params())
 
 
 def test_a_request_that_the_whole_cache_could_not_hold_is_refused_with_the_numbers() -> None:
     scheduler = make(num_blocks=4)
     with pytest.raises(ConfigError, match=r"10 tokens .*max_tokens=8 .*17 tokens.*max_model_len=128.*16"):
-        scheduler.add("a", prompt(10), params(max_tokens=8))
-    scheduler.add("a", prompt(10), params(max_tokens=7))
+        scheduler.add_request("a", prompt(10), params(max_tokens=8))
+    scheduler.add_request("a", prompt(10), params(max_tokens=7))
     run_to_end(scheduler)
 
 
 def test_a_request_id_is_refused_while_it_runs_and_may_be_used_again_afterwards() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(3), params())
+    scheduler.add_request("a", prompt(3), params())
     with pytest.raises(ConfigError, match="request_id"):
-        scheduler.add("a", prompt(3), params())
-    scheduler.abort("a")
-    scheduler.add("a", prompt(3), params())
+        scheduler.add_request("a", prompt(3), params())
+    scheduler.abort_request("a")
+    scheduler.add_request("a", prompt(3), params())
 
 
 def test_a_refused_request_leaves_nothing_behind() -> None:
     scheduler = make()
     with pytest.raises(ConfigError):
-        scheduler.add("a", [], params())
+        scheduler.add_request("a", [], params())
     assert not scheduler.has_work
     assert scheduler.schedule() is None
 
@@ -109,7 +109,7 @@ def test_a_refused_request_leaves_nothing_behind() -> None:
 def test_no_more_than_max_num_seqs_run() -> None:
     scheduler = make(max_num_seqs=2)
     for name in "abc":
-        scheduler.add(name, prompt(2), params(max_tokens=2))
+        scheduler.add_request(name, prompt(2), params(max_tokens=2))
     assert [name for name, _, _ in shape(scheduler.schedule())] == ["a", "b"]
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
 
@@ -119,7 +119,7 @@ def test_no_more_than_max_num_seqs_run() -> None:
 
 def test_a_long_prompt_is_computed_in_chunks_and_sampled_at_its_end_only() -> None:
     scheduler = make(max_num_batched_tokens=10)
-    scheduler.add("a", prompt(25), params())
+    scheduler.add_request("a", prompt(25), params())
     assert shape(step := scheduler.schedule()) == [("a", 0, 10)]
     assert answer(scheduler, step) == []
     assert shape(step := scheduler.schedule()) == [("a", 10, 10)]
@@ -131,11 +131,11 @@ def test_a_long_prompt_is_computed_in_chunks_and_sampled_at_its_end_only() -> No
 
 def test_decoding_goes_first_and_prompts_fill_the_rest_of_the_budget() -> None:
     scheduler = make(max_num_batched_tokens=10)
-    scheduler.add("a", prompt(4), params())
-    scheduler.add("b", prompt(4, 50), params())
+    scheduler.add_request("a", prompt(4), params())
+    scheduler.add_request("b", prompt(4, 50), params())
     run(scheduler)
-    scheduler.add("c", prompt(12, 90), params())
-    scheduler.add("d", prompt(12, 120), params())
+    scheduler.add_request("c", prompt(12, 90), params())
+    scheduler.add_request("d", prompt(12, 120), params())
     assert shape(step := scheduler.schedule()) == [("a", 4, 1), ("b", 4, 1), ("c", 0, 8)]
     answer(scheduler, step)
     assert shape(scheduler.schedule()) == [("a", 5, 1), ("b", 5, 1), ("c", 8, 4), ("d", 0, 4)]
@@ -144,12 +144,12 @@ def test_decoding_goes_first_and_prompts_fill_the_rest_of_the_budget() -> None:
 def test_one_step_more_than_micro_batches_is_in_flight() -> None:
     scheduler = make(num_micro_batches=2, max_num_seqs=8)
     for name in "abcd":
-        scheduler.add(name, prompt(2), params())
+        scheduler.add_request(name, prompt(2), params())
     first, second, third = scheduler.schedule(), scheduler.schedule(), scheduler.schedule()
     assert len(shape(first)) == 4
     assert shape(second) == [("a", 2, 1), ("b", 2, 1)], "half of them, ahead of their tokens"
     assert shape(third) == [("c", 2, 1), ("d", 2, 1)]
-    scheduler.add("e", prompt(2), params())
+    scheduler.add_request("e", prompt(2), params())
     assert scheduler.schedule() is None
     answer(scheduler, first)
     assert [name for name, _, _ in shape(scheduler.schedule())] == ["a", "b", "e"]
@@ -159,7 +159,7 @@ def test_one_step_more_than_micro_batches_is_in_flight() -> None:
 def test_decoding_sequences_stay_evenly_split_when_some_of_them_end() -> None:
     scheduler = make(num_micro_batches=2, max_num_seqs=16, num_blocks=200)
     for number in range(12):
-        scheduler.add(str(number), prompt(2), params(max_tokens=3 if number < 4 else 50))
+        scheduler.add_request(str(number), prompt(2), params(max_tokens=3 if number < 4 else 50))
     run(scheduler)
     flights = [scheduler.schedule(), scheduler.schedule()]
     for _ in range(12):
@@ -170,7 +170,7 @@ def test_decoding_sequences_stay_evenly_split_when_some_of_them_end() -> None:
 
 def test_a_single_sequence_never_waits_although_micro_batches_are_free() -> None:
     scheduler = make(num_micro_batches=4)
-    scheduler.add("a", prompt(3), params(max_tokens=5))
+    scheduler.add_request("a", prompt(3), params(max_tokens=5))
     flights = [scheduler.schedule()]
     for _ in range(4):
         flights.append(scheduler.schedule())
@@ -184,7 +184,7 @@ def test_a_single_sequence_never_waits_although_micro_batches_are_free() -> None
 def test_chunks_of_one_prompt_follow_each_other_through_the_pipeline_in_even_parts() -> None:
     num_tokens = 4 * MIN_SHARE_TOKENS
     scheduler = make(num_micro_batches=2, max_num_batched_tokens=8192, max_model_len=4096, num_blocks=1024)
-    scheduler.add("a", prompt(num_tokens), params())
+    scheduler.add_request("a", prompt(num_tokens), params())
     half = num_tokens // 2
     first, second = scheduler.schedule(), scheduler.schedule()
     assert shape(first) == [("a", 0, half)]
@@ -196,7 +196,7 @@ def test_chunks_of_one_prompt_follow_each_other_through_the_pipeline_in_even_par
 
 def test_a_short_prompt_is_not_cut_for_the_sake_of_balance() -> None:
     scheduler = make(num_micro_batches=4, max_num_batched_tokens=8192, max_model_len=4096, num_blocks=1024)
-    scheduler.add("a", prompt(MIN_SHARE_TOKENS), params())
+    scheduler.add_request("a", prompt(MIN_SHARE_TOKENS), params())
     assert shape(scheduler.schedule()) == [("a", 0, MIN_SHARE_TOKENS)]
 
 
@@ -205,26 +205,26 @@ def test_a_short_prompt_is_not_cut_for_the_sake_of_balance() -> None:
 
 def test_a_plan_ahead_names_the_tokens_that_it_does_not_know() -> None:
     scheduler = make(max_num_batched_tokens=8)
-    scheduler.add("embedding", prompt(2), params(pooling=PoolingParams()))
-    scheduler.add("a", prompt(2, 20), params())
-    scheduler.add("b", prompt(2, 40), params())
+    scheduler.add_request("embedding", prompt(2), params(pooling=PoolingParams()))
+    scheduler.add_request("a", prompt(2, 20), params())
+    scheduler.add_request("b", prompt(2, 40), params())
     first = scheduler.schedule()
-    scheduler.add("c", prompt(2, 60), params())
+    scheduler.add_request("c", prompt(2, 60), params())
     second = scheduler.schedule()
     assert first is not None and second is not None
     assert shape(second) == [("a", 2, 1), ("b", 2, 1), ("c", 0, 2)]
     plan = second.to_plan(1, 7)
-    assert (ints(plan.token_ids), plan.fed_by) == ([-1, -2, 60, 61], 6)
+    assert (ints(plan.token_ids), plan.placeholder_step) == ([-1, -2, 60, 61], 6)
     assert [spec.position for spec in plan.samples if spec is not None] == [3, 3, 2]
-    assert first.to_plan(1, 6).fed_by == -1
-    scheduler.update(first, [WORD, WORD], pooled=[b""])
+    assert first.to_plan(1, 6).placeholder_step == -1
+    scheduler.process_result(first, [WORD, WORD], pooled=[b""])
     assert second.to_plan(1, 7) == plan
     scheduler.check_integrity()
 
 
 def test_what_was_planned_for_a_sequence_that_has_ended_is_dropped() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(3), params())
+    scheduler.add_request("a", prompt(3), params())
     first, second = scheduler.schedule(), scheduler.schedule()
     assert answer(scheduler, first, EOS)[0].finish_reason == "stop"
     assert scheduler.num_free_blocks == scheduler.num_blocks
@@ -235,8 +235,8 @@ def test_what_was_planned_for_a_sequence_that_has_ended_is_dropped() -> None:
 @pytest.mark.parametrize("rule", [{"frequency_penalty": 0.5}, {"bad_words_token_ids": ((5, 6),)}])
 def test_while_a_request_needs_its_tokens_nothing_is_planned_ahead(rule: dict[str, Any]) -> None:
     scheduler = make()
-    scheduler.add("a", prompt(3), params())
-    scheduler.add("b", prompt(3, 50), params(max_tokens=2, **rule))
+    scheduler.add_request("a", prompt(3), params())
+    scheduler.add_request("b", prompt(3, 50), params(max_tokens=2, **rule))
     for _ in range(2):
         step = scheduler.schedule()
         assert scheduler.schedule() is None
@@ -246,12 +246,12 @@ def test_while_a_request_needs_its_tokens_nothing_is_planned_ahead(rule: dict[st
 
 def test_a_block_whose_last_token_was_planned_ahead_is_found_once_that_is_known() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(3), params())
+    scheduler.add_request("a", prompt(3), params())
     flights = [scheduler.schedule(), scheduler.schedule()]  # the second fills the first block
     scheduler.check_integrity()
     answer(scheduler, flights.pop(0))
     flights.append(scheduler.schedule())
-    scheduler.add("b", [*prompt(3), WORD, 50], params())
+    scheduler.add_request("b", [*prompt(3), WORD, 50], params())
     answer(scheduler, flights.pop(0))
     assert shape(scheduler.schedule()) == [("a", 5, 1), ("b", 4, 1)]
     scheduler.check_integrity()
@@ -259,20 +259,20 @@ def test_a_block_whose_last_token_was_planned_ahead_is_found_once_that_is_known(
 
 def test_the_blocks_of_an_answer_planned_ahead_serve_the_next_turn_to_the_last() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(6), params(max_tokens=7))
+    scheduler.add_request("a", prompt(6), params(max_tokens=7))
     flights = [scheduler.schedule(), scheduler.schedule()]
     while scheduler.has_work:
         answer(scheduler, flights.pop(0))
         flights += [step for step in [scheduler.schedule()] if step is not None]
         scheduler.check_integrity()
-    scheduler.add("b", [*prompt(6), *[WORD] * 7, 55], params())
+    scheduler.add_request("b", [*prompt(6), *[WORD] * 7, 55], params())
     assert shape(scheduler.schedule()) == [("b", 12, 2)]
 
 
 def test_who_could_make_room_for_an_older_sequence_is_not_planned_ahead() -> None:
     scheduler = make(num_micro_batches=2, block_size=16, num_blocks=4)
-    scheduler.add("a", prompt(14), params())
-    scheduler.add("b", prompt(1, 50), params())
+    scheduler.add_request("a", prompt(14), params())
+    scheduler.add_request("b", prompt(1, 50), params())
     run(scheduler)
     scheduler.blocks.allocate(2)  # by somebody else, for good
     flights = [scheduler.schedule(), scheduler.schedule(), scheduler.schedule()]
@@ -294,9 +294,9 @@ def test_who_could_make_room_for_an_older_sequence_is_not_planned_ahead() -> Non
 
 def test_a_later_request_takes_the_common_blocks_from_the_cache() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(10), params(max_tokens=1))
+    scheduler.add_request("a", prompt(10), params(max_tokens=1))
     assert run(scheduler)[0].num_cached_tokens == 0
-    scheduler.add("b", prompt(10), params(max_tokens=1))
+    scheduler.add_request("b", prompt(10), params(max_tokens=1))
     assert shape(step := scheduler.schedule()) == [("b", 8, 2)]
     assert answer(scheduler, step)[0].num_cached_tokens == 8
     assert (scheduler.prefix_queries, scheduler.prefix_hits) == (20, 8)
@@ -305,7 +305,7 @@ def test_a_later_request_takes_the_common_blocks_from_the_cache() -> None:
 def test_the_last_prompt_token_is_computed_even_if_all_blocks_are_cached() -> None:
     scheduler = make()
     for _ in range(2):
-        scheduler.add("a", prompt(8), params(max_tokens=1))
+        scheduler.add_request("a", prompt(8), params(max_tokens=1))
         step = scheduler.schedule()
         answer(scheduler, step)
     assert shape(step) == [("a", 4, 4)]
@@ -313,17 +313,17 @@ def test_the_last_prompt_token_is_computed_even_if_all_blocks_are_cached() -> No
 
 def test_blocks_filled_while_decoding_serve_the_next_turn_of_a_conversation() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(6), params(max_tokens=7))
+    scheduler.add_request("a", prompt(6), params(max_tokens=7))
     run_to_end(scheduler)
-    scheduler.add("b", [*prompt(6), *[WORD] * 7, 55], params())
+    scheduler.add_request("b", [*prompt(6), *[WORD] * 7, 55], params())
     assert shape(scheduler.schedule()) == [("b", 12, 2)]
 
 
 def test_a_running_request_shares_the_blocks_that_it_has_filled() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(9), params())
+    scheduler.add_request("a", prompt(9), params())
     run(scheduler)
-    scheduler.add("b", prompt(9), params())
+    scheduler.add_request("b", prompt(9), params())
     step = scheduler.schedule()
     assert shape(step) == [("a", 9, 1), ("b", 8, 1)]
     assert step is not None
@@ -333,8 +333,8 @@ def test_a_running_request_shares_the_blocks_that_it_has_filled() -> None:
 
 def test_a_twin_waits_one_step_to_share_what_is_being_computed() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(9), params())
-    scheduler.add("b", prompt(9), params())
+    scheduler.add_request("a", prompt(9), params())
+    scheduler.add_request("b", prompt(9), params())
     assert shape(step := scheduler.schedule()) == [("a", 0, 9)]
     answer(scheduler, step)
     assert shape(scheduler.schedule()) == [("a", 9, 1), ("b", 8, 1)]
@@ -343,7 +343,7 @@ def test_a_twin_waits_one_step_to_share_what_is_being_computed() -> None:
 def test_without_prefix_caching_nothing_is_shared() -> None:
     scheduler = make(enable_prefix_caching=False)
     for name in "ab":
-        scheduler.add(name, prompt(9), params(max_tokens=1))
+        scheduler.add_request(name, prompt(9), params(max_tokens=1))
         assert shape(step := scheduler.schedule()) == [(name, 0, 9)]
         answer(scheduler, step)
     assert scheduler.prefix_queries == 0
@@ -354,8 +354,8 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
 
 def test_when_blocks_run_out_the_latest_request_is_preempted_and_keeps_its_tokens() -> None:
     scheduler = make(num_blocks=4, max_model_len=17)
-    scheduler.add("a", prompt(3), params(max_tokens=12))
-    scheduler.add("b", prompt(3, 50), params(max_tokens=12))
+    scheduler.add_request("a", prompt(3), params(max_tokens=12))
+    scheduler.add_request("b", prompt(3, 50), params(max_tokens=12))
     tokens: dict[str, list[int]] = {"a": [], "b": []}
     while scheduler.has_work:
         for update in run(scheduler):
@@ -367,9 +367,9 @@ def test_when_blocks_run_out_the_latest_request_is_preempted_and_keeps_its_token
 
 def test_a_newcomer_waits_until_every_running_sequence_could_grow_by_a_block() -> None:
     scheduler = make(num_blocks=5, max_model_len=17)
-    scheduler.add("a", prompt(9), params(max_tokens=2))
+    scheduler.add_request("a", prompt(9), params(max_tokens=2))
     run(scheduler)
-    scheduler.add("b", prompt(5, 50), params(max_tokens=2))
+    scheduler.add_request("b", prompt(5, 50), params(max_tokens=2))
     assert scheduler.num_free_blocks == 2
     assert shape(step := scheduler.schedule()) == [("a", 9, 1)]
     answer(scheduler, step)
@@ -379,7 +379,7 @@ def test_a_newcomer_waits_until_every_running_sequence_could_grow_by_a_block() -
 def test_a_preempted_request_goes_before_those_that_have_not_run() -> None:
     scheduler = make(num_blocks=4, max_model_len=17, max_num_seqs=2)
     for first, name in enumerate("abc"):
-        scheduler.add(name, prompt(3, 50 * first), params(max_tokens=12))
+        scheduler.add_request(name, prompt(3, 50 * first), params(max_tokens=12))
     while scheduler.num_preemptions == 0:
         run(scheduler)
     assert [sequence.request_id for sequence in scheduler._waiting] == ["b", "c"]
@@ -387,8 +387,8 @@ def test_a_preempted_request_goes_before_those_that_have_not_run() -> None:
 
 def test_the_oldest_waits_for_a_step_in_flight_rather_than_throw_its_work_away() -> None:
     scheduler = make(num_blocks=4, num_micro_batches=2, max_model_len=17)
-    scheduler.add("a", prompt(3), params(max_tokens=12))
-    scheduler.add("b", prompt(3, 50), params(max_tokens=12))
+    scheduler.add_request("a", prompt(3), params(max_tokens=12))
+    scheduler.add_request("b", prompt(3, 50), params(max_tokens=12))
     run(scheduler)
     flights = [scheduler.schedule(), scheduler.schedule()]
     num_waits = 0
@@ -413,7 +413,7 @@ def test_the_oldest_waits_for_a_step_in_flight_rather_than_throw_its_work_away()
 
 def test_max_tokens_ends_with_length() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(3), params(max_tokens=2))
+    scheduler.add_request("a", prompt(3), params(max_tokens=2))
     assert run(scheduler)[0].finish_reason is None
     assert run(scheduler)[0].finish_reason == "length"
     assert not scheduler.has_work
@@ -422,7 +422,7 @@ def test_max_tokens_ends_with_length() -> None:
 
 def test_max_model_len_ends_with_length() -> None:
     scheduler = make(max_model_len=5)
-    scheduler.add("a", prompt(3), params(max_tokens=100))
+    scheduler.add_request("a", prompt(3), params(max_tokens=100))
     assert run(scheduler)[0].finish_reason is None
     assert run(scheduler)[0].finish_reason == "length"
 
@@ -430,21 +430,21 @@ def test_max_model_len_ends_with_length() -> None:
 @pytest.mark.parametrize("token_id", [EOS, STOP])
 def test_a_stop_token_ends_with_stop_and_is_the_last_token(token_id: int) -> None:
     scheduler = make()
-    scheduler.add("a", prompt(3), params(stop_token_ids=(STOP,)))
+    scheduler.add_request("a", prompt(3), params(stop_token_ids=(STOP,)))
     (update,) = run(scheduler, token_id)
     assert (update.token_ids, update.finish_reason, update.stop_token_id) == ([token_id], "stop", token_id)
 
 
 def test_ignore_eos_ignores_eos_but_not_stop_token_ids() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(3), params(stop_token_ids=(STOP,), ignore_eos=True))
+    scheduler.add_request("a", prompt(3), params(stop_token_ids=(STOP,), ignore_eos=True))
     assert run(scheduler, EOS)[0].finish_reason is None
     assert run(scheduler, STOP)[0].finish_reason == "stop"
 
 
 def test_stop_and_eos_are_banned_until_min_tokens_exist() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(3), params(stop_token_ids=(STOP,), min_tokens=2))
+    scheduler.add_request("a", prompt(3), params(stop_token_ids=(STOP,), min_tokens=2))
     banned = []
     for _ in range(3):
         step = scheduler.schedule()
@@ -458,37 +458,37 @@ def test_stop_and_eos_are_banned_until_min_tokens_exist() -> None:
 
 def test_abort_frees_blocks_at_once_and_drops_the_late_result() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(9), params())
-    scheduler.add("b", prompt(9, 50), params())
+    scheduler.add_request("a", prompt(9), params())
+    scheduler.add_request("b", prompt(9, 50), params())
     step = scheduler.schedule()
-    scheduler.abort("a")
+    scheduler.abort_request("a")
     assert scheduler.num_free_blocks == scheduler.num_blocks - 3
     assert [update.request_id for update in answer(scheduler, step)] == ["b"]
-    scheduler.abort("b")
-    scheduler.abort("never heard of")
+    scheduler.abort_request("b")
+    scheduler.abort_request("never heard of")
     assert not scheduler.has_work
     scheduler.check_integrity()
 
 
 def test_a_late_result_does_not_reach_a_new_request_with_the_same_id() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(3), params())
+    scheduler.add_request("a", prompt(3), params())
     step = scheduler.schedule()
-    scheduler.abort("a")
-    scheduler.add("a", prompt(5), params())
+    scheduler.abort_request("a")
+    scheduler.add_request("a", prompt(5), params())
     assert answer(scheduler, step) == []
     assert shape(scheduler.schedule()) == [("a", 0, 5)]
 
 
 def test_after_a_loss_of_the_kv_everything_is_computed_again_from_the_tokens() -> None:
     scheduler = make(num_micro_batches=2)
-    scheduler.add("a", prompt(9), params(max_tokens=5))
-    scheduler.add("b", prompt(9, 50), params(max_tokens=5))
+    scheduler.add_request("a", prompt(9), params(max_tokens=5))
+    scheduler.add_request("b", prompt(9, 50), params(max_tokens=5))
     run(scheduler)
     scheduler.schedule()
     scheduler.schedule()
-    scheduler.add("c", prompt(2), params(max_tokens=5))
-    scheduler.recompute_all()
+    scheduler.add_request("c", prompt(2), params(max_tokens=5))
+    scheduler.preempt_all()
     scheduler.check_integrity()
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_in_flight) == (0, 3, 0)
     assert scheduler.num_free_blocks == scheduler.num_blocks
@@ -504,9 +504,9 @@ def ints(data: bytes) -> list[int]:
 
 def test_a_plan_says_everything_a_worker_needs() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(5), params(temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-1))
+    scheduler.add_request("a", prompt(5), params(temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-1))
     run(scheduler)
-    scheduler.add("b", prompt(3, 50), params(seed=5, temperature=0.0, top_k=7))
+    scheduler.add_request("b", prompt(3, 50), params(seed=5, temperature=0.0, top_k=7))
     step = scheduler.schedule()
     assert step is not None
     plan = step.to_plan(epoch=3, step=8)
@@ -526,18 +526,18 @@ def test_a_plan_says_everything_a_worker_needs() -> None:
 
 def test_a_plan_can_be_built_after_its_sequence_is_gone() -> None:
     scheduler = make()
-    scheduler.add("a", prompt(5), params())
+    scheduler.add_request("a", prompt(5), params())
     step = scheduler.schedule()
     assert step is not None
     before: StepPlan = step.to_plan(1, 1)
-    scheduler.abort("a")
+    scheduler.abort_request("a")
     assert step.to_plan(1, 1) == before
 
 
 def test_counts_follow_the_tokens() -> None:
     scheduler = make(max_num_batched_tokens=6)
-    scheduler.add("a", prompt(8), params(max_tokens=2))
-    scheduler.add("b", prompt(5, 50), params(max_tokens=2))
+    scheduler.add_request("a", prompt(8), params(max_tokens=2))
+    scheduler.add_request("b", prompt(5, 50), params(max_tokens=2))
     assert scheduler.counts() == {
         "num_running": 0,
         "num_waiting": 2,
@@ -567,7 +567,7 @@ def test_counts_follow_the_tokens() -> None:
 def _busy() -> Scheduler:
     scheduler = make(num_micro_batches=2, max_num_seqs=2)
     for first, name in enumerate("abcd"):
-        scheduler.add(name, prompt(9, 50 * first), params())
+        scheduler.add_request(name, prompt(9, 50 * first), params())
     run(scheduler)
     scheduler.schedule()
     scheduler.check_integrity()

@@ -94,7 +94,7 @@ class FakeLane:
     def add(self, prompt: list[int], params: SamplingParams) -> str:
         request_id = str(self.num_requests)
         self.num_requests += 1
-        sequence = self.scheduler.add(request_id, prompt, params)
+        sequence = self.scheduler.add_request(request_id, prompt, params)
         self.requests[request_id] = self.by_seq_id[sequence.seq_id] = Request(prompt, params)
         return request_id
 
@@ -104,7 +104,7 @@ class FakeLane:
 
     def abort(self, request_id: str) -> None:
         free_before = self.scheduler.num_free_blocks
-        self.scheduler.abort(request_id)
+        self.scheduler.abort_request(request_id)
         self.requests[request_id].finish_reason = "abort"
         assert self.scheduler.num_free_blocks >= free_before
 
@@ -133,7 +133,7 @@ class FakeLane:
             self.run_next_plan()
         flight = self.flights.popleft()
         assert flight.result is not None
-        for update in self.scheduler.update(flight.step, flight.result):
+        for update in self.scheduler.process_result(flight.step, flight.result):
             request = self.requests[update.request_id]
             assert request.finish_reason is None, "a late result of a request that has ended"
             request.answer += update.token_ids
@@ -147,7 +147,7 @@ class FakeLane:
     def lose_everything(self) -> None:
         self.flights.clear()
         self.kv.clear()
-        self.scheduler.recompute_all()
+        self.scheduler.preempt_all()
 
     def drain(self) -> None:
         for _ in range(10_000):
@@ -173,14 +173,16 @@ class FakeLane:
         for flight in self.flights:
             sampled = [s for s, spec in zip(flight.plan.seq_ids, flight.plan.samples, strict=True) if spec]
             rows = {seq_id: row for row, seq_id in enumerate(sampled) if seq_id in plan.seq_ids}
-            assert rows == (ahead if flight.plan.step == plan.fed_by else {}), "its last token is not to be had"
-        assert not ahead or plan.fed_by in [flight.plan.step for flight in self.flights]
+            assert rows == (ahead if flight.plan.step == plan.placeholder_step else {}), (
+                "its last token is not to be had"
+            )
+        assert not ahead or plan.placeholder_step in [flight.plan.step for flight in self.flights]
 
     def _planned_ahead(self, plan: StepPlan) -> dict[int, int]:
         """Sequences of the plan whose token is left open → its row in what the feeding step samples."""
         token_ids = np.frombuffer(plan.token_ids, np.int32)
         ends = np.cumsum(np.frombuffer(plan.query_lens, np.int32))
-        assert (token_ids[:-1] >= 0).all() or plan.fed_by >= 0
+        assert (token_ids[:-1] >= 0).all() or plan.placeholder_step >= 0
         return {
             s: -1 - int(token_ids[end - 1]) for s, end in zip(plan.seq_ids, ends, strict=True) if token_ids[end - 1] < 0
         }
@@ -203,7 +205,7 @@ class FakeLane:
             tokens = request.tokens[:end]
             if query[0] < 0:
                 self.num_ahead += 1
-                query = [self.sampled[plan.fed_by][-1 - query[0]]]
+                query = [self.sampled[plan.placeholder_step][-1 - query[0]]]
                 assert len(tokens) in (start, end), "more than one token ahead"
                 tokens = tokens[:start] + query if len(tokens) == start else tokens
             assert query == tokens[start:end], "wrong tokens"

@@ -18,7 +18,7 @@ from stagemesh.config.model import MoeConfig
 from stagemesh.kernels.moe import moe_experts, top_k_in_groups, top_k_softmax
 from stagemesh.stages.layers import moe as moe_layer
 from stagemesh.stages.layers.checkpoint import Checkpoint
-from stagemesh.stages.layers.moe import MixtureOfExperts, MoeNames
+from stagemesh.stages.layers.moe import MoE, MoENames
 from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
@@ -106,17 +106,15 @@ def test_both_ways_are_right_for_every_routing(
         shared_intermediate_size=0,
         layers=frozenset([0]),
     )
-    names = MoeNames("gate", "experts.{}", ("w1", "w3", "w2"))
-    whole = MixtureOfExperts("moe", names, config, HIDDEN, TensorShard(), expert_parallel=False)
+    names = MoENames("gate", "experts.{}", ("w1", "w3", "w2"))
+    whole = MoE("moe", names, config, HIDDEN, TensorShard(), expert_parallel=False)
     checkpoint = FakeCheckpoint()
     whole.load(checkpoint)
     expected = naive_mixture(x, whole.experts.gate_up, whole.experts.down, weights, expert_ids)
     assert_close(whole(x), expected)
 
     def run(group: ThreadGroup) -> Tensor:
-        layer = MixtureOfExperts(
-            "moe", names, config, HIDDEN, TensorShard(group.rank, size, group), expert_parallel=True
-        )
+        layer = MoE("moe", names, config, HIDDEN, TensorShard(group.rank, size, group), expert_parallel=True)
         layer.load(checkpoint)
         out = layer(x.clone())
         assert layer.tokens_per_expert.tolist() == torch.bincount(expert_ids.flatten(), minlength=num_experts).tolist()

@@ -30,7 +30,7 @@ from stagemesh.kernels.quant_w8a8 import dequantize
 from stagemesh.stages.layers import quantized_linear as methods
 from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.latent_attention import LatentAttention
-from stagemesh.stages.layers.linear import MatrixPart
+from stagemesh.stages.layers.linear import WeightShard
 
 IDS = [5, 99, 17, 3, 64, 120, 8, 8, 77, 31, 2, 50, 13]
 TABLE = [3, 1, 4, 0, 2]
@@ -161,12 +161,12 @@ def test_layers_that_the_checkpoint_left_out_stay_dense(source: Path, tmp_path: 
 def test_a_method_gives_its_weights_as_floats(quantized: Any, name: str) -> None:
     folder, layer = quantized(name), "model.layers.0.mlp.down_proj"
     config = EngineConfig.resolve(EngineArgs(model=str(folder), device="cpu"))
-    part = MatrixPart(layer, 64, 96, slice(5, 40), slice(20, 70))
+    part = WeightShard(layer, 64, 96, slice(5, 40), slice(20, 70))
     method = methods.linear_methods(config.quantization)(layer)
     with Checkpoint(folder, torch.float32) as checkpoint:
         method.load(checkpoint, [part], with_bias=False)
     expected = load_file(folder / "dense" / "model.safetensors")[f"{layer}.weight"][5:40, 20:70]
-    torch.testing.assert_close(method.matrix(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(method.dequantize(), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name, tensor", [("fp8-channel", "weight_scale"), ("awq", "qzeros"), ("gptq", "scales")])

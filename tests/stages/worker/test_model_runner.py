@@ -11,7 +11,7 @@ from support.toy_lane import ints
 
 from stagemesh.config.capacity import kv_bytes_per_token
 from stagemesh.config.errors import ConfigError
-from stagemesh.stages.messages.step import LogitEdits, PromptLogprobsSpec, SampleSpec
+from stagemesh.stages.messages.step import LogitsAdjustments, PromptLogprobsSpec, SampleSpec
 from stagemesh.stages.worker import model_runner as runner_module
 
 
@@ -82,7 +82,9 @@ def test_edits_and_logprobs_are_the_same_in_every_layout(
     folder: Path, tp: int, partition: tuple[int, ...] | None
 ) -> None:
     def draws(lane: ThreadLane) -> list[tuple[int, int]]:
-        edits = LogitEdits(allowed=b"\xff" * 8, repetition_penalty=1.5, prompt_ids=ints(5, 6), presence_penalty=0.5)
+        edits = LogitsAdjustments(
+            allowed=b"\xff" * 8, repetition_penalty=1.5, prompt_ids=ints(5, 6), presence_penalty=0.5
+        )
         found = []
         for position in range(20):
             spec = SampleSpec(1.0, 0.95, 0, 0.0, 11, position, [7], edits if position % 2 else None, 1)

@@ -49,11 +49,11 @@ class Lane:
     def embed(self, prompts: list[list[int]], params: PoolingParams) -> list[Vector]:
         asked = SamplingParams(max_tokens=1, seed=0, pooling=params)
         for i, prompt in enumerate(prompts):
-            self.scheduler.add(str(i), prompt, asked)
+            self.scheduler.add_request(str(i), prompt, asked)
         found = {}
         while (step := self.scheduler.schedule()) is not None:
             result = self.ranks.run(step.to_plan(1, 0))
-            for update in self.scheduler.update(step, result.token_ids, pooled=result.pooled):
+            for update in self.scheduler.process_result(step, result.token_ids, pooled=result.pooled):
                 assert update.token_ids == [] and update.finish_reason == "stop"
                 found[int(update.request_id)] = np.frombuffer(update.embedding, np.float32)
         assert not self.scheduler.has_work

@@ -10,7 +10,7 @@ import torch
 from support.toy_lane import ints
 from torch import Tensor
 
-from stagemesh.stages.messages.step import LogitEdits, SampleSpec
+from stagemesh.stages.messages.step import LogitsAdjustments, SampleSpec
 from stagemesh.stages.worker.sampler import sample, token_logprobs, uniform
 
 NUM_DRAWS = 4000
@@ -194,7 +194,7 @@ def test_a_number_that_rounds_up_to_the_total_still_finds_a_token(monkeypatch: p
 
 def test_a_bias_is_added_to_the_logits() -> None:
     bias = torch.tensor([1.5, -100.0, 0.5])
-    change = LogitEdits(bias_ids=ints(0, 1, 4), bias=bias.numpy().tobytes())
+    change = LogitsAdjustments(bias_ids=ints(0, 1, 4), bias=bias.numpy().tobytes())
     expected = PROBABILITIES.clone()
     expected[[0, 1, 4]] *= bias.exp()
     expected[1] = 0  # e^-100 never comes
@@ -204,23 +204,23 @@ def test_a_bias_is_added_to_the_logits() -> None:
 def test_only_allowed_tokens_come_and_keep_their_odds() -> None:
     expected = PROBABILITIES.clone()
     expected[[0, 1, 3, 5]] = 0
-    assert_distributed(draw(edits=LogitEdits(allowed=bytes([0b010100]))), expected)
+    assert_distributed(draw(edits=LogitsAdjustments(allowed=bytes([0b010100]))), expected)
 
 
 def test_tokens_past_the_end_of_the_mask_are_not_allowed() -> None:
-    tokens = draw(torch.zeros(20), num_draws=200, edits=LogitEdits(allowed=b"\xff"))
+    tokens = draw(torch.zeros(20), num_draws=200, edits=LogitsAdjustments(allowed=b"\xff"))
     assert set(tokens) == set(range(8))
 
 
 def test_presence_penalty_counts_a_token_once_however_often_it_came() -> None:
-    change = LogitEdits(presence_penalty=0.7, output_ids=ints(1, 4), output_counts=ints(9, 1))
+    change = LogitsAdjustments(presence_penalty=0.7, output_ids=ints(1, 4), output_counts=ints(9, 1))
     expected = PROBABILITIES.clone()
     expected[[1, 4]] *= math.exp(-0.7)
     assert_distributed(draw(edits=change), expected)
 
 
 def test_frequency_penalty_counts_every_time_that_a_token_came() -> None:
-    change = LogitEdits(frequency_penalty=0.4, output_ids=ints(1, 4), output_counts=ints(3, 1))
+    change = LogitsAdjustments(frequency_penalty=0.4, output_ids=ints(1, 4), output_counts=ints(3, 1))
     expected = PROBABILITIES.clone()
     expected[1] *= math.exp(-1.2)
     expected[4] *= math.exp(-0.4)
@@ -228,7 +228,9 @@ def test_frequency_penalty_counts_every_time_that_a_token_came() -> None:
 
 
 def test_a_negative_penalty_makes_repetition_likelier() -> None:
-    change = LogitEdits(presence_penalty=-0.5, frequency_penalty=-0.25, output_ids=ints(2), output_counts=ints(2))
+    change = LogitsAdjustments(
+        presence_penalty=-0.5, frequency_penalty=-0.25, output_ids=ints(2), output_counts=ints(2)
+    )
     expected = PROBABILITIES.clone()
     expected[2] *= math.exp(1.0)
     assert_distributed(draw(edits=change), expected)
@@ -236,13 +238,15 @@ def test_a_negative_penalty_makes_repetition_likelier() -> None:
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_prompt_and_answer() -> None:
     logits = torch.tensor([1.2, 0.8, -0.4, 0.3, -0.9, 0.0])
-    change = LogitEdits(repetition_penalty=2.0, prompt_ids=ints(0, 2), output_ids=ints(2, 3), output_counts=ints(7, 1))
+    change = LogitsAdjustments(
+        repetition_penalty=2.0, prompt_ids=ints(0, 2), output_ids=ints(2, 3), output_counts=ints(7, 1)
+    )
     expected = torch.tensor([0.6, 0.8, -0.8, 0.15, -0.9, 0.0]).exp()
     assert_distributed(draw(logits, edits=change), expected)
 
 
 def test_edits_come_before_temperature_and_before_the_limits() -> None:
-    change = LogitEdits(bias_ids=ints(2), bias=torch.tensor([5.0]).numpy().tobytes())
+    change = LogitsAdjustments(bias_ids=ints(2), bias=torch.tensor([5.0]).numpy().tobytes())
     expected = PROBABILITIES.clone()
     expected[2] *= math.exp(5.0)
     expected = expected**2
@@ -254,7 +258,7 @@ def test_edits_come_before_temperature_and_before_the_limits() -> None:
 def test_edits_of_one_row_leave_the_others_alone(dtype: torch.dtype) -> None:
     logits = torch.randn(16, 500, generator=torch.Generator().manual_seed(3)).to(dtype)
     plain = [spec(seed=i, position=i) for i in range(16)]
-    change = LogitEdits(repetition_penalty=1.3, prompt_ids=ints(*range(200)), allowed=b"\xf0" * 50)
+    change = LogitsAdjustments(repetition_penalty=1.3, prompt_ids=ints(*range(200)), allowed=b"\xf0" * 50)
     mixed = [spec(seed=i, position=i, edits=change if i % 3 == 0 else None) for i in range(16)]
 
     without, together = sample(logits.clone(), plain), sample(logits.clone(), mixed)

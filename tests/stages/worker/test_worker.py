@@ -45,7 +45,7 @@ class Bench:
         self.results = self.context.socket(zmq.PULL)
         port = self.results.bind_to_random_port(f"tcp://{HOST}")
         self.worker.connect(
-            Wiring(EPOCH, HOST, 0, f"tcp://{HOST}:{port}", feed_to=(endpoints.plan_address,), num_blocks=16)
+            Wiring(EPOCH, HOST, 0, f"tcp://{HOST}:{port}", sampled_tokens_to=(endpoints.plan_address,), num_blocks=16)
         )
         self.ended: Future[None] = Future()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -96,9 +96,9 @@ def prefill() -> StepPlan:
     return make_plan(*(Part(ids, 0, table) for ids, table in zip(PROMPTS, TABLES, strict=True)), step=0)
 
 
-def decode(*token_ids: int, step: int = 1, fed_by: int = -1) -> StepPlan:
+def decode(*token_ids: int, step: int = 1, placeholder_step: int = -1) -> StepPlan:
     parts = [Part([token], len(ids), table) for token, ids, table in zip(token_ids, PROMPTS, TABLES, strict=True)]
-    return msgspec.structs.replace(make_plan(*parts, step=step), fed_by=fed_by)
+    return msgspec.structs.replace(make_plan(*parts, step=step), placeholder_step=placeholder_step)
 
 
 def test_a_plan_ahead_computes_what_a_plan_with_the_tokens_does(bench: Bench) -> None:
@@ -106,9 +106,9 @@ def test_a_plan_ahead_computes_what_a_plan_with_the_tokens_does(bench: Bench) ->
     first = bench.result().token_ids
     bench.send(decode(*first))
     second = bench.result().token_ids
-    bench.send(prefill(), decode(-1, -2, fed_by=0))
+    bench.send(prefill(), decode(-1, -2, placeholder_step=0))
     assert (bench.result().token_ids, bench.result().token_ids) == (first, second)
-    bench.send(prefill(), decode(-2, first[1], fed_by=0), decode(first[1], first[1], step=2))
+    bench.send(prefill(), decode(-2, first[1], placeholder_step=0), decode(first[1], first[1], step=2))
     assert bench.result().token_ids == first
     assert bench.result().token_ids == bench.result().token_ids, "any row may be meant, and known tokens stand beside"
 
@@ -116,7 +116,7 @@ def test_a_plan_ahead_computes_what_a_plan_with_the_tokens_does(bench: Bench) ->
 @pytest.mark.parametrize("early", [True, False])
 def test_tokens_that_another_rank_samples_are_taken_when_they_come(bench: Bench, early: bool) -> None:
     tokens, later = SampledTokens(EPOCH, 6, [17, 23]), SampledTokens(EPOCH, 7, [3, 3])
-    plan = decode(-2, -1, step=7, fed_by=6)
+    plan = decode(-2, -1, step=7, placeholder_step=6)
     bench.send(prefill(), decode(23, 17))
     expected = [bench.result(), bench.result()][1].token_ids
     if early:
@@ -145,7 +145,7 @@ def test_each_step_is_reported_once_with_its_time_inside_the_model(bench: Bench)
 
 
 def test_a_worker_that_waits_for_tokens_can_be_stopped(bench: Bench) -> None:
-    bench.send(decode(-1, -2, step=7, fed_by=6))
+    bench.send(decode(-1, -2, step=7, placeholder_step=6))
     bench.until("tokens")
     bench.worker.stop(EPOCH)
     assert bench.ended.result(0.9) is None
