@@ -115,13 +115,37 @@ class EngineArgs(Settings):
         return tuple(value) if isinstance(value, list) else value
 
 
+_AS_ASKED = (
+    "download_dir",
+    "kv_cache_dtype",
+    "seed",
+    "generation_config",
+    "data_parallel_size",
+    "autoscaling_config",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "enable_prefix_caching",
+    "gpu_memory_utilization",
+    "num_cpus_per_worker",
+    "num_router_replicas",
+    "startup_timeout_s",
+    "step_timeout_s",
+    "drain_timeout_s",
+)
+"""Fields of EngineArgs that need no resolving."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Everything decided, nothing left to guess: made once by `resolve`, then sent to every process."""
+    """Everything decided, nothing left to guess: made once by `resolve`, then sent to every process.
 
-    args: EngineArgs
-    """As asked, for what needs no resolving."""
+    Fields named as in EngineArgs and without a text here mean the same.
+    """
+
     model: ModelConfig
+    model_name: str
+    """The folder or hub id, as asked."""
     model_path: str
     """Absolute folder, where the config was resolved."""
     commit: str | None = None
@@ -139,12 +163,26 @@ class EngineConfig:
     max_num_batched_tokens: int
     kv_cache_memory_bytes: int | None
     """Per rank; None = measured on the GPU, from gpu_memory_utilization."""
+    download_dir: str | None
+    kv_cache_dtype: Literal["auto", "fp8"]
+    seed: int | None
+    generation_config: Literal["auto", "vllm"]
+    data_parallel_size: int
+    autoscaling_config: dict[str, Any] | None
+    block_size: int
+    enable_prefix_caching: bool
+    gpu_memory_utilization: float
+    num_cpus_per_worker: float
+    num_router_replicas: int
+    startup_timeout_s: float
+    step_timeout_s: float
+    drain_timeout_s: float
 
     def local_model_path(self) -> Path:
         """The model's folder on this machine, which need not be the one that resolved the config."""
         if self.commit is None or Path(self.model_path).is_dir():
             return Path(self.model_path)
-        return hub.fetch(self.args.model, self.commit, self.args.download_dir)
+        return hub.fetch(self.model_name, self.commit, self.download_dir)
 
     @property
     def dtype_bytes(self) -> int:
@@ -152,13 +190,13 @@ class EngineConfig:
 
     @property
     def kv_dtype_bytes(self) -> int:
-        return 1 if self.args.kv_cache_dtype == "fp8" else self.dtype_bytes
+        return 1 if self.kv_cache_dtype == "fp8" else self.dtype_bytes
 
     @property
     def peer_timeout_s(self) -> float:
         """Seconds that a rank waits for another: for the step in which that is, and the next, each of which the leader
         times. The leader speaks first, because it can say who is stuck."""
-        return 2 * self.args.step_timeout_s + 5
+        return 2 * self.step_timeout_s + 5
 
     @classmethod
     def resolve(cls, args: EngineArgs) -> EngineConfig:
@@ -178,8 +216,9 @@ class EngineConfig:
         device = _device(args)
         names = args.served_model_name or args.model
         config = cls(
-            args=args,
+            **{name: getattr(args, name) for name in _AS_ASKED},
             model=model,
+            model_name=args.model,
             model_path=str(folder),
             commit=folder.name if local_folder(args.model) is None else None,
             served_model_names=(names,) if isinstance(names, str) else tuple(names),
@@ -189,8 +228,6 @@ class EngineConfig:
             device=device,
             transport=_transport(args, device),
             max_model_len=args.max_model_len or model.max_position_embeddings,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
             kv_cache_memory_bytes=(
                 CPU_KV_CACHE_BYTES
                 if args.kv_cache_memory_bytes is None and device == "cpu"
@@ -254,7 +291,7 @@ def _check_limits(config: EngineConfig) -> None:
         reason = f"must be at least max_num_seqs={config.max_num_seqs}"
         raise ConfigError("max_num_batched_tokens", config.max_num_batched_tokens, reason)
     if (memory := config.kv_cache_memory_bytes) is not None:
-        fits = kv_tokens(config.model, config.plan, config.kv_dtype_bytes, memory, config.args.block_size)
+        fits = kv_tokens(config.model, config.plan, config.kv_dtype_bytes, memory, config.block_size)
         if fits < config.max_model_len:
             reason = (
                 f"holds {fits:,} tokens of KV cache, fewer than max_model_len={config.max_model_len}, so the "

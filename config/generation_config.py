@@ -35,7 +35,7 @@ def default_sampling(config: EngineConfig) -> dict[str, Any]:
     Empty with generation_config="vllm". Raises ConfigError that names the key and the file.
     """
     path = config.local_model_path() / "generation_config.json"
-    if config.args.generation_config == "vllm" or not path.exists():
+    if config.generation_config == "vllm" or not path.exists():
         return {}
     try:
         given = _GenerationJson.parse(json.loads(path.read_text(encoding="utf-8"))).model_dump(exclude_none=True)

@@ -36,9 +36,9 @@ def build(args: dict[str, Any]) -> Application:
     # What is wrong with these is better told here than by every router.
     Tokenizer.from_folder(config.model_path)
     default_sampling(config)
-    autoscaling = config.args.autoscaling_config
+    autoscaling = config.autoscaling_config
     lanes: dict[str, Any] = (
-        {"num_replicas": config.args.data_parallel_size} if autoscaling is None else {"autoscaling_config": autoscaling}
+        {"num_replicas": config.data_parallel_size} if autoscaling is None else {"autoscaling_config": autoscaling}
     )
     later_stages = [_stage(config, stage) for stage in range(1, config.plan.pp_size)]
     leader = (
@@ -49,7 +49,7 @@ def build(args: dict[str, Any]) -> Application:
             request_router_config=RequestRouterConfig(
                 request_router_class="stagemesh.deployments.ingress.request_router:LaneRouter"
             ),
-            graceful_shutdown_timeout_s=config.args.drain_timeout_s,
+            graceful_shutdown_timeout_s=config.drain_timeout_s,
             **HEALTH,
             **lanes,
             **_resources(config),
@@ -60,10 +60,10 @@ def build(args: dict[str, Any]) -> Application:
         serve.deployment(Router)
         .options(
             name="router",
-            num_replicas=config.args.num_router_replicas,
+            num_replicas=config.num_router_replicas,
             max_ongoing_requests=UNLIMITED_REQUESTS,
-            ray_actor_options={"num_cpus": config.args.num_cpus_per_worker},
-            graceful_shutdown_timeout_s=config.args.drain_timeout_s,
+            ray_actor_options={"num_cpus": config.num_cpus_per_worker},
+            graceful_shutdown_timeout_s=config.drain_timeout_s,
             **HEALTH,
         )
         .bind(config, leader)
@@ -71,9 +71,9 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _stage(config: EngineConfig, stage: int) -> Application:
-    autoscaling = config.args.autoscaling_config
+    autoscaling = config.autoscaling_config
     pool: dict[str, Any] = (
-        {"num_replicas": config.args.data_parallel_size}
+        {"num_replicas": config.data_parallel_size}
         if autoscaling is None
         else {
             "autoscaling_config": {
@@ -89,7 +89,7 @@ def _stage(config: EngineConfig, stage: int) -> Application:
             name=f"stage-{stage}",
             max_ongoing_requests=1,
             # An idle replica has nothing to drain; a leased one is wanted until its leader lets go.
-            graceful_shutdown_timeout_s=config.args.drain_timeout_s,
+            graceful_shutdown_timeout_s=config.drain_timeout_s,
             **HEALTH,
             **pool,
             **_resources(config),
@@ -100,7 +100,7 @@ def _stage(config: EngineConfig, stage: int) -> Application:
 
 def _resources(config: EngineConfig) -> dict[str, Any]:
     """A placement group per replica: bundle 0 for the replica, one per rank of its TP group, on one node."""
-    num_cpus = config.args.num_cpus_per_worker
+    num_cpus = config.num_cpus_per_worker
     return {
         "ray_actor_options": {"num_cpus": num_cpus},
         "placement_group_bundles": [{"CPU": num_cpus}] + [rank_resources(config)] * config.plan.tp_size,

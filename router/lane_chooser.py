@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from stagemesh.router.load import Digest, LaneLoads, load_bound
+from stagemesh.router.load import LaneLoads, Stats, load_bound
 from stagemesh.router.prefix_cache_map import MAX_ENTRIES, PrefixMemory, prefix_hashes
 from stagemesh.router.prefix_key import key_length, prefix_key
 from stagemesh.router.ring import HashRing
@@ -58,9 +58,9 @@ class LaneChooser:
             self._loads.set_lanes(sorted(names))
             self._ring = HashRing(names)
 
-    def update(self, digest: Digest) -> None:
+    def update(self, stats: Stats) -> None:
         """Takes a leader's word about itself."""
-        self._loads.update(digest)
+        self._loads.update(stats)
 
     def finished(self, request_id: str) -> None:
         """The request is over (or was never sent). Ignores an unknown id."""

@@ -17,7 +17,7 @@ SLACK_TOKENS = 512
 """See `load_bound`."""
 
 MAX_OPEN_REQUESTS = 1 << 16
-"""Requests that can still be taken back when they end early; for older ones the next digests do it."""
+"""Requests that can still be taken back when they end early; for older ones the next stats do it."""
 
 
 def load_bound(loads: Iterable[int], num_prompt_tokens: int) -> float:
@@ -27,13 +27,13 @@ def load_bound(loads: Iterable[int], num_prompt_tokens: int) -> float:
     at low load: of two lanes the only busy one is always at twice the mean. Moving on costs a computation
     of the whole prompt in a cold lane, so a lane has to be ahead of the others by more than that before it
     is left; and below SLACK_TOKENS (a fraction of one step's batch) a difference is noise between two
-    digests. The lane with the least load is never above the bound, so there is always one to go to.
+    stats. The lane with the least load is never above the bound, so there is always one to go to.
     """
     loads = list(loads)
     return BOUND_FACTOR * sum(loads) / max(len(loads), 1) + max(num_prompt_tokens, SLACK_TOKENS)
 
 
-class Digest(Protocol):
+class Stats(Protocol):
     """The part of a leader's LaneStats that is read here."""
 
     @property
@@ -55,11 +55,11 @@ class LaneLoad:
     state: str = "serving"
     epoch: int = 0
     reported_tokens: int = 0
-    num_digests: int = 0
+    num_reports: int = 0
     sent_tokens: int = 0
-    """Sent since the last digest."""
+    """Sent since the last stats."""
     unsure_tokens: int = 0
-    """Sent between the last two digests: the last one may have been written before they arrived."""
+    """Sent between the last two stats: the last may have been written before they arrived."""
 
     @property
     def tokens(self) -> int:
@@ -69,46 +69,46 @@ class LaneLoad:
 class LaneLoads:
     """Loads of the lanes that run now.
 
-    Requests count from the moment they are sent, so that a burst between two digests is spread as well.
+    Requests count from the moment they are sent, so that a burst between two stats is spread as well.
     Memory: one record per lane and per open request, at most MAX_OPEN_REQUESTS. Not thread-safe.
     """
 
     def __init__(self) -> None:
         self.lanes: dict[str, LaneLoad] = {}
-        # request id → lane, digests heard when it was sent, tokens
+        # request id → lane, stats heard when it was sent, tokens
         self._open: OrderedDict[str, tuple[LaneLoad, int, int]] = OrderedDict()
 
     def set_lanes(self, names: Iterable[str]) -> None:
         """The lanes that run now; what is known of the others is forgotten."""
         self.lanes = {name: self.lanes.get(name) or LaneLoad() for name in names}
 
-    def update(self, digest: Digest) -> None:
+    def update(self, stats: Stats) -> None:
         """Takes a leader's word. A lane that is not among those running is ignored."""
-        lane = self.lanes.get(digest.lane)
+        lane = self.lanes.get(stats.lane)
         if lane is None:
             return
-        lane.state, lane.epoch = digest.state, digest.epoch
-        lane.reported_tokens = digest.queued_prefill_tokens + digest.running_kv_tokens
-        # What was sent before the previous digest came is surely in this one, as the leaders' period is far
+        lane.state, lane.epoch = stats.state, stats.epoch
+        lane.reported_tokens = stats.queued_prefill_tokens + stats.running_kv_tokens
+        # What was sent before the previous stats came is surely in these, as the leaders' period is far
         # longer than a message's way. Counting it twice for a period does less harm than not at all.
         lane.unsure_tokens, lane.sent_tokens = lane.sent_tokens, 0
-        lane.num_digests += 1
+        lane.num_reports += 1
 
     def sent(self, request_id: str, name: str, num_tokens: int) -> None:
         """Counts a request for a lane; a request sent again counts for the last lane only."""
         self.finished(request_id)
         lane = self.lanes[name]
         lane.sent_tokens += num_tokens
-        self._open[request_id] = (lane, lane.num_digests, num_tokens)
+        self._open[request_id] = (lane, lane.num_reports, num_tokens)
         if len(self._open) > MAX_OPEN_REQUESTS:
             self._open.popitem(last=False)
 
     def finished(self, request_id: str) -> None:
-        """The request is over: what of it no digest shows yet counts no longer. Ignores an unknown id."""
+        """The request is over: drops its load that no stats include yet. Ignores an unknown id."""
         if request_id not in self._open:
             return
-        lane, num_digests, num_tokens = self._open.pop(request_id)
-        if lane.num_digests == num_digests:
+        lane, num_reports, num_tokens = self._open.pop(request_id)
+        if lane.num_reports == num_reports:
             lane.sent_tokens -= num_tokens
-        elif lane.num_digests == num_digests + 1:
+        elif lane.num_reports == num_reports + 1:
             lane.unsure_tokens -= num_tokens

@@ -38,7 +38,6 @@ class RayLaneClient:
         self._leaders = leaders
         self._lane_timeout_s = lane_timeout_s
         self._view = view
-        self._encode_params = msgspec.msgpack.Encoder().encode
         self._queues: dict[str, asyncio.Queue[Arrived]] = {}
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PULL)
@@ -52,17 +51,17 @@ class RayLaneClient:
         # A handle learns of its replicas with its first call.
         self._keep(asyncio.create_task(self._first_call()))
 
-    def digests(self) -> list[LaneStats]:
-        return self._view.digests()
+    def lane_stats(self) -> list[LaneStats]:
+        return self._view.lane_stats()
 
     def ready(self) -> bool:
-        return any(digest.state == "serving" for digest in self.digests())
+        return any(stats.state == "serving" for stats in self.lane_stats())
 
     async def generate(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
     ) -> AsyncGenerator[TokenDelta, None]:
         """Tokens of one request as they come. Closing the iterator aborts the request on its lane."""
-        call = EngineRequest(request_id, list(prompt_token_ids), self._encode_params(params), self._address)
+        call = EngineRequest(request_id, list(prompt_token_ids), params, self._address)
         queue: asyncio.Queue[Arrived] = asyncio.Queue()
         self._queues[request_id] = queue
         # In a context of its own: calls made from one HTTP request would share its id, by which Serve tells

@@ -1,6 +1,6 @@
 """What a router process knows about the lanes: who runs, how loaded they say they are, where requests went.
 
-One per process. Serve's long poll brings the running leaders (through `LaneRouter`), each leader's own digests
+One per process. Serve's long poll brings the running leaders (through `LaneRouter`), each leader's own stats
 come by ZeroMQ from the address in its replica metadata, and the router adds the requests it has sent since.
 """
 
@@ -25,14 +25,14 @@ STALE_AFTER_S = 5.0
 
 @dataclass(frozen=True)
 class Heard:
-    """A digest and when it came (monotonic seconds)."""
+    """Stats of a lane and when they came (monotonic seconds)."""
 
-    digest: LaneStats
+    stats: LaneStats
     at: float
 
 
 class LaneView:
-    """Thread-safe: Serve routes in a thread of its own, digests arrive in the replica's event loop."""
+    """Thread-safe: Serve routes in a thread of its own, stats arrive in the replica's event loop."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -45,12 +45,12 @@ class LaneView:
         self._context = zmq.asyncio.Context()
 
     def start(self) -> None:
-        """Listen to digests in the running event loop from now on."""
+        """Listen to stats in the running event loop from now on."""
         self._loop = asyncio.get_running_loop()
         self._listen()
 
     def set_lanes(self, addresses: dict[str, str]) -> None:
-        """The leaders that run now, by lane id, with the address of their digests."""
+        """The leaders that run now, by lane id, with the address of their stats."""
         with self._lock:
             self._addresses = dict(addresses)
             for lane in [lane for lane in self._heard if lane not in addresses]:
@@ -73,7 +73,7 @@ class LaneView:
         return [choice.lane, *choice.fallbacks]
 
     def finished(self, request_id: str) -> None:
-        """The request is over: it no longer counts as load that the digests do not show yet."""
+        """The request is over: it no longer counts as load that the stats do not show yet."""
         with self._lock:
             self._choices.pop(request_id, None)
             self._chooser.finished(request_id)
@@ -83,11 +83,11 @@ class LaneView:
         with self._lock:
             return self._choices.get(request_id)
 
-    def digests(self) -> list[LaneStats]:
+    def lane_stats(self) -> list[LaneStats]:
         """The latest word of every lane that has spoken lately."""
         now = time.monotonic()
         with self._lock:
-            return [heard.digest for heard in self._heard.values() if now - heard.at < STALE_AFTER_S]
+            return [heard.stats for heard in self._heard.values() if now - heard.at < STALE_AFTER_S]
 
     def _listen(self) -> None:
         with self._lock:
@@ -105,11 +105,11 @@ class LaneView:
             socket.setsockopt(zmq.SUBSCRIBE, b"")
             socket.connect(address)
             while True:
-                digest = decode(await socket.recv())
+                stats = decode(await socket.recv())
                 with self._lock:
                     if lane in self._addresses:
-                        self._heard[lane] = Heard(digest, time.monotonic())
-                        self._chooser.update(digest)
+                        self._heard[lane] = Heard(stats, time.monotonic())
+                        self._chooser.update(stats)
         finally:
             socket.close(linger=0)
 

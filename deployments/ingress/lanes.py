@@ -45,7 +45,7 @@ class LaneClient(Protocol):
         """
         ...
 
-    def digests(self) -> list[LaneStats]:
+    def lane_stats(self) -> list[LaneStats]:
         """The last known state of every lane."""
         ...
 

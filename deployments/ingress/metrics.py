@@ -1,6 +1,6 @@
 """Prometheus metrics under vLLM's names, so that dashboards made for vLLM show stagemesh.
 
-What a lane knows is read from the lanes' digests when Prometheus asks; what a request felt is measured here,
+What a lane knows is read from the lanes' stats when Prometheus asks; what a request felt is measured here,
 by the router that served it. With several routers the lanes' numbers are the same in each, and the
 histograms add up.
 """
@@ -48,9 +48,9 @@ _LANE_METRICS: tuple[tuple[str, str, Callable[[LaneStats], float]], ...] = (
 class Metrics:
     """The metrics of one router, in a registry of its own. Call it from the router's event loop."""
 
-    def __init__(self, model_name: str, digests: Callable[[], Iterable[LaneStats]]) -> None:
+    def __init__(self, model_name: str, lane_stats: Callable[[], Iterable[LaneStats]]) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_LaneCollector(model_name, digests))
+        self._registry.register(_LaneCollector(model_name, lane_stats))
 
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             family = Histogram(name, help, ["model_name"], buckets=buckets, registry=self._registry)
@@ -79,21 +79,21 @@ class Metrics:
 
 
 class _LaneCollector(Collector):
-    def __init__(self, model_name: str, digests: Callable[[], Iterable[LaneStats]]) -> None:
+    def __init__(self, model_name: str, lane_stats: Callable[[], Iterable[LaneStats]]) -> None:
         self._model_name = model_name
-        self._digests = digests
+        self._lane_stats = lane_stats
 
     def collect(self) -> Iterator[Metric]:
-        digests = list(self._digests())
+        lane_stats = list(self._lane_stats())
         for name, help, value_of in _LANE_METRICS:
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             metric = family(name, help, labels=["model_name", "lane"])
-            for digest in digests:
-                metric.add_metric([self._model_name, digest.lane], value_of(digest))
+            for stats in lane_stats:
+                metric.add_metric([self._model_name, stats.lane], value_of(stats))
             yield metric
-        yield from self._expert_metrics(digests)
+        yield from self._expert_metrics(lane_stats)
 
-    def _expert_metrics(self, digests: list[LaneStats]) -> Iterator[Metric]:
+    def _expert_metrics(self, lane_stats: list[LaneStats]) -> Iterator[Metric]:
         """Of lanes whose model is a mixture of experts. Workers report about once a second; every step is counted.
 
         The counter tells which experts are busy over time; the imbalance is that of one step, in which the busiest
@@ -109,11 +109,11 @@ class _LaneCollector(Collector):
             "Tokens of a layer's busiest expert over the mean, mean over layers, in the last step reported; 1 = even.",
             labels=["model_name", "lane"],
         )
-        for digest in digests:
-            for expert, count in enumerate(digest.expert_tokens):
-                tokens.add_metric([self._model_name, digest.lane, str(expert)], count)
-            if digest.expert_tokens:
-                imbalance.add_metric([self._model_name, digest.lane], digest.expert_imbalance)
+        for stats in lane_stats:
+            for expert, count in enumerate(stats.expert_tokens):
+                tokens.add_metric([self._model_name, stats.lane, str(expert)], count)
+            if stats.expert_tokens:
+                imbalance.add_metric([self._model_name, stats.lane], stats.expert_imbalance)
         if tokens.samples:
             yield tokens
             yield imbalance

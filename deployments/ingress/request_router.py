@@ -18,7 +18,7 @@ class LaneRouter(RequestRouter):
         super().update_replicas(replicas)
         lane_view.VIEW.set_lanes(
             {
-                replica.replica_metadata["lane"]: replica.replica_metadata["digests"]
+                replica.replica_metadata["lane"]: replica.replica_metadata["stats"]
                 for replica in replicas
                 if "lane" in replica.replica_metadata
             }

@@ -25,7 +25,7 @@ class Router(GrpcApi):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: EngineConfig, leaders: DeploymentHandle[Any]
     ) -> None:
-        self._lanes = RayLaneClient(leaders, VIEW, config.args.startup_timeout_s)
+        self._lanes = RayLaneClient(leaders, VIEW, config.startup_timeout_s)
         self._lanes.start()
         self.inference_service = InferenceService(
             lanes=self._lanes,
@@ -34,7 +34,7 @@ class Router(GrpcApi):
             max_model_len=config.max_model_len,
             vocab_size=config.model.vocab_size,
             sampling_defaults=default_sampling(config),
-            seed=config.args.seed,
+            seed=config.seed,
         )
 
     def __serve_build_asgi_app__(self) -> Starlette:

@@ -137,7 +137,7 @@ class InferenceService:
         sampling_defaults: e.g. {"temperature": 0.6}, used where a request says nothing; see generation_config.py.
         seed: fixes the seeds that requests without one get, in the order of the requests; None draws it.
         """
-        self.metrics = Metrics(model_names[0], lanes.digests)
+        self.metrics = Metrics(model_names[0], lanes.lane_stats)
         self.max_model_len = max_model_len
         self._lanes = lanes
         self._tokenizer = tokenizer

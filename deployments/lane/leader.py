@@ -6,7 +6,6 @@ import asyncio
 import logging
 from typing import Any
 
-import msgspec
 import ray
 import zmq
 from ray import serve
@@ -35,7 +34,6 @@ class Leader:
         self, config: EngineConfig, *later_stages: DeploymentHandle[Any]
     ) -> None:
         self._config = config
-        self._decode_params = msgspec.msgpack.Decoder(SamplingParams).decode
         self._lane_id = serve.get_replica_context().replica_id.unique_id
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = RouterLinks(self._context, ray.util.get_node_ip_address(), self._lane_id)
@@ -57,7 +55,7 @@ class Leader:
                 self._lane_id,
                 capacity_line(
                     config.device,
-                    self._lane.num_blocks * config.args.block_size,
+                    self._lane.num_blocks * config.block_size,
                     config.max_model_len,
                 ),
             )
@@ -73,34 +71,31 @@ class Leader:
         """Generate through the whole lane once: a replica that reports ready has generated."""
         limit = min(WARM_UP_TOKENS, self._config.max_model_len - 2)
         params = SamplingParams(max_tokens=2, temperature=0.0, seed=0, ignore_eos=True)
-        done = self._engine.generate("warm-up", [0] * limit, params, "")
-        timeout_s = self._config.args.startup_timeout_s
+        done = self._engine.generate(EngineRequest("warm-up", [0] * limit, params))
+        timeout_s = self._config.startup_timeout_s
         try:
             with timed(f"lane {self._lane_id}", "warm-up"):
                 await asyncio.wait_for(asyncio.wrap_future(done), timeout_s)
         except TimeoutError:
             raise TimeoutError(f"lane {self._lane_id}: phase 'warm-up' took over {timeout_s:g} s") from None
 
-    async def generate(self, call: EngineRequest) -> RequestSummary:
-        """Run one request to its end. Tokens go to `call.reply_to`; cancelling this call aborts it."""
-        done = self._engine.generate(
-            call.request_id, call.prompt_token_ids, self._decode_params(call.params), call.reply_to
-        )
+    async def generate(self, request: EngineRequest) -> RequestSummary:
+        """Run one request to its end. Tokens go to `request.reply_to`; cancelling this call aborts it."""
         try:
-            return await asyncio.wrap_future(done)
+            return await asyncio.wrap_future(self._engine.generate(request))
         except asyncio.CancelledError:
-            self._engine.abort(call.request_id)
+            self._engine.abort(request.request_id)
             raise
         except ConfigError as error:
-            return RequestSummary(call.request_id, 0, "refused", str(error))
+            return RequestSummary(request.request_id, 0, "refused", str(error))
 
     async def lane_id(self) -> str:
         """A call with no effect: whoever makes it learns that a lane is up."""
         return self._lane_id
 
     def record_replica_metadata(self) -> dict[str, str]:
-        """For the routers: where this lane publishes its digests (Serve hands it to every handle)."""
-        return {"lane": self._lane_id, "digests": self._links.digest_address}
+        """For the routers: where this lane publishes its stats (Serve hands it to every handle)."""
+        return {"lane": self._lane_id, "stats": self._links.stats_address}
 
     async def check_health(self) -> None:
         """Serve replaces a leader whose lane could not be made whole again in time."""

@@ -93,7 +93,7 @@ async def wire(
 
     workers: the ShardWorker actors, all of them loaded and none running. Raises PhaseError.
     """
-    timeout_s = config.args.startup_timeout_s
+    timeout_s = config.startup_timeout_s
     endpoints = await gather_ranks(
         "open", {rank: worker.open.remote(epoch) for rank, worker in workers.items()}, timeout_s
     )

@@ -62,7 +62,7 @@ class Lane:
         for stage, handle in enumerate(self._later_stages, start=1):
             self._tasks.append(asyncio.create_task(self._hold(stage, handle)))
         self._tasks.append(asyncio.create_task(self._supervise()))
-        timeout_s = 2 * self._config.args.startup_timeout_s
+        timeout_s = 2 * self._config.startup_timeout_s
         serving = asyncio.create_task(self._serving.wait())
         try:
             await asyncio.wait({serving, *self._tasks}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -85,7 +85,7 @@ class Lane:
         if self._broken_since is None:
             return
         broken_s = time.monotonic() - self._broken_since
-        if broken_s > 3 * self._config.args.startup_timeout_s:
+        if broken_s > 3 * self._config.startup_timeout_s:
             raise RuntimeError(f"lane {self._lane} has been broken for {broken_s:.0f} s: {self._waiting_for()}")
 
     def close(self) -> None:

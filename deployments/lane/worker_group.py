@@ -50,7 +50,7 @@ class _Rank:
 
 def rank_resources(config: EngineConfig) -> dict[str, float]:
     """What one rank takes of a node: its bundle in a placement group."""
-    own = {"CPU": config.args.num_cpus_per_worker}
+    own = {"CPU": config.num_cpus_per_worker}
     return {**own, "GPU": 1} if config.device == "cuda" else own
 
 
@@ -116,7 +116,7 @@ class WorkerGroup:
         """Call `method` on some ranks, log the time it took, and hold it to the deadline."""
         calls = {(self._stage, r): getattr(self._ranks[r].worker, method).remote() for r in tp_ranks}
         with timed(f"stage {self._stage}", phase):
-            return await gather_ranks(phase, calls, self._config.args.startup_timeout_s)
+            return await gather_ranks(phase, calls, self._config.startup_timeout_s)
 
     def _spawn(self, tp_rank: int) -> ActorHandle:
         resources = rank_resources(self._config)

@@ -41,7 +41,7 @@ from stagemesh.deployments.offline.outputs import (
 from stagemesh.deployments.openai.embeddings import vector_of
 from stagemesh.stages.engine.engine import Engine, TokenSink
 from stagemesh.stages.engine.logits_processor import bad_words_token_ids
-from stagemesh.stages.messages.request import LaneStats, TokenDelta
+from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenDelta
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class LLM:
         self._inbox = _Inbox()
         self._lane = _start_lane(self.config, self._inbox)
         self._finalizer = weakref.finalize(self, _close_from_anywhere, self._lane)
-        num_tokens = self._lane.num_blocks * self.config.args.block_size
+        num_tokens = self._lane.num_blocks * self.config.block_size
         logger.info("%s", capacity_line(self.config.device, num_tokens, self.config.max_model_len))
 
     def __enter__(self) -> LLM:
@@ -311,7 +311,7 @@ class LLM:
         try:
             for request_id, prompt, params in starts:
                 started.append(request_id)
-                done = engine.generate(request_id, prompt, params, call)
+                done = engine.generate(EngineRequest(request_id, prompt, params, call))
                 done.add_done_callback(lambda done: arriving.put(error) if (error := done.exception()) else None)  # type: ignore[arg-type]
             yield _arrivals(arriving)
         finally:
@@ -354,7 +354,7 @@ class _Inbox(TokenSink):
             arriving.put(delta)
         return True
 
-    def publish(self, digest: LaneStats) -> None:
+    def publish(self, stats: LaneStats) -> None:
         pass
 
 

@@ -23,21 +23,20 @@ import zmq
 
 from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.grammar import GrammarFactory
 from stagemesh.stages.engine.scheduler import COUNTS, Scheduler, SequenceUpdate
 from stagemesh.stages.engine.step import ScheduledStep
 from stagemesh.stages.engine.step_timing import StepTimes
 from stagemesh.stages.messages.channel import ChannelClosed, LeaderChannel
-from stagemesh.stages.messages.request import LaneStats, RequestSummary, TokenDelta
+from stagemesh.stages.messages.request import EngineRequest, LaneStats, RequestSummary, TokenDelta
 from stagemesh.stages.messages.step import StepResult, StopRun, WorkerStats
 
 logger = logging.getLogger(__name__)
 
 SHUT_DOWN = "the lane was shut down"
-DIGEST_MIN_PERIOD_S = 0.1
-DIGEST_HEARTBEAT_S = 1.0
-"""A digest goes out at least this often, so that its absence means something."""
+STATS_MIN_PERIOD_S = 0.1
+STATS_HEARTBEAT_S = 1.0
+"""Stats go out at least this often, so that their absence means something."""
 
 Result = TypeVar("Result")
 
@@ -48,7 +47,7 @@ class TokenSink(Protocol):
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
         """Hand `deltas` to whoever listens at `reply_to`; False when nobody reads there any more."""
 
-    def publish(self, digest: LaneStats) -> None:
+    def publish(self, stats: LaneStats) -> None:
         """Tell everybody how the lane is."""
 
 
@@ -114,8 +113,8 @@ class Engine:
         self._closed = False
         # Held to accept a command, to close and to free `_wake`: what is accepted is also run.
         self._lock = threading.Lock()
-        self._digest_at = 0.0
-        self._digest_due = True
+        self._stats_at = 0.0
+        self._stats_due = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -142,16 +141,14 @@ class Engine:
                 self._wake_up()
         return future
 
-    def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, reply_to: str
-    ) -> Future[RequestSummary]:
+    def generate(self, request: EngineRequest) -> Future[RequestSummary]:
         """Start a request; the future ends with it (ConfigError if it is refused)."""
         done = _started()
         grammar = None
-        if params.structured_outputs is not None:
+        if request.params.structured_outputs is not None:
             try:
                 # In the caller's thread: a large one takes a while, and running answers must not wait for it.
-                grammar = self._grammars.make(params.structured_outputs)
+                grammar = self._grammars.make(request.params.structured_outputs)
             except ConfigError as error:
                 done.set_exception(error)
                 return done
@@ -159,9 +156,9 @@ class Engine:
         def add() -> None:
             if self._scheduler is None:
                 raise ConfigError("", None, "the lane is not wired yet")
-            self._scheduler.add_request(request_id, prompt_token_ids, params, grammar)
-            self._requests[request_id] = _Request(reply_to, done)
-            self._digest_due = True
+            self._scheduler.add_request(request.request_id, request.prompt_token_ids, request.params, grammar)
+            self._requests[request.request_id] = _Request(request.reply_to, done)
+            self._stats_due = True
 
         def added(future: Future[None]) -> None:
             if (error := future.exception()) is not None:
@@ -185,8 +182,8 @@ class Engine:
     def set_state(self, state: str) -> Future[None]:
         return self.call(self._set_state, state)
 
-    def digest(self) -> Future[LaneStats]:
-        return self.call(self._make_digest)
+    def stats(self) -> Future[LaneStats]:
+        return self.call(self._make_stats)
 
     def close(self) -> None:
         """End the thread; running requests fail. Safe to call twice."""
@@ -246,8 +243,8 @@ class Engine:
         poller.register(self._wake, zmq.POLLIN)
         if self._wired is not None:
             poller.register(self._wired.channel.results, zmq.POLLIN)
-        period = DIGEST_MIN_PERIOD_S if self._digest_due else DIGEST_HEARTBEAT_S
-        until = self._digest_at + period
+        period = STATS_MIN_PERIOD_S if self._stats_due else STATS_HEARTBEAT_S
+        until = self._stats_at + period
         if self._wired is not None and self._wired.in_flight:
             until = min(until, self._due_at(self._wired.in_flight[0]))
         left = max(0.0, until - time.monotonic())
@@ -297,7 +294,7 @@ class Engine:
         self._updates += self._scheduler.process_result(
             flight.step, result.token_ids, result.logprobs, result.prompt_logprobs, result.pooled
         )
-        self._digest_due = True
+        self._stats_due = True
         self._clocks.num_steps += 1
         self._clocks.schedule_s += time.monotonic() - started
 
@@ -350,35 +347,35 @@ class Engine:
         if request_id in self._requests and self._scheduler is not None:
             self._scheduler.abort_request(request_id)
             self._finish(request_id, "abort")
-            self._digest_due = True
+            self._stats_due = True
 
     def _check_deadline(self) -> None:
         if self._wired is None or not self._wired.in_flight:
             return
         oldest = self._wired.in_flight[0]
         if time.monotonic() > self._due_at(oldest):
-            limit = self._config.args.step_timeout_s
+            limit = self._config.step_timeout_s
             raise TimeoutError(f"step {oldest.number} had no result within step_timeout_s={limit:g}")
 
     def _due_at(self, flight: _InFlight) -> float:
-        return flight.due_from + self._config.args.step_timeout_s
+        return flight.due_from + self._config.step_timeout_s
 
     def _attach(self, channel: LeaderChannel, epoch: int, num_blocks: int) -> None:
         if self._scheduler is None:
-            args = self._config.args
+            config = self._config
             self._scheduler = Scheduler(
                 num_blocks=num_blocks,
-                block_size=args.block_size,
-                max_num_seqs=self._config.max_num_seqs,
-                max_num_batched_tokens=self._config.max_num_batched_tokens,
-                max_model_len=self._config.max_model_len,
-                num_micro_batches=self._config.plan.pp_size,
-                eos_token_ids=self._config.model.eos_token_ids,
-                enable_prefix_caching=args.enable_prefix_caching,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=config.max_model_len,
+                num_micro_batches=config.plan.pp_size,
+                eos_token_ids=config.model.eos_token_ids,
+                enable_prefix_caching=config.enable_prefix_caching,
             )
         self._wired = _Wired(channel, epoch, StepTimes(self._config.plan.pp_size))
         self._epoch = epoch
-        self._digest_due = True
+        self._stats_due = True
 
     def _detach(self, state: str) -> None:
         self._set_state(state)
@@ -396,23 +393,23 @@ class Engine:
     def _set_state(self, state: str) -> None:
         if state != self._state:
             self._state = state
-            self._digest_due = True
+            self._stats_due = True
 
     def _publish(self) -> None:
-        period = DIGEST_MIN_PERIOD_S if self._digest_due else DIGEST_HEARTBEAT_S
+        period = STATS_MIN_PERIOD_S if self._stats_due else STATS_HEARTBEAT_S
         now = time.monotonic()
-        if now - self._digest_at >= period:
-            self._digest_at, self._digest_due = now, False
-            self._sink.publish(self._make_digest())
+        if now - self._stats_at >= period:
+            self._stats_at, self._stats_due = now, False
+            self._sink.publish(self._make_stats())
 
-    def _make_digest(self) -> LaneStats:
+    def _make_stats(self) -> LaneStats:
         counts = dict.fromkeys(COUNTS, 0) if self._scheduler is None else self._scheduler.counts()
         imbalance = list(chain.from_iterable(self._expert_imbalance.values()))
         return LaneStats(
             lane=self._lane,
             state=self._state,
             epoch=self._epoch,
-            block_size=self._config.args.block_size,
+            block_size=self._config.block_size,
             expert_tokens=self._expert_tokens,
             expert_imbalance=fmean(imbalance) if imbalance else 0.0,
             **vars(self._clocks),

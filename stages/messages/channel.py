@@ -137,15 +137,15 @@ class _Link:
 
 
 class RouterLinks:
-    """A leader's way to the routers: new tokens to the one that asked, digests to all. One thread may use it."""
+    """A leader's way to the routers: new tokens to the one that asked, stats to all. One thread may use it."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, lane: str) -> None:
         self._context = context
         self._lane = lane
         self._encoder = msgspec.msgpack.Encoder()
         self._routers: dict[str, _Link] = {}
-        self._digests = context.socket(zmq.PUB)
-        self.digest_address = bind_random_port(self._digests, host)
+        self._stats = context.socket(zmq.PUB)
+        self.stats_address = bind_random_port(self._stats, host)
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
         """One message with `deltas`; False when the router's queue is full, which means that it is gone."""
@@ -163,8 +163,8 @@ class RouterLinks:
             return False
         return True
 
-    def publish(self, digest: LaneStats) -> None:
-        self._digests.send(self._encoder.encode(digest))
+    def publish(self, stats: LaneStats) -> None:
+        self._stats.send(self._encoder.encode(stats))
         now = time.monotonic()
         for reply_to in [name for name, link in self._routers.items() if now - link.used_at > ROUTER_IDLE_S]:
             self._routers.pop(reply_to).socket.close(linger=0)
@@ -174,4 +174,4 @@ class RouterLinks:
         for link in self._routers.values():
             link.socket.close(linger=500)
         self._routers.clear()
-        self._digests.close(linger=0)
+        self._stats.close(linger=0)

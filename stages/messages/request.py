@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.messages.step import TokenLogprobs
 
 
@@ -75,14 +76,16 @@ class LaneStats(msgspec.Struct, array_like=True):
 
 
 class EngineRequest(msgspec.Struct):
-    """A request as it goes from a router to a leader (argument of the one unary Serve call)."""
+    """One choice of one prompt, with everything decided: its answer is a pure function of these fields, so it can be
+    computed again anywhere.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
-    params: bytes
-    """msgpack of SamplingParams with a definite seed."""
-    reply_to: str
-    """ZeroMQ address of the router's PULL socket for TokenBatch messages."""
+    params: SamplingParams
+    """With a definite seed, max_tokens that fit the model, and bad words as token ids."""
+    reply_to: str = ""
+    """Where its tokens go: the ZeroMQ address of a router's PULL socket, or whatever the lane's TokenSink knows."""
 
 
 class RequestSummary(msgspec.Struct):

@@ -52,10 +52,10 @@ class ModelRunner:
         self._make_method = make_method or linear_methods(config.quantization)
         self._device = device
         self._dtype = getattr(torch, config.dtype)
-        self._kv_dtype = torch.float8_e4m3fn if config.args.kv_cache_dtype == "fp8" else self._dtype
+        self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self._dtype
         self._stage = stage
         self._tp = TensorShard(tp_rank, config.plan.tp_size)
-        self._block_size = config.args.block_size
+        self._block_size = config.block_size
         self._model: CausalLM | None = None
         self._cache: KVCache | None = None
         self._batches: BatchBuilder | None = None
@@ -111,7 +111,7 @@ class ModelRunner:
         """What gpu_memory_utilization leaves beside everything else on the device and the largest step."""
         free, total = torch.cuda.mem_get_info(self._device)
         activations = self._measure_activations()
-        utilization = self._config.args.gpu_memory_utilization
+        utilization = self._config.gpu_memory_utilization
         budget = int(total * utilization) - (total - free) - activations
         if budget < self.kv_bytes_per_block():
             reason = f"leaves no KV cache: weights and others use {total - free} bytes, a step {activations}"

@@ -115,7 +115,7 @@ class Worker:
                 wiring.store_port,
                 self._world_size,
                 is_master=False,
-                timeout=timedelta(seconds=self._config.args.startup_timeout_s),
+                timeout=timedelta(seconds=self._config.startup_timeout_s),
             )
         dist.init_process_group(
             backend="nccl" if self._device.type == "cuda" else "gloo",

@@ -83,7 +83,7 @@ class FakeLanes:
             deltas.append(delta)
         return deltas
 
-    def digests(self) -> list[LaneStats]:
+    def lane_stats(self) -> list[LaneStats]:
         return [
             LaneStats(
                 lane="lane-a",

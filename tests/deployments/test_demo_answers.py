@@ -24,7 +24,7 @@ def load(**args: Any) -> LLM:
 
 
 def preemptions(llm: LLM) -> int:
-    return llm._lane.engine.digest().result(timeout=30).num_preemptions
+    return llm._lane.engine.stats().result(timeout=30).num_preemptions
 
 
 def question() -> str:

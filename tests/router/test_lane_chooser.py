@@ -48,7 +48,7 @@ def once(router: LaneChooser, prompt: list[int]) -> Choice:
 
 
 def settle(router: LaneChooser, loads: dict[str, int]) -> None:
-    """Two digests of each lane: whatever was sent before is in them."""
+    """Two stats of each lane: whatever was sent before is in them."""
     for _ in range(2):
         for lane, tokens in loads.items():
             router.update(Said(lane, tokens))
@@ -148,7 +148,7 @@ def test_load_stays_bounded_when_everybody_sends_the_same_prompt(size: int, num_
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6))
-def test_load_stays_bounded_under_mixed_traffic_with_digests_in_between(seed: int) -> None:
+def test_load_stays_bounded_under_mixed_traffic_with_stats_in_between(seed: int) -> None:
     rng = random.Random(seed)
     router = chooser(*LANES)
     running: dict[str, tuple[str, int]] = {}
@@ -166,7 +166,7 @@ def test_load_stays_bounded_under_mixed_traffic_with_digests_in_between(seed: in
             router.update(Said(lane, sum(size for name, size in running.values() if name == lane)))
 
 
-def test_a_burst_between_two_digests_is_spread() -> None:
+def test_a_burst_between_two_reports_is_spread() -> None:
     router = chooser(*LANES)
     counts = Counter(router.choose(str(number), text(0)).lane for number in range(200))
     assert set(counts) == set(LANES) and max(counts.values()) < 70

@@ -1,4 +1,4 @@
-"""Loads: digests plus what was sent since, each request counted until the digests surely show it."""
+"""Loads: stats plus what was sent since, each request counted until the stats surely show it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_load_is_queued_prefill_plus_running_kv() -> None:
     assert lanes.lanes["a"].tokens == 100
 
 
-def test_a_request_counts_from_the_moment_it_is_sent_until_two_digests_later() -> None:
+def test_a_request_counts_from_the_moment_it_is_sent_until_two_reports_later() -> None:
     lanes = loads("a")
     lanes.sent("r", "a", 50)
     assert lanes.lanes["a"].tokens == 50

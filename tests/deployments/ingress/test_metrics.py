@@ -1,4 +1,4 @@
-"""What Prometheus reads, from the digests of lanes."""
+"""What Prometheus reads, from the stats of lanes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from stagemesh.deployments.ingress.metrics import Metrics
 from stagemesh.stages.messages.request import LaneStats
 
 
-def digest(lane: str, **changes: Any) -> LaneStats:
+def stats(lane: str, **changes: Any) -> LaneStats:
     numbers = {name: 0 for name in LaneStats.__struct_fields__ if not name.startswith("expert")}
     return LaneStats(**(numbers | {"lane": lane, "state": "serving"} | changes))
 
 
-def samples(*digests: LaneStats) -> dict[tuple[str, str, str], float]:
+def samples(*lane_stats: LaneStats) -> dict[tuple[str, str, str], float]:
     """(name, lane, expert) → value."""
-    text = Metrics("tiny", lambda: digests).render().decode()
+    text = Metrics("tiny", lambda: lane_stats).render().decode()
     return {
         (sample.name, sample.labels.get("lane", ""), sample.labels.get("expert", "")): sample.value
         for family in text_string_to_metric_families(text)
@@ -27,8 +27,8 @@ def samples(*digests: LaneStats) -> dict[tuple[str, str, str], float]:
 
 def test_the_expert_load_of_each_lane_is_a_counter_per_expert_and_a_gauge() -> None:
     found = samples(
-        digest("a", expert_tokens=[5, 0, 7], expert_imbalance=1.75),
-        digest("b", expert_tokens=[1, 2, 3], expert_imbalance=1.5),
+        stats("a", expert_tokens=[5, 0, 7], expert_imbalance=1.75),
+        stats("b", expert_tokens=[1, 2, 3], expert_imbalance=1.5),
     )
     experts = {key: value for key, value in found.items() if "expert" in key[0]}
     assert experts == {
@@ -44,6 +44,6 @@ def test_the_expert_load_of_each_lane_is_a_counter_per_expert_and_a_gauge() -> N
 
 
 def test_a_dense_model_has_no_metric_of_experts() -> None:
-    found = samples(digest("a", num_steps=3))
+    found = samples(stats("a", num_steps=3))
     assert found["stagemesh:engine_steps_total", "a", ""] == 3
     assert not [name for name, _, _ in found if "expert" in name]

@@ -146,8 +146,8 @@ def test_a_stop_string_ends_the_answer_before_it_and_the_request_in_the_engine(l
     assert cut.finish_reason == "stop"
     assert list(cut.token_ids) == list(whole.token_ids[: len(cut.token_ids)]) and len(cut.token_ids) < 60
     assert cut.stop_reason == stop
-    digest = llm._lane.engine.digest().result(5)
-    assert (digest.num_running, digest.num_waiting) == (0, 0)
+    stats = llm._lane.engine.stats().result(5)
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
 
 
 def test_a_stop_token_is_the_reason_that_is_given(llm: LLM) -> None:
@@ -196,10 +196,10 @@ def test_logprobs_come_by_token_with_rank_and_text(llm: LLM) -> None:
     ],
 )
 def test_a_prompt_that_cannot_run_is_named_before_any_runs(llm: LLM, prompts: Any, named: str) -> None:
-    steps = llm._lane.engine.digest().result(5).num_steps
+    steps = llm._lane.engine.stats().result(5).num_steps
     with pytest.raises(ConfigError, match=named):
         llm.generate(prompts, GREEDY, use_tqdm=False)
-    assert llm._lane.engine.digest().result(5).num_steps == steps
+    assert llm._lane.engine.stats().result(5).num_steps == steps
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,8 @@ def test_an_interrupted_call_leaves_nothing_running(llm: LLM) -> None:
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (1, 200, 200)]
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["Hello"] * 3, params, use_tqdm=Bar)
-    digest = llm._lane.engine.digest().result(5)
-    assert (digest.num_running, digest.num_free_blocks) == (0, digest.num_blocks)
+    stats = llm._lane.engine.stats().result(5)
+    assert (stats.num_running, stats.num_free_blocks) == (0, stats.num_blocks)
     assert llm.chat(ask("What is 17+25?"), GREEDY, use_tqdm=False)[0].outputs[0].text == "42"
 
 

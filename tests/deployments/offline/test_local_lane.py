@@ -13,7 +13,7 @@ from support.model_harness import Part, ThreadLane, make_checkpoint, some_token_
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.offline.local_lane import LocalLane
-from stagemesh.stages.messages.request import LaneStats, TokenDelta
+from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenDelta
 from stagemesh.stages.worker.model_runner import ModelRunner
 
 
@@ -26,7 +26,7 @@ class Sink:
             self.token_ids.setdefault(delta.request_id, []).extend(delta.token_ids)
         return True
 
-    def publish(self, digest: LaneStats) -> None:
+    def publish(self, stats: LaneStats) -> None:
         pass
 
 
@@ -61,17 +61,17 @@ def test_every_token_of_every_step_is_in_the_expert_load_of_the_lane(tmp_path: P
         # One after another, so that each last step is one token.
         for name, prompt in prompts.items():
             params = SamplingParams(max_tokens=6, temperature=0.0, seed=0, ignore_eos=True)
-            lane.engine.generate(name, prompt, params, "router").result(30)
+            lane.engine.generate(EngineRequest(name, prompt, params, "router")).result(30)
         # The last token of an answer is not computed.
         computed = [prompt + sink.token_ids[name][:-1] for name, prompt in prompts.items()]
         expected = expert_tokens(folder, computed)
         assert sum(expected) == sum(map(len, computed)) * 2 * 3  # top_k, layers
         deadline = time.monotonic() + 10
-        while sum((digest := lane.engine.digest().result(5)).expert_tokens) < sum(expected):
+        while sum((stats := lane.engine.stats().result(5)).expert_tokens) < sum(expected):
             assert time.monotonic() < deadline and not failures
             time.sleep(0.05)
-        assert digest.expert_tokens == expected
-        assert digest.expert_imbalance == pytest.approx(5 / 2), "a single token has 2 busy experts of 5 in each layer"
+        assert stats.expert_tokens == expected
+        assert stats.expert_imbalance == pytest.approx(5 / 2), "a single token has 2 busy experts of 5 in each layer"
     finally:
         lane.close()
 

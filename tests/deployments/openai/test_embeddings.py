@@ -35,7 +35,7 @@ class Lanes:
             raise self.error
         yield TokenDelta(request_id, 0, [], "stop", embedding=struct.pack("<2f", len(prompt_token_ids), 0.5))
 
-    def digests(self) -> list[LaneStats]:
+    def lane_stats(self) -> list[LaneStats]:
         return []
 
     def ready(self) -> bool:

@@ -22,7 +22,7 @@ from stagemesh.stages.engine.engine import Engine
 from stagemesh.stages.engine.step_timing import StepTimes
 from stagemesh.stages.messages import channel as channel_module
 from stagemesh.stages.messages.channel import LeaderChannel, RouterLinks, bind_random_port
-from stagemesh.stages.messages.request import LaneStats, TokenBatch, TokenDelta
+from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenBatch, TokenDelta
 from stagemesh.stages.messages.step import LeaderMessage, StepPlan, StepResult, StopRun, TokenLogprobs, WorkerStats
 
 HOST = "127.0.0.1"
@@ -94,7 +94,7 @@ def expected(prompt: list[int], count: int) -> list[int]:
 class Sink:
     def __init__(self) -> None:
         self.deltas: list[TokenDelta] = []
-        self.digests: list[LaneStats] = []
+        self.lane_stats: list[LaneStats] = []
         self.gone: set[str] = set()
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
@@ -103,8 +103,8 @@ class Sink:
         self.deltas += deltas
         return True
 
-    def publish(self, digest: LaneStats) -> None:
-        self.digests.append(digest)
+    def publish(self, stats: LaneStats) -> None:
+        self.lane_stats.append(stats)
 
     def tokens(self, request_id: str) -> list[int]:
         """In order, with the offsets checked as a router does."""
@@ -160,7 +160,7 @@ def params(max_tokens: int = 20) -> SamplingParams:
 
 def test_tokens_come_in_order_and_the_summary_counts_them(bench: Bench) -> None:
     bench.wire(1)
-    done = [bench.engine.generate(f"r{i}", [10 + i] * 5, params(), "router") for i in range(4)]
+    done = [bench.engine.generate(EngineRequest(f"r{i}", [10 + i] * 5, params(), "router")) for i in range(4)]
     for i, future in enumerate(done):
         summary = future.result(10)
         assert (summary.num_tokens, summary.finish_reason) == (20, "length")
@@ -170,8 +170,8 @@ def test_tokens_come_in_order_and_the_summary_counts_them(bench: Bench) -> None:
 def test_logprobs_reach_whoever_asked(bench: Bench) -> None:
     bench.wire(1)
     asks = msgspec.structs.replace(params(), logprobs=1, prompt_logprobs=1)
-    done = [bench.engine.generate("asks", [10, 11, 12], asks, "router")]
-    done.append(bench.engine.generate("does not", [10, 11, 12], params(), "router"))
+    done = [bench.engine.generate(EngineRequest("asks", [10, 11, 12], asks, "router"))]
+    done.append(bench.engine.generate(EngineRequest("does not", [10, 11, 12], params(), "router")))
     for future in done:
         future.result(10)
     mine = [delta for delta in bench.sink.deltas if delta.request_id == "asks"]
@@ -186,22 +186,22 @@ def test_a_form_that_no_answer_can_have_here_is_refused_by_name(bench: Bench) ->
     bench.wire(1)
     form = msgspec.structs.replace(params(), structured_outputs=StructuredOutputsParams(regex="a"))
     with pytest.raises(ConfigError, match="tokenizer.json"):  # the folder has none
-        bench.engine.generate("r", [5], form, "router").result(5)
-    assert bench.engine.generate("ok", [5], params(2), "router").result(5).num_tokens == 2
+        bench.engine.generate(EngineRequest("r", [5], form, "router")).result(5)
+    assert bench.engine.generate(EngineRequest("ok", [5], params(2), "router")).result(5).num_tokens == 2
 
 
 def test_a_request_that_cannot_run_is_refused_by_name(bench: Bench) -> None:
     bench.wire(1)
     with pytest.raises(ConfigError, match="max_model_len=512"):
-        bench.engine.generate("r", [5] * 600, params(), "router").result(5)
-    assert bench.engine.generate("ok", [5], params(2), "router").result(5).num_tokens == 2
+        bench.engine.generate(EngineRequest("r", [5] * 600, params(), "router")).result(5)
+    assert bench.engine.generate(EngineRequest("ok", [5], params(2), "router")).result(5).num_tokens == 2
 
 
 def test_a_silent_worker_fails_the_epoch_by_the_step_deadline_and_requests_go_on_in_the_next(
     bench: Bench,
 ) -> None:
     silent = bench.wire(1, mute=True)
-    done = bench.engine.generate("r", [7, 8, 9], params(), "router")
+    done = bench.engine.generate(EngineRequest("r", [7, 8, 9], params(), "router"))
     assert bench.failed.wait(10)
     assert bench.failures[0][0] == 1
     assert "step_timeout_s=0.5" in bench.failures[0][1]
@@ -213,7 +213,7 @@ def test_a_silent_worker_fails_the_epoch_by_the_step_deadline_and_requests_go_on
 
 def test_rewiring_in_the_middle_of_an_answer_changes_nothing_in_it(bench: Bench) -> None:
     bench.wire(1)
-    done = bench.engine.generate("r", [7, 8, 9], params(300), "router")
+    done = bench.engine.generate(EngineRequest("r", [7, 8, 9], params(300), "router"))
     while len(bench.sink.tokens("r")) < 40:
         time.sleep(0.002)
     bench.engine.detach("healing").result(5)
@@ -224,34 +224,34 @@ def test_rewiring_in_the_middle_of_an_answer_changes_nothing_in_it(bench: Bench)
 
 def test_an_aborted_request_ends_and_frees_its_blocks(bench: Bench) -> None:
     bench.wire(1)
-    done = bench.engine.generate("r", [7, 8, 9], params(500), "router")
+    done = bench.engine.generate(EngineRequest("r", [7, 8, 9], params(500), "router"))
     while not bench.sink.tokens("r"):
         time.sleep(0.002)
     bench.engine.abort("r").result(5)
     assert done.result(5).finish_reason == "abort"
-    digest = bench.engine.digest().result(5)
-    assert (digest.num_running, digest.num_free_blocks) == (0, digest.num_blocks)
+    stats = bench.engine.stats().result(5)
+    assert (stats.num_running, stats.num_free_blocks) == (0, stats.num_blocks)
 
 
 def test_requests_of_a_router_that_is_gone_are_given_up(bench: Bench) -> None:
     bench.sink.gone.add("dead router")
     bench.wire(1)
-    assert bench.engine.generate("r", [7], params(500), "dead router").result(5).finish_reason == "abort"
+    assert bench.engine.generate(EngineRequest("r", [7], params(500), "dead router")).result(5).finish_reason == "abort"
 
 
-def test_digests_tell_the_state_and_come_even_when_idle(bench: Bench) -> None:
+def test_stats_tell_the_state_and_come_even_when_idle(bench: Bench) -> None:
     bench.wire(1)
-    seen = len(bench.sink.digests)
+    seen = len(bench.sink.lane_stats)
     time.sleep(1.5)
-    assert len(bench.sink.digests) > seen
-    assert bench.sink.digests[-1].state == "serving"
-    assert bench.sink.digests[-1].epoch == 1
+    assert len(bench.sink.lane_stats) > seen
+    assert bench.sink.lane_stats[-1].state == "serving"
+    assert bench.sink.lane_stats[-1].epoch == 1
 
 
 @pytest.mark.parametrize("bench", [{"pipeline_parallel_size": 2}], indirect=True)
 def test_the_expert_load_of_a_lane_is_that_of_all_its_stages_and_steps(bench: Bench) -> None:
     bench.wire(1)
-    assert bench.engine.digest().result(5).expert_tokens == [], "a dense model has none"
+    assert bench.engine.stats().result(5).expert_tokens == [], "a dense model has none"
     for _ in range(2):
         bench.engine.call(lambda: bench.engine._wired.times.planned(0.0, 0))
     for stats in (
@@ -261,21 +261,21 @@ def test_the_expert_load_of_a_lane_is_that_of_all_its_stages_and_steps(bench: Be
         WorkerStats(1, 0, [(0.2, 0.3)], [100, 200, 300], [1.0, 1.5]),
     ):
         bench.engine.call(lambda stats=stats: bench.engine._take_stats(bench.engine._wired, stats))
-    digest = bench.engine.digest().result(5)
-    assert digest.expert_tokens == [111, 222, 333]
-    assert digest.expert_imbalance == 1.5
-    assert digest.model_s == pytest.approx(0.4)
+    stats = bench.engine.stats().result(5)
+    assert stats.expert_tokens == [111, 222, 333]
+    assert stats.expert_imbalance == 1.5
+    assert stats.model_s == pytest.approx(0.4)
 
 
 def test_the_time_of_steps_is_told_apart(bench: Bench) -> None:
     bench.wire(1)
-    bench.engine.generate("r", [7], params(), "router").result(10)
+    bench.engine.generate(EngineRequest("r", [7], params(), "router")).result(10)
     deadline = time.monotonic() + 5
-    while (digest := bench.engine.digest().result(5)).model_s < 0.0199:  # the last report comes behind the last result
+    while (stats := bench.engine.stats().result(5)).model_s < 0.0199:  # the last report comes behind the last result
         assert time.monotonic() < deadline
-    assert digest.num_steps == 20
-    assert digest.model_s == pytest.approx(20 * 0.001, rel=0.01)
-    assert digest.schedule_s > 0
+    assert stats.num_steps == 20
+    assert stats.model_s == pytest.approx(20 * 0.001, rel=0.01)
+    assert stats.schedule_s > 0
 
 
 class Recorder(StepTimes):
@@ -293,22 +293,22 @@ def test_a_step_is_timed_from_the_step_whose_tokens_it_needs(bench: Bench, rule:
     bench.wire(1)
     recorder = Recorder()
     bench.engine.call(lambda: setattr(bench.engine._wired, "times", recorder)).result(5)
-    bench.engine.generate("r", [7], msgspec.structs.replace(params(4), **rule), "router").result(10)
+    bench.engine.generate(EngineRequest("r", [7], msgspec.structs.replace(params(4), **rule), "router")).result(10)
     assert recorder.needs == [0, 1, 1, 1]
 
 
 def test_a_step_has_its_time_from_when_it_is_the_oldest(bench: Bench) -> None:
     bench.wire(1, step_s=0.3)
-    assert bench.engine.generate("r", [7], params(4), "router").result(10).num_tokens == 4
+    assert bench.engine.generate(EngineRequest("r", [7], params(4), "router")).result(10).num_tokens == 4
     assert not bench.failures, "the second was sent 0.6 s before its result, and step_timeout_s is 0.5"
 
 
 def test_an_id_may_be_used_again_at_once(bench: Bench) -> None:
     bench.wire(1)
     for _ in range(100):
-        done = bench.engine.generate("r", [7], params(1), "router")
+        done = bench.engine.generate(EngineRequest("r", [7], params(1), "router"))
         while not done.done():
-            again = bench.engine.generate("r", [9], params(2), "router")
+            again = bench.engine.generate(EngineRequest("r", [9], params(2), "router"))
             try:
                 assert again.result(5).num_tokens == 2
             except ConfigError as error:
@@ -318,7 +318,7 @@ def test_an_id_may_be_used_again_at_once(bench: Bench) -> None:
 
 def test_closing_fails_what_still_waits(bench: Bench) -> None:
     bench.wire(1, mute=True)
-    done = bench.engine.generate("r", [7], params(), "router")
+    done = bench.engine.generate(EngineRequest("r", [7], params(), "router"))
     bench.engine.close()
     bench.engine.close()
     with pytest.raises(RuntimeError, match="shut down"):
@@ -328,19 +328,19 @@ def test_closing_fails_what_still_waits(bench: Bench) -> None:
 def test_whoever_gives_up_waiting_disturbs_nobody(bench: Bench) -> None:
     bench.wire(1)
     bench.engine.call(time.sleep, 0.2)
-    bench.engine.digest().cancel()
-    bench.engine.generate("given up", [5], params(2), "router").cancel()
-    assert bench.engine.generate("ok", [5], params(2), "router").result(5).num_tokens == 2
+    bench.engine.stats().cancel()
+    bench.engine.generate(EngineRequest("given up", [5], params(2), "router")).cancel()
+    assert bench.engine.generate(EngineRequest("ok", [5], params(2), "router")).result(5).num_tokens == 2
 
 
 def test_nobody_waits_for_an_engine_that_an_error_has_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = bench.wire(1, mute=True)
-    done = bench.engine.generate("r", [7], params(), "router")
+    done = bench.engine.generate(EngineRequest("r", [7], params(), "router"))
     ended = threading.Event()
     monkeypatch.setattr(threading, "excepthook", lambda _: ended.set())
     monkeypatch.setattr(bench.sink, "publish", lambda _: 1 / 0)
     assert ended.wait(10) and worker.stopped.wait(5)
-    for future in (done, bench.engine.digest(), bench.engine.generate("late", [7], params(), "router")):
+    for future in (done, bench.engine.stats(), bench.engine.generate(EngineRequest("late", [7], params(), "router"))):
         with pytest.raises(RuntimeError, match="shut down"):
             future.result(5)
 
@@ -352,7 +352,7 @@ def test_whatever_is_asked_of_an_engine_while_it_closes_is_answered(bench: Bench
 
         def ask(engine: Engine = engine, asked: list[Future[Any]] = asked) -> None:
             while not (asked and asked[-1].done() and asked[-1].exception()):
-                asked.append(engine.digest())
+                asked.append(engine.stats())
 
         asker = threading.Thread(target=ask)
         asker.start()
@@ -368,24 +368,24 @@ def test_router_links_forget_a_router_that_is_idle_for_long_and_find_it_again(
 ) -> None:
     links, router = RouterLinks(bench.context, HOST, "lane"), bench.context.socket(zmq.PULL)
     address = bind_random_port(router, HOST)
-    digest = bench.engine.digest().result(5)
+    stats = bench.engine.stats().result(5)
     for idle_s, num_kept in ((60.0, 1), (-1.0, 0), (60.0, 1)):
         monkeypatch.setattr(channel_module, "ROUTER_IDLE_S", idle_s)
         assert links.emit(address, [TokenDelta("a", 0, [1])])
         assert router.poll(5000) and router.recv()
-        links.publish(digest)
+        links.publish(stats)
         assert len(links._routers) == num_kept
     links.close()
     router.close(linger=0)
 
 
-def test_router_links_send_one_message_per_step_and_digests_to_whoever_listens() -> None:
+def test_router_links_send_one_message_per_step_and_stats_to_whoever_listens() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     links = RouterLinks(context, HOST, "lane")
     router, listener = context.socket(zmq.PULL), context.socket(zmq.SUB)
     address = bind_random_port(router, HOST)
     listener.setsockopt(zmq.SUBSCRIBE, b"")
-    listener.connect(links.digest_address)
+    listener.connect(links.stats_address)
     deltas = [TokenDelta("a", 0, [1]), TokenDelta("b", 3, [2], "stop", 2)]
     assert links.emit(address, deltas)
     assert router.poll(5000)
