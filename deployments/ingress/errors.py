@@ -9,17 +9,14 @@ import grpc
 import msgspec
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.deployments.ingress.lanes import LaneError
+from stagemesh.stages.messages.request import LaneError
+from stagemesh.stages.text.input import PromptTooLong
 
 logger = logging.getLogger(__name__)
 
 
 class UnknownModel(ConfigError):
     """The request names a model that is not served here."""
-
-
-class PromptTooLong(ConfigError):
-    """The prompt leaves no room for an answer within max_model_len."""
 
 
 class BodyTooLarge(ConfigError):

@@ -26,12 +26,11 @@ from grpc_health.v1.health_pb2 import (
 )
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.deployments.ingress.choice import Choice, Piece
 from stagemesh.deployments.ingress.errors import report_error
-from stagemesh.deployments.ingress.service import Generation, InferenceService
-from stagemesh.deployments.openai.logprobs import DecodedLogprob
+from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
 from stagemesh.deployments.proto import inference_pb2 as pb
+from stagemesh.stages.text.output import DecodedLogprob, OutputProcessor, TextDelta
 
 HEALTH_POLL_S = 0.5
 """How often Watch looks for a change of readiness."""
@@ -63,7 +62,7 @@ class GrpcApi:
         self, request: pb.GenerateRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         accepting = self._accept_generate(request, stream=True)
-        async with aclosing(_chunks(accepting, pb.GenerateChunk, _text_of_piece, grpc_context)) as chunks:
+        async with aclosing(_chunks(accepting, pb.GenerateChunk, _text_of_delta, grpc_context)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -75,7 +74,7 @@ class GrpcApi:
         self, request: pb.ChatRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[pb.ChatChunk, None]:
         accepting = self._accept_chat(request, stream=True)
-        async with aclosing(_chunks(accepting, pb.ChatChunk, _message_of_piece, grpc_context)) as chunks:
+        async with aclosing(_chunks(accepting, pb.ChatChunk, _message_of_delta, grpc_context)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -114,7 +113,7 @@ class GrpcApi:
         ready = self.inference_service.ready()
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
-    async def _accept_generate(self, request: pb.GenerateRequest, *, stream: bool) -> Generation:
+    async def _accept_generate(self, request: pb.GenerateRequest, *, stream: bool) -> GenerationStream:
         # Through the HTTP schema, so that both doors accept and refuse the same.
         fields = _shared_fields(request, stream)
         kind = request.WhichOneof("prompt")
@@ -122,7 +121,7 @@ class GrpcApi:
             fields["prompt"] = request.text if kind == "text" else list(request.token_ids.ids)
         return await self.inference_service.complete(CompletionRequest.parse(fields))
 
-    async def _accept_chat(self, request: pb.ChatRequest, *, stream: bool) -> Generation:
+    async def _accept_chat(self, request: pb.ChatRequest, *, stream: bool) -> GenerationStream:
         fields = _shared_fields(request, stream)
         fields["messages"] = [_message(message) for message in request.messages]
         if (count := fields.pop("logprobs", None)) is not None:
@@ -188,16 +187,16 @@ def _tool(i: int, tool: pb.Tool) -> dict[str, Any]:
 
 
 async def _whole(
-    accepting: Awaitable[Generation],
+    accepting: Awaitable[GenerationStream],
     response: type[ResponseT],
     choice: Callable[..., Any],
-    content: Callable[[Choice, str], dict[str, Any]],
+    content: Callable[[OutputProcessor], dict[str, Any]],
     grpc_context: GrpcContext,
 ) -> ResponseT:
     """The whole answer. choice: its type. content: the fields of a choice that hold what was said."""
     try:
-        generation = await accepting
-        texts = await generation.collect()
+        stream = await accepting
+        await stream.collect()
     except Exception as error:
         _fail(grpc_context, error)
         return response()
@@ -205,83 +204,83 @@ async def _whole(
         choice(
             index=one.index,
             finish_reason=one.finish_reason,
-            logprobs=_logprobs(one.reports),
-            prompt_logprobs=_logprobs(one.prompt_reports() or ()),
-            **content(one, text),
+            logprobs=_logprobs(one.logprobs),
+            prompt_logprobs=_logprobs(one.prompt_logprobs or ()),
+            **content(one),
         )
-        for one, text in zip(generation.choices, texts, strict=True)
+        for one in stream.choices
     ]
     return response(
-        id=generation.id,
-        model=generation.model,
-        created=generation.created,
+        id=stream.id,
+        model=stream.model,
+        created=stream.created,
         choices=choices,
-        usage=_usage(generation),
+        usage=_usage(stream),
     )
 
 
 async def _chunks(
-    accepting: Awaitable[Generation],
+    accepting: Awaitable[GenerationStream],
     chunk: type[ChunkT],
-    content: Callable[[Piece], dict[str, Any]],
+    content: Callable[[TextDelta], dict[str, Any]],
     grpc_context: GrpcContext,
 ) -> AsyncGenerator[ChunkT, None]:
     """The answer piece by piece, then its usage. content: the fields of a chunk that hold what was said."""
     try:
-        generation = await accepting
-        async with aclosing(generation.pieces()) as pieces:
-            async for piece in pieces:
+        stream = await accepting
+        async with aclosing(stream.deltas()) as deltas:
+            async for delta in deltas:
                 yield chunk(
-                    id=generation.id,
-                    index=piece.index,
-                    finish_reason=piece.finish_reason or "",
-                    logprobs=_logprobs(piece.logprobs),
-                    **content(piece),
+                    id=stream.id,
+                    index=delta.index,
+                    finish_reason=delta.finish_reason or "",
+                    logprobs=_logprobs(delta.logprobs),
+                    **content(delta),
                 )
-        yield chunk(id=generation.id, usage=_usage(generation))
+        yield chunk(id=stream.id, usage=_usage(stream))
     except Exception as error:
         _fail(grpc_context, error)
 
 
-def _text_of_choice(choice: Choice, text: str) -> dict[str, Any]:
-    return {"text": text}
+def _text_of_choice(choice: OutputProcessor) -> dict[str, Any]:
+    return {"text": choice.text}
 
 
-def _text_of_piece(piece: Piece) -> dict[str, Any]:
-    return {"text": piece.text}
+def _text_of_delta(delta: TextDelta) -> dict[str, Any]:
+    return {"text": delta.text}
 
 
-def _message_of_choice(choice: Choice, text: str) -> dict[str, Any]:
+def _message_of_choice(choice: OutputProcessor) -> dict[str, Any]:
     calls = [
-        pb.ToolCall(index=i, id=call.id, name=call.function.name, arguments=call.function.arguments)
+        pb.ToolCall(index=i, id=call.id, name=call.name, arguments=call.arguments)
         for i, call in enumerate(choice.tool_calls)
     ]
-    return {"message": pb.ChatMessage(role="assistant", content=text, tool_calls=calls)}
+    return {"message": pb.ChatMessage(role="assistant", content=choice.text, tool_calls=calls)}
 
 
-def _message_of_piece(piece: Piece) -> dict[str, Any]:
+def _message_of_delta(delta: TextDelta) -> dict[str, Any]:
     calls = [
-        pb.ToolCall(index=delta.index, id=delta.id or "", name=delta.name or "", arguments=delta.arguments)
-        for delta in piece.tool_calls
+        pb.ToolCall(index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments)
+        for call in delta.tool_calls
     ]
-    return {"content": piece.text, "tool_calls": calls}
+    return {"content": delta.text, "tool_calls": calls}
 
 
-def _logprobs(reports: Sequence[DecodedLogprob]) -> list[pb.TokenLogprob]:
+def _logprobs(logprobs: Sequence[DecodedLogprob]) -> list[pb.TokenLogprob]:
     return [
         pb.TokenLogprob(
-            token_id=report.token_id,
-            text=bytes(report.bytes),
-            logprob=report.logprob,
-            rank=report.rank or 0,
-            top=_logprobs(report.top),
+            token_id=entry.token_id,
+            text=entry.bytes,
+            logprob=entry.logprob,
+            rank=entry.rank,
+            top=_logprobs(entry.top),
         )
-        for report in reports
+        for entry in logprobs
     ]
 
 
-def _usage(generation: Generation) -> pb.Usage:
-    usage = generation.usage
+def _usage(stream: GenerationStream) -> pb.Usage:
+    usage = stream.usage
     return pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

@@ -16,9 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from stagemesh.deployments.ingress.choice import Choice
 from stagemesh.deployments.ingress.errors import BodyTooLarge, ErrorReport, openai_error, report_error
-from stagemesh.deployments.ingress.service import Generation, InferenceService
+from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
 from stagemesh.deployments.ingress.sse import ChatChunks, ChunkWriter, CompletionChunks, event
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest
 from stagemesh.deployments.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
@@ -29,9 +28,12 @@ from stagemesh.deployments.openai.responses import (
     ChatResponse,
     CompletionChoice,
     CompletionResponse,
+    FunctionCall,
     ModelList,
     PromptLogprobs,
+    ToolCall,
 )
+from stagemesh.stages.text.output import OutputProcessor
 
 MAX_DISCARDED_BYTES = 32 << 20
 """How much of a body that is too large is read and thrown away before the connection is closed."""
@@ -72,20 +74,20 @@ class HttpApi:
 
     async def completions(self, request: Request) -> Response:
         async def accept(body: CompletionRequest) -> Response:
-            generation = await self._service.complete(body)
-            return _answer(body, generation, CompletionChunks, _completion_response)
+            stream = await self._service.complete(body)
+            return _response(body, stream, CompletionChunks, _completion_response)
 
         return await self._accept(request, CompletionRequest, accept)
 
     async def chat_completions(self, request: Request) -> Response:
         async def accept(body: ChatRequest) -> Response:
-            return _answer(body, await self._service.chat(body), ChatChunks, _chat_response)
+            return _response(body, await self._service.chat(body), ChatChunks, _chat_response)
 
         return await self._accept(request, ChatRequest, accept)
 
     async def embeddings(self, request: Request) -> Response:
         async def accept(body: EmbeddingRequest) -> Response:
-            return WholeAnswer(lambda: self._service.embed(body))
+            return WholeResponse(lambda: self._service.embed(body))
 
         return await self._accept(request, EmbeddingRequest, accept)
 
@@ -124,7 +126,7 @@ class HttpApi:
             return _error_response(report_error(error))
 
 
-class Answer(Response):
+class AbortableResponse(Response):
     """A response that is computed while it is sent, and is given up at once when the client leaves.
 
     Starlette's StreamingResponse would notice a departure only by its next write where the server speaks
@@ -145,7 +147,7 @@ class Answer(Response):
         raise NotImplementedError
 
 
-class WholeAnswer(Answer):
+class WholeResponse(AbortableResponse):
     """What `compute` returns as one JSON object, when it is complete."""
 
     def __init__(self, compute: Callable[[], Awaitable[msgspec.Struct]]) -> None:
@@ -161,16 +163,16 @@ class WholeAnswer(Answer):
         await response(scope, receive, send)
 
 
-class StreamedAnswer(Answer):
+class StreamedResponse(AbortableResponse):
     """The answer as server-sent events, one write per piece of text, nothing held back.
 
     The status is sent with the first piece, so a request that fails before it gets a proper error status. A
     later failure is an event that holds the error object, and the stream ends there without [DONE].
     """
 
-    def __init__(self, generation: Generation, chunks: ChunkWriter) -> None:
+    def __init__(self, stream: GenerationStream, chunks: ChunkWriter) -> None:
         super().__init__()
-        self._generation = generation
+        self._stream = stream
         self._chunks = chunks
         self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
         del self.headers["content-length"]
@@ -178,12 +180,12 @@ class StreamedAnswer(Answer):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         try:
-            async with aclosing(self._generation.pieces()) as pieces:
-                async for piece in pieces:
+            async with aclosing(self._stream.deltas()) as deltas:
+                async for delta in deltas:
                     if not started:
                         started = True
                         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    chunk = self._chunks.piece(piece)
+                    chunk = self._chunks.delta(delta)
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             last = self._chunks.end()
         except ClientDisconnect:
@@ -197,21 +199,22 @@ class StreamedAnswer(Answer):
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-def _answer(
+def _response(
     body: InferenceRequest,
-    generation: Generation,
+    stream: GenerationStream,
     writer: type[ChunkWriter],
-    whole: Callable[[Generation, list[str]], msgspec.Struct],
+    whole: Callable[[GenerationStream], msgspec.Struct],
 ) -> Response:
     """The answer in the way that the request wants it."""
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage is True
-        return StreamedAnswer(generation, writer(generation, include_usage=include_usage))
+        return StreamedResponse(stream, writer(stream, include_usage=include_usage))
 
     async def collected() -> msgspec.Struct:
-        return whole(generation, await generation.collect())
+        await stream.collect()
+        return whole(stream)
 
-    return WholeAnswer(collected)
+    return WholeResponse(collected)
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
@@ -257,49 +260,49 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def _completion_response(generation: Generation, texts: list[str]) -> CompletionResponse:
+def _completion_response(stream: GenerationStream) -> CompletionResponse:
     choices = [
         CompletionChoice(
             choice.index,
-            text,
+            choice.text,
             choice.finish_reason,
-            completion_logprobs(choice.reports) if choice.params.logprobs is not None else None,
+            completion_logprobs(choice.logprobs) if choice.request.params.logprobs is not None else None,
             _prompt_logprobs(choice),
         )
-        for choice, text in zip(generation.choices, texts, strict=True)
+        for choice in stream.choices
     ]
-    return CompletionResponse(generation.id, generation.created, generation.model, choices, generation.usage)
+    return CompletionResponse(stream.id, stream.created, stream.model, choices, stream.usage)
 
 
-def _chat_response(generation: Generation, texts: list[str]) -> ChatResponse:
+def _chat_response(stream: GenerationStream) -> ChatResponse:
     choices = [
         ChatChoice(
             choice.index,
-            _assistant_message(choice, text),
+            _assistant_message(choice),
             choice.finish_reason,
-            chat_logprobs(choice.reports) if choice.params.logprobs is not None else None,
+            chat_logprobs(choice.logprobs) if choice.request.params.logprobs is not None else None,
         )
-        for choice, text in zip(generation.choices, texts, strict=True)
+        for choice in stream.choices
     ]
     return ChatResponse(
-        generation.id,
-        generation.created,
-        generation.model,
+        stream.id,
+        stream.created,
+        stream.model,
         choices,
-        generation.usage,
-        prompt_logprobs=_prompt_logprobs(generation.choices[0]),
+        stream.usage,
+        prompt_logprobs=_prompt_logprobs(stream.choices[0]),
     )
 
 
-def _assistant_message(choice: Choice, text: str) -> AssistantMessage:
+def _assistant_message(choice: OutputProcessor) -> AssistantMessage:
     if not choice.tool_calls:
-        return AssistantMessage(text)
-    return AssistantMessage(text or None, tool_calls=choice.tool_calls)
+        return AssistantMessage(choice.text)
+    calls = [ToolCall(call.id, FunctionCall(call.name, call.arguments)) for call in choice.tool_calls]
+    return AssistantMessage(choice.text or None, tool_calls=calls)
 
 
-def _prompt_logprobs(choice: Choice) -> PromptLogprobs | msgspec.UnsetType:
-    reports = choice.prompt_reports()
-    return msgspec.UNSET if reports is None else prompt_logprobs(reports)
+def _prompt_logprobs(choice: OutputProcessor) -> PromptLogprobs | msgspec.UnsetType:
+    return msgspec.UNSET if choice.prompt_logprobs is None else prompt_logprobs(choice.prompt_logprobs)
 
 
 def _error_response(report: ErrorReport) -> Response:

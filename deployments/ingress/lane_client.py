@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -16,11 +16,16 @@ from ray.serve.exceptions import RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.ingress.lane_view import LaneView
-from stagemesh.deployments.ingress.lanes import LaneError
 from stagemesh.stages.messages.channel import bind_random_port
-from stagemesh.stages.messages.request import EngineRequest, LaneStats, RequestSummary, TokenBatch, TokenDelta
+from stagemesh.stages.messages.request import (
+    EngineRequest,
+    LaneError,
+    LaneStats,
+    RequestSummary,
+    TokenBatch,
+    TokenDelta,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -57,16 +62,15 @@ class RayLaneClient:
     def ready(self) -> bool:
         return any(stats.state == "serving" for stats in self.lane_stats())
 
-    async def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         """Tokens of one request as they come. Closing the iterator aborts the request on its lane."""
-        call = EngineRequest(request_id, list(prompt_token_ids), params, self._address)
+        request_id = request.request_id
+        request = msgspec.structs.replace(request, reply_to=self._address)
         queue: asyncio.Queue[Arrived] = asyncio.Queue()
         self._queues[request_id] = queue
         # In a context of its own: calls made from one HTTP request would share its id, by which Serve tells
         # requests that wait for a replica apart, and all but the last would wait for ever.
-        response = contextvars.Context().run(self._leaders.generate.remote, call)
+        response = contextvars.Context().run(self._leaders.generate.remote, request)
         ended = asyncio.ensure_future(response)
         ended.add_done_callback(lambda _: queue.put_nowait(None))
         self._keep(ended)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 import queue
-import random
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -28,20 +26,18 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.generation_config import default_sampling
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.deployments.ingress.choice import Choice
-from stagemesh.deployments.ingress.limits import check_params, check_prompt
-from stagemesh.deployments.offline.answers import GrowingChoice, RequestState
 from stagemesh.deployments.offline.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
     PoolingRequestOutput,
     RequestOutput,
+    RequestState,
 )
-from stagemesh.deployments.openai.embeddings import vector_of
 from stagemesh.stages.engine.engine import Engine, TokenSink
-from stagemesh.stages.engine.logits_processor import bad_words_token_ids
 from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenDelta
+from stagemesh.stages.text.input import ChatInput, InputProcessor
+from stagemesh.stages.text.output import embedding_of
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -112,7 +108,12 @@ class LLM:
         """
         self.config = EngineConfig.resolve(_engine_args(model, dtype, seed, engine_args))
         self._tokenizer = Tokenizer.from_folder(find_model(tokenizer) if tokenizer else self.config.model_path)
-        self._seeds = random.Random(seed)
+        self._input = InputProcessor(
+            self._tokenizer,
+            vocab_size=self.config.model.vocab_size,
+            max_model_len=self.config.max_model_len,
+            seed=seed,
+        )
         self._inbox = _Inbox()
         self._lane = _start_lane(self.config, self._inbox)
         self._finalizer = weakref.finalize(self, _close_from_anywhere, self._lane)
@@ -150,8 +151,15 @@ class LLM:
         sampling_params: one for all, or one per prompt. Raises ConfigError naming the prompt that cannot run,
         before any of them does, and LaneFailed with rank and cause when the lane breaks.
         """
-        texts, token_ids = self._tokenize(_as_list(prompts))
-        return self._run(texts, token_ids, sampling_params, use_tqdm)
+        texts_and_ids = [_text_and_ids(i, prompt) for i, prompt in enumerate(_as_list(prompts))]
+        call = _new_id()
+        states = []
+        for i, params in enumerate(self._params_of_each(sampling_params, len(texts_and_ids))):
+            text, token_ids = texts_and_ids[i]
+            prompt = (text or "") if token_ids is None else token_ids
+            (processed,) = self._input.process_prompts([prompt], params, f"{call}-{i}", name=f"prompts[{i}]")
+            states.append(RequestState(f"{call}-{i}", text, processed, self._tokenizer))
+        return self._run(call, states, use_tqdm)
 
     def chat(
         self,
@@ -160,19 +168,29 @@ class LLM:
         *,
         use_tqdm: bool | ProgressBar = True,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Continue one conversation, or each of several, by the model's chat template."""
+        """Continue one conversation, or each of several, by the model's chat template.
+
+        tools: functions that the template shows the model, in OpenAI's shape. tool_choice: None leaves what the model
+        says of them in the text; "auto", "required" or a named function find the calls, as over HTTP.
+        """
         conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        texts: list[str | None] = [
-            self._tokenizer.render_chat(
-                conversation, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
+        call = _new_id()
+        states = []
+        for i, params in enumerate(self._params_of_each(sampling_params, len(conversations))):
+            chat = ChatInput(
+                messages=conversations[i],
+                tools=tools or (),
+                tool_choice=tool_choice,
+                add_generation_prompt=add_generation_prompt,
+                template_variables=chat_template_kwargs or {},
             )
-            for conversation in conversations
-        ]
-        # The template wrote the special tokens.
-        token_ids = [self._tokenizer.encode(text or "", add_special_tokens=False) for text in texts]
-        return self._run(texts, token_ids, sampling_params, use_tqdm)
+            processed = self._input.process_chat(chat, params, f"{call}-{i}")
+            states.append(RequestState(f"{call}-{i}", processed.text, processed, self._tokenizer))
+        return self._run(call, states, use_tqdm)
 
     def embed(
         self,
@@ -204,78 +222,49 @@ class LLM:
 
     # -- one call ----------------------------------------------------------------------------------------
 
-    def _tokenize(self, prompts: Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
-        texts, token_ids = [], []
-        for i, prompt in enumerate(prompts):
-            text, ids = _text_and_ids(i, prompt)
-            texts.append(text)
-            token_ids.append(self._tokenizer.encode(text or "") if ids is None else ids)
-        return texts, token_ids
-
-    def _run(
-        self,
-        texts: list[str | None],
-        token_ids: list[list[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool | ProgressBar,
-    ) -> list[RequestOutput]:
-        each = self._params_of_each(params, len(texts))
-        self._check_prompts(token_ids, room_for_answer=1)
-        for asked in each:
-            check_params(asked, self.config.model.vocab_size)
-        call = uuid.uuid4().hex[:12]
-        answers = []
-        for i, (text, ids, asked) in enumerate(zip(texts, token_ids, each, strict=True)):
-            id = f"{call}-{i}"
-            answers.append(RequestState(id, text, ids, self._choices(id, ids, asked)))
-        running = {choice.choice.request_id: (answer, choice) for answer in answers for choice in answer.choices}
-        starts = [(id, answer.prompt_token_ids, choice.choice.params) for id, (answer, choice) in running.items()]
-        with _progress(use_tqdm, len(answers)) as bar, self._requests(call, starts) as arriving:
+    def _run(self, call: str, states: list[RequestState], use_tqdm: bool | ProgressBar) -> list[RequestOutput]:
+        running = {choice.request.request_id: (state, choice) for state in states for choice in state.choices}
+        requests = [choice.request for state in states for choice in state.choices]
+        with _progress(use_tqdm, len(states)) as bar, self._requests(call, requests) as arriving:
             while running:
                 delta = next(arriving)
                 if delta.request_id not in running:
                     continue  # came after the answer had reached its stop string
-                answer, choice = running[delta.request_id]
-                choice.accept(delta)
-                answer.tick()
-                if not choice.is_finished:
+                state, choice = running[delta.request_id]
+                choice.process(delta)
+                state.tick()
+                if choice.finish_reason is None:
                     continue
                 if delta.finish_reason is None:
                     self._lane.engine.abort(delta.request_id)  # a stop string, which the engine does not see
                 del running[delta.request_id]
-                if answer.is_finished:
+                if state.is_finished:
                     bar.update()
-        return [answer.output(self._tokenizer) for answer in answers]
+        return [state.output() for state in states]
 
     def _pool(
         self, prompts: Any, params: PoolingParams | None, use_tqdm: bool | ProgressBar
     ) -> list[tuple[str, Vector, list[int], int]]:
         """(request id, vector, token ids, cached tokens) of each prompt."""
-        _, token_ids = self._tokenize(_as_list(prompts))
-        self._check_prompts(token_ids, room_for_answer=0)
-        call = uuid.uuid4().hex[:12]
-        asked = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=params or PoolingParams())
-        starts = [(f"{call}-{i}", ids, asked) for i, ids in enumerate(token_ids)]
-        found: dict[str, TokenDelta] = {}
-        with _progress(use_tqdm, len(starts)) as bar, self._requests(call, starts) as arriving:
-            while len(found) < len(starts):
+        call = _new_id()
+        requests = []
+        for i, prompt in enumerate(_as_list(prompts)):
+            text, token_ids = _text_and_ids(i, prompt)
+            to_embed = (text or "") if token_ids is None else token_ids
+            pooling = params or PoolingParams()
+            requests += self._input.process_embeddings([to_embed], pooling, f"{call}-{i}", name=f"prompts[{i}]")
+        arrived: dict[str, TokenDelta] = {}
+        with _progress(use_tqdm, len(requests)) as bar, self._requests(call, requests) as arriving:
+            while len(arrived) < len(requests):
                 delta = next(arriving)
-                found[delta.request_id] = delta
+                arrived[delta.request_id] = delta
                 bar.update()
-        return [
-            (id, np.frombuffer(vector_of(found[id]), np.float32).copy(), ids, found[id].num_cached_tokens)
-            for id, ids, _ in starts
-        ]
-
-    def _check_prompts(self, prompts: list[list[int]], room_for_answer: int) -> None:
-        for i, token_ids in enumerate(prompts):
-            check_prompt(
-                f"prompts[{i}]",
-                token_ids,
-                vocab_size=self.config.model.vocab_size,
-                max_model_len=self.config.max_model_len,
-                room_for_answer=room_for_answer,
-            )
+        results = []
+        for request in requests:
+            delta = arrived[request.request_id]
+            vector = np.frombuffer(embedding_of(delta), np.float32).copy()
+            results.append((request.request_id, vector, request.prompt_token_ids, delta.num_cached_tokens))
+        return results
 
     def _params_of_each(self, params: Any, count: int) -> list[SamplingParams]:
         if params is None:
@@ -287,31 +276,17 @@ class LLM:
             raise ConfigError("sampling_params", len(each), f"must be one, or as many as there are prompts ({count})")
         return each
 
-    def _choices(self, id: str, prompt: list[int], params: SamplingParams) -> list[GrowingChoice]:
-        """The `n` answers that a prompt gets, none begun."""
-        words = bad_words_token_ids(params.bad_words, partial(self._tokenizer.encode, add_special_tokens=False))
-        params = msgspec.structs.replace(params, bad_words_token_ids=words)
-        growing = []
-        for i in range(params.n):
-            seed = params.seed_of_choice(i)
-            own = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63) if seed is None else seed)
-            detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
-            growing.append(GrowingChoice(Choice(i, f"{id}-{i}", prompt, own, detokenizer)))
-        return growing
-
     @contextmanager
-    def _requests(
-        self, call: str, starts: Iterable[tuple[str, list[int], SamplingParams]]
-    ) -> Iterator[Iterator[TokenDelta]]:
+    def _requests(self, call: str, requests: Sequence[EngineRequest]) -> Iterator[Iterator[TokenDelta]]:
         """Start requests and iterate over what comes of them, or raise why nothing will. On leaving, those that still
         run are aborted."""
         engine = self._lane.engine
         arriving = self._inbox.open(call)
         started = []
         try:
-            for request_id, prompt, params in starts:
-                started.append(request_id)
-                done = engine.generate(EngineRequest(request_id, prompt, params, call))
+            for request in requests:
+                started.append(request.request_id)
+                done = engine.generate(msgspec.structs.replace(request, reply_to=call))
                 done.add_done_callback(lambda done: arriving.put(error) if (error := done.exception()) else None)  # type: ignore[arg-type]
             yield _arrivals(arriving)
         finally:
@@ -395,6 +370,10 @@ def _close_from_anywhere(lane: OfflineLane) -> None:
         lane.close()
     else:
         threading.Thread(target=lane.close, name="close lane").start()
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 def _as_list(prompts: Any) -> list[Any]:

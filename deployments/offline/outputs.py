@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from stagemesh.stages.text.input import ProcessedPrompt
+from stagemesh.stages.text.output import DecodedLogprob, OutputProcessor
+from stagemesh.stages.text.tokenizer import Tokenizer
+from stagemesh.stages.text.tool_calls import ToolCall
 
 
 @dataclass
@@ -44,6 +50,8 @@ class CompletionOutput:
     """"stop" or "length"."""
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended the answer; None for the model's own end and for "length"."""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    """Where `LLM.chat` was given a tool_choice."""
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -106,3 +114,60 @@ class PoolingRequestOutput:
     prompt_token_ids: list[int]
     finished: bool = True
     num_cached_tokens: int = 0
+
+
+class RequestState:
+    """One prompt on its way to a RequestOutput."""
+
+    def __init__(self, request_id: str, prompt: str | None, processed: ProcessedPrompt, tokenizer: Tokenizer) -> None:
+        make_parser = processed.make_tool_parser
+        self._request_id = request_id
+        self._prompt = prompt
+        self._prompt_token_ids = processed.token_ids
+        self._metrics = RequestMetrics(time.time())
+        self.choices = [
+            OutputProcessor(index, request, tokenizer, make_parser and make_parser())
+            for index, request in enumerate(processed.requests)
+        ]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    def tick(self) -> None:
+        """A token came."""
+        now = self._metrics.last_token_time = time.time()
+        self._metrics.first_token_time = self._metrics.first_token_time or now
+        self._metrics.finished_time = now if self.is_finished else None
+
+    def output(self) -> RequestOutput:
+        first = self.choices[0]
+        prompt_logprobs = first.prompt_logprobs
+        return RequestOutput(
+            request_id=self._request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=[_completion(choice) for choice in self.choices],
+            prompt_logprobs=None if prompt_logprobs is None else [None, *map(_by_token_id, prompt_logprobs)],
+            metrics=self._metrics,
+            num_cached_tokens=first.num_cached_tokens,
+        )
+
+
+def _completion(choice: OutputProcessor) -> CompletionOutput:
+    has_logprobs = choice.request.params.logprobs is not None
+    return CompletionOutput(
+        index=choice.index,
+        text=choice.text,
+        token_ids=choice.token_ids,
+        cumulative_logprob=sum(entry.logprob for entry in choice.logprobs) if has_logprobs else None,
+        logprobs=[_by_token_id(entry) for entry in choice.logprobs] if has_logprobs else None,
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+        tool_calls=choice.tool_calls,
+    )
+
+
+def _by_token_id(entry: DecodedLogprob) -> dict[int, Logprob]:
+    """The token itself, then the likeliest ones."""
+    return {e.token_id: Logprob(e.logprob, e.rank, e.token) for e in (entry, *entry.top)}

@@ -11,9 +11,7 @@ from pydantic import Field
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import Pooling, PoolingParams
-from stagemesh.deployments.ingress.lanes import LaneError
 from stagemesh.deployments.openai.requests import OpenAIRequest, one_or_many
-from stagemesh.stages.messages.request import TokenDelta
 
 MAX_INPUTS = 2048
 """OpenAI's limit."""
@@ -35,6 +33,11 @@ class EmbeddingRequest(OpenAIRequest):
     add_special_tokens: bool | None = None
     """vLLM's: as the tokenizer does by default."""
 
+    @property
+    def num_chars(self) -> int:
+        """Of the text that has to be tokenized."""
+        return sum(len(text) for text in self.inputs() if isinstance(text, str))
+
     def inputs(self) -> Sequence[str | list[int]]:
         """The inputs, one or many, all of one kind. Raises ConfigError."""
         inputs = one_or_many("input", self.input)
@@ -46,13 +49,6 @@ class EmbeddingRequest(OpenAIRequest):
         return PoolingParams(
             pooling=self.pooling or "last", normalize=self.normalize is not False, dimensions=self.dimensions
         )
-
-
-def vector_of(delta: TokenDelta) -> bytes:
-    """The vector that a lane sent: little-endian float32. Raises LaneError where it sent none."""
-    if not delta.embedding:
-        raise LaneError("internal", delta.error or f"request {delta.request_id}: the lane gave no vector")
-    return delta.embedding
 
 
 class Embedding(msgspec.Struct, frozen=True):

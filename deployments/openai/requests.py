@@ -8,14 +8,38 @@ well, as by OpenAI. A null means the default.
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import pydantic
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.sampling import StructuredOutputsParams
+from stagemesh.config.sampling import NO_LIMIT, SamplingParams, StructuredOutputsParams
+from stagemesh.stages.text.input import ChatInput
+
+MAX_CHOICES = 256
+"""Prompts times n of one request; each is a sequence of its own in a lane."""
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+"""Likeliest tokens reported per token, as vLLM's `max_logprobs` and OpenAI have it."""
+MAX_BAD_WORDS = 128
+DEFAULT_COMPLETION_TOKENS = 16
+"""max_tokens of /v1/completions when not given, as OpenAI has it, and vLLM, whatever the model's own default is."""
+_SAMPLING_FIELDS = (
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "prompt_logprobs",
+)
 
 # Neutral values of fields that are known and not supported; None is neutral everywhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -165,25 +189,68 @@ class InferenceRequest(OpenAIRequest):
             raise ConfigError("stream_options", "given", "is only allowed with stream=true")
         if self.prompt_logprobs is not None and self.stream:
             raise ConfigError("prompt_logprobs", self.prompt_logprobs, "is not allowed with stream=true")
+        _check_range("n", self.n, 1, MAX_CHOICES)
+        _check_range("logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
+        _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _check_count("stop", self.stops, MAX_STOPS, "strings")
+        _check_count("bad_words", self.bad_words or (), MAX_BAD_WORDS, "words")
+        for text in self.stops:
+            if len(text) > MAX_STOP_CHARS:
+                raise ConfigError("stop", text, f"must not be longer than {MAX_STOP_CHARS} characters")
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def num_logprobs(self) -> int | None:
         """Likeliest tokens to report beside each generated one; None for no report."""
         raise NotImplementedError
 
-    def form(self) -> StructuredOutputsParams | None:
-        """The form that the answer must have. Raises ConfigError."""
-        form = self.structured_outputs
-        given = self.response_format
-        if given is None or given.type == "text":
-            return None if form is None else StructuredOutputsParams(**form.model_dump(by_alias=True))
-        if form is not None:
-            raise ConfigError("response_format", given.type, "must not be given together with structured_outputs")
-        if given.type == "json_object":
+    @property
+    def num_chars(self) -> int:
+        """Of the text that has to be tokenized."""
+        raise NotImplementedError
+
+    @property
+    def structured_outputs_name(self) -> str:
+        """The field that says what form the answer must have."""
+        return "structured_outputs" if self.structured_outputs is not None else "response_format.json_schema"
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """defaults: used where the request is silent, e.g. {"temperature": 0.6}. Raises ConfigError."""
+        own = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        for key in self.logit_bias or ():
+            if not key.isdecimal():
+                raise ConfigError("logit_bias", key, "its keys must be token ids")
+        return SamplingParams(
+            **{**defaults, **own, "max_tokens": self._max_tokens(defaults)},
+            n=self.n or 1,
+            seed=self.seed,
+            stop=tuple(self.stops),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias={int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()},
+            # OpenAI's clients write an empty list where they mean nothing.
+            allowed_token_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
+            bad_words=tuple(self.bad_words or ()),
+            logprobs=self.num_logprobs,
+            structured_outputs=self._structured_outputs_params(),
+        )
+
+    def _max_tokens(self, defaults: Mapping[str, Any]) -> int:
+        raise NotImplementedError
+
+    def _structured_outputs_params(self) -> StructuredOutputsParams | None:
+        structured, format = self.structured_outputs, self.response_format
+        if format is None or format.type == "text":
+            return None if structured is None else StructuredOutputsParams(**structured.model_dump(by_alias=True))
+        if structured is not None:
+            raise ConfigError("response_format", format.type, "must not be given together with structured_outputs")
+        if format.type == "json_object":
             return StructuredOutputsParams(json_object=True)
-        if given.json_schema is None:
+        if format.json_schema is None:
             raise ConfigError("response_format.json_schema", None, "is required")
-        schema = given.json_schema.json_schema
+        schema = format.json_schema.json_schema
         return StructuredOutputsParams(json={"type": "object"} if schema is None else schema)
 
 
@@ -201,9 +268,19 @@ class CompletionRequest(InferenceRequest):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def num_chars(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts() if isinstance(prompt, str))
+
+    def _max_tokens(self, defaults: Mapping[str, Any]) -> int:
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, one or many, all of one kind. Raises ConfigError."""
-        return one_or_many("prompt", self.prompt)
+        prompts = one_or_many("prompt", self.prompt)
+        if len(prompts) * (self.n or 1) > MAX_CHOICES:
+            raise ConfigError("prompt", len(prompts), f"prompts times n={self.n} must not exceed {MAX_CHOICES}")
+        return prompts
 
 
 class TextPart(pydantic.BaseModel):
@@ -221,14 +298,9 @@ class ChatMessage(pydantic.BaseModel):
     role: str
     content: str | list[TextPart] | None = None
 
-    def for_template(self) -> dict[str, Any]:
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        message = {**(self.model_extra or {}), "role": self.role, "content": content or ""}
-        if message.get("tool_calls"):
-            message["tool_calls"] = [_call_for_template(call) for call in message["tool_calls"]]
-        return message
+    @property
+    def num_chars(self) -> int:
+        return len(self.content) if isinstance(self.content, str) else sum(len(p.text) for p in self.content or ())
 
 
 class FunctionTool(pydantic.BaseModel):
@@ -285,25 +357,28 @@ class ChatRequest(InferenceRequest):
             raise ConfigError("top_logprobs", self.top_logprobs, "needs logprobs=true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def functions(self) -> list[dict[str, Any]]:
-        """The functions that may be called now: none for tool_choice "none". Raises ConfigError."""
-        tools = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
-        names = [tool["name"] for tool in tools]
-        if len(set(names)) < len(names):
-            raise ConfigError("tools", names, "must not hold two functions of the same name")
-        if not tools and self.tool_choice not in (None, "none", "auto"):
-            raise ConfigError("tool_choice", self._tool_choice_text(), "needs tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ConfigError("tool_choice", self.tool_choice.function.name, "is not one of the tools")
-        return [] if self.tool_choice == "none" else tools
+    @property
+    def num_chars(self) -> int:
+        return sum(message.num_chars for message in self.messages)
 
-    def tools_for_template(self) -> list[dict[str, Any]] | None:
-        if not self.functions():
-            return None
-        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+    def _max_tokens(self, defaults: Mapping[str, Any]) -> int:
+        if self.max_completion_tokens is not None:
+            if self.max_completion_tokens < 1:
+                raise ConfigError("max_completion_tokens", self.max_completion_tokens, "must be at least 1")
+            return self.max_completion_tokens
+        max_tokens: int = defaults.get("max_tokens", NO_LIMIT)  # all that fits
+        return max_tokens if self.max_tokens is None else self.max_tokens
 
-    def _tool_choice_text(self) -> str | None:
-        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+    def chat_input(self) -> ChatInput:
+        choice = self.tool_choice
+        return ChatInput(
+            messages=[message.model_dump() for message in self.messages],
+            tools=[tool.model_dump(exclude_none=True) for tool in self.tools or ()],
+            tool_choice=choice.model_dump() if isinstance(choice, NamedTool) else choice or "auto",
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+            add_generation_prompt=self.add_generation_prompt is not False,
+            template_variables=self.chat_template_kwargs or {},
+        )
 
 
 def one_or_many(field: str, given: Any) -> Sequence[str | list[int]]:
@@ -319,13 +394,14 @@ def one_or_many(field: str, given: Any) -> Sequence[str | list[int]]:
     raise ConfigError(field, given, f"must be {allowed}")
 
 
-def _call_for_template(call: Any) -> Any:
-    """Templates write arguments with `tojson`, so they get them as an object, not as OpenAI's JSON text."""
-    try:
-        arguments = json.loads(call["function"]["arguments"])
-    except (KeyError, TypeError, ValueError):
-        return call  # whatever it is, the template judges it
-    return {**call, "function": {**call["function"], "arguments": arguments}}
+def _check_range(name: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise ConfigError(name, value, f"must be within [{least}, {most}]")
+
+
+def _check_count(name: str, values: Sequence[str], most: int, what: str) -> None:
+    if len(values) > most:
+        raise ConfigError(name, len(values), f"must not hold more than {most} {what}")
 
 
 def _all_of(kind: type, values: list[Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from stagemesh.config.sampling import SamplingParams
@@ -95,3 +97,22 @@ class RequestSummary(msgspec.Struct):
     num_tokens: int
     finish_reason: str
     error: str = ""
+
+
+LaneStatus = Literal["unavailable", "overloaded", "lost", "timeout", "internal"]
+
+
+class LaneError(RuntimeError):
+    """A lane could not take or finish a request. `deployments/ingress/errors.py` says what the client sees.
+
+    status: "unavailable" no lane can generate now; "overloaded" queues are full, try again later;
+    "lost" the lane died on the way; "timeout" a deadline passed; "internal" a lane broke its own protocol.
+    """
+
+    def __init__(self, status: LaneStatus, message: str) -> None:
+        self.status = status
+        self.message = message
+        super().__init__(status, message)
+
+    def __str__(self) -> str:
+        return self.message

@@ -29,19 +29,19 @@ class ChatTemplate:
         self._variables = dict(variables)
         self.source = source
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """The prompt text for a conversation of {"role", "content", …} messages.
+
+        variables: e.g. add_generation_prompt (default true), tools, and whatever else the template knows.
 
         Whatever the template does not accept raises ConfigError naming `messages`.
         """
         try:
             return self._template.render(
-                {"tools": None, "documents": None}
+                {"tools": None, "documents": None, "add_generation_prompt": True}
                 | self._variables
-                | variables
-                | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+                | dict(variables)
+                | {"messages": messages}
             )
         except Exception as error:
             # A template is a program: on input that it did not foresee it may raise anything.

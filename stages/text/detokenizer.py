@@ -80,19 +80,18 @@ class StopStrings:
         self._keep = keep
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
-        self.hit = False
-        """A stop string was found; everything from its first character on (behind its last) was dropped."""
+        self.hit: str | None = None
+        """The stop string that was found; everything from its first character on (behind its last) was dropped."""
 
     def feed(self, text: str) -> str:
         """Text that is certainly before any stop string, possibly empty."""
-        if self.hit or not text:
+        if self.hit is not None or not text:
             return ""
         text = self._held + text
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            self.hit = True
+        matches = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if matches:
             self._held = ""
-            end, start = min(found)
+            end, start, self.hit = min(matches)
             return text[: end if self._keep else start]
         safe = self._first_possible_start(text)
         self._held = text[safe:]

@@ -67,13 +67,11 @@ class Tokenizer:
         # `encode` of one text holds the GIL (tokenizers 0.23), `encode_batch` does not.
         return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         """The conversation as prompt text; encode it without special tokens, the template wrote them."""
         if self.chat_template is None:
             raise ConfigError("messages", messages, "this model has no chat template; use completions instead")
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.chat_template.render(messages, variables or {})
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
         """A fresh detokenizer for one answer."""

@@ -35,7 +35,16 @@ class ToolCallDelta(msgspec.Struct, frozen=True):
     """Next part of the arguments' JSON text."""
 
 
-class Found(NamedTuple):
+class ToolCall(msgspec.Struct, frozen=True):
+    """One call of an answer."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON text, as far as it has come."""
+
+
+class ParsedText(NamedTuple):
     content: str
     """Text that is not part of a call."""
     calls: list[ToolCallDelta]
@@ -44,10 +53,10 @@ class Found(NamedTuple):
 class ToolParser(Protocol):
     """Parses one answer."""
 
-    def feed(self, text: str) -> Found:
+    def feed(self, text: str) -> ParsedText:
         """What became certain with more text."""
 
-    def finish(self) -> Found:
+    def finish(self) -> ParsedText:
         """The rest; there is no more text."""
 
 
@@ -95,14 +104,14 @@ class NamedParser:
     def __init__(self, name: str) -> None:
         self._name: str | None = name
 
-    def feed(self, text: str) -> Found:
+    def feed(self, text: str) -> ParsedText:
         if not text:
-            return Found("", [])
+            return ParsedText("", [])
         name, self._name = self._name, None
-        return Found("", [ToolCallDelta(0, None if name is None else _new_id(), name, text)])
+        return ParsedText("", [ToolCallDelta(0, None if name is None else _new_id(), name, text)])
 
-    def finish(self) -> Found:
-        return Found("", [])
+    def finish(self) -> ParsedText:
+        return ParsedText("", [])
 
 
 class HermesParser:
@@ -114,7 +123,7 @@ class HermesParser:
         """Text not judged yet: perhaps the beginning of a tag; blanks, which are dropped before a tag."""
         self._in_call = False
 
-    def feed(self, text: str) -> Found:
+    def feed(self, text: str) -> ParsedText:
         self._held += text
         content = ""
         deltas: list[ToolCallDelta] = []
@@ -145,14 +154,14 @@ class HermesParser:
                 break
             self._held = self._held[end + len(_CLOSE) :]
             self._in_call = False
-        return Found(content, deltas)
+        return ParsedText(content, deltas)
 
-    def finish(self) -> Found:
+    def finish(self) -> ParsedText:
         if self._in_call:
             cut_off = "" if self._calls.is_over else self._calls.give_up()
-            return Found(_OPEN + cut_off if cut_off else "", [])
+            return ParsedText(_OPEN + cut_off if cut_off else "", [])
         held, self._held = self._held, ""
-        return Found(self._text(held), [])
+        return ParsedText(self._text(held), [])
 
     def _text(self, text: str) -> str:
         return text if self._calls.num_begun == 0 or text.strip() else ""
@@ -169,7 +178,7 @@ class ObjectsParser:
         self._held = ""
         self._state: Literal["start", "call", "between", "text", "end"] = "start"
 
-    def feed(self, text: str) -> Found:
+    def feed(self, text: str) -> ParsedText:
         self._held += text
         content = ""
         deltas: list[ToolCallDelta] = []
@@ -209,13 +218,13 @@ class ObjectsParser:
             else:
                 content += self._held if self._state == "text" else ""
                 self._held = ""
-        return Found(content, deltas)
+        return ParsedText(content, deltas)
 
-    def finish(self) -> Found:
+    def finish(self) -> ParsedText:
         held, self._held = self._held, ""
         if self._state == "call":
-            return Found(self._calls.give_up(), [])
-        return Found(held if self._state == "start" else "", [])
+            return ParsedText(self._calls.give_up(), [])
+        return ParsedText(held if self._state == "start" else "", [])
 
     def _begin(self, state: Literal["call", "text", "end"]) -> None:
         self._state = state

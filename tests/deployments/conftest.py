@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.deployments.ingress.lanes import LaneError
 from stagemesh.deployments.ingress.service import InferenceService
-from stagemesh.stages.messages.request import LaneStats, TokenDelta
+from stagemesh.stages.messages.request import EngineRequest, LaneError, LaneStats, TokenDelta
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 EOS = "<|end|>"
@@ -44,10 +43,9 @@ class FakeLanes:
         self.running: set[str] = set()
         self.aborted: list[str] = []
 
-    async def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> AsyncGenerator[TokenDelta, None]:
-        self.calls.append((list(prompt_token_ids), params, request_id))
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        params, request_id = request.params, request.request_id
+        self.calls.append((list(request.prompt_token_ids), params, request_id))
         self.running.add(request_id)
         finished = False
         try:

@@ -40,7 +40,7 @@ def _render(tokenizer: Tokenizer, turns: list[Any]) -> str:
     messages = []
     for turn in turns:
         messages += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.answer}]
-    return tokenizer.render_chat(messages, add_generation_prompt=False)
+    return tokenizer.render_chat(messages, {"add_generation_prompt": False})
 
 
 def right_answers(folder: Path, **args: Any) -> int:

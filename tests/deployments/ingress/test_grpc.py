@@ -12,10 +12,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stagemesh.deployments.ingress import grpc as grpc_api
 from stagemesh.deployments.ingress.grpc import GrpcApi
-from stagemesh.deployments.ingress.lanes import LaneError
 from stagemesh.deployments.proto import inference_pb2 as pb
 from stagemesh.deployments.proto import inference_pb2_grpc
-from stagemesh.stages.messages.request import TokenDelta
+from stagemesh.stages.messages.request import LaneError, TokenDelta
 
 pytestmark = pytest.mark.anyio
 

@@ -13,8 +13,7 @@ from starlette.applications import Starlette
 
 from stagemesh.deployments.ingress import http as http_api
 from stagemesh.deployments.ingress.http import build_http_app
-from stagemesh.deployments.ingress.lanes import LaneError
-from stagemesh.stages.messages.request import TokenDelta
+from stagemesh.stages.messages.request import LaneError, TokenDelta
 
 pytestmark = pytest.mark.anyio
 

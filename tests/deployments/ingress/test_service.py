@@ -9,28 +9,28 @@ from typing import Any
 import pytest
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.deployments.ingress.choice import Piece
-from stagemesh.deployments.ingress.errors import PromptTooLong, UnknownModel
-from stagemesh.deployments.ingress.lanes import LaneError
-from stagemesh.deployments.ingress.service import Generation, InferenceService
+from stagemesh.deployments.ingress.errors import UnknownModel
+from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
-from stagemesh.stages.messages.request import TokenDelta
+from stagemesh.stages.messages.request import LaneError, TokenDelta
+from stagemesh.stages.text.input import PromptTooLong
+from stagemesh.stages.text.output import TextDelta
 
 pytestmark = pytest.mark.anyio
 
 
-async def complete(service: InferenceService, **fields: Any) -> Generation:
+async def complete(service: InferenceService, **fields: Any) -> GenerationStream:
     return await service.complete(CompletionRequest.parse({"prompt": "Hi", "max_tokens": 30} | fields))
 
 
-async def chat(service: InferenceService, **fields: Any) -> Generation:
+async def chat(service: InferenceService, **fields: Any) -> GenerationStream:
     messages = [{"role": "user", "content": "Hi"}]
     return await service.chat(ChatRequest.parse({"messages": messages} | fields))
 
 
-async def pieces_of(generation: Generation) -> list[Piece]:
-    async with aclosing(generation.pieces()) as pieces:
-        return [piece async for piece in pieces]
+async def deltas_of(generation: GenerationStream) -> list[TextDelta]:
+    async with aclosing(generation.deltas()) as deltas:
+        return [delta async for delta in deltas]
 
 
 # ---- what reaches the lanes
@@ -144,10 +144,10 @@ async def test_prompts_and_choices_are_numbered_prompt_by_prompt(service, lanes)
 
 
 async def test_text_comes_piece_by_piece_and_ends_with_the_reason(service, lanes):
-    pieces = await pieces_of(await complete(service))
-    assert "".join(piece.text for piece in pieces) == lanes.answer
-    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
-    assert len(pieces) > 2
+    deltas = await deltas_of(await complete(service))
+    assert "".join(delta.text for delta in deltas) == lanes.answer
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["stop"]
+    assert len(deltas) > 2
 
 
 async def test_usage_counts_every_token_the_end_token_included(service, lanes, tokenizer):
@@ -223,9 +223,9 @@ async def test_special_tokens_are_shown_when_asked(service, lanes, tokenizer):
 
 async def test_a_character_split_over_tokens_is_never_shown_in_part(service, lanes):
     lanes.answer = "a🙂é"
-    pieces = await pieces_of(await complete(service))
-    assert "".join(piece.text for piece in pieces) == "a🙂é"
-    assert not any("�" in piece.text for piece in pieces)
+    deltas = await deltas_of(await complete(service))
+    assert "".join(delta.text for delta in deltas) == "a🙂é"
+    assert not any("�" in delta.text for delta in deltas)
 
 
 async def test_the_text_is_the_same_however_the_tokens_are_packed(service, lanes, tokenizer):
@@ -243,10 +243,10 @@ async def test_the_text_is_the_same_however_the_tokens_are_packed(service, lanes
 
 
 async def test_choices_are_interleaved_as_they_come(service, lanes):
-    pieces = await pieces_of(await complete(service, n=3))
-    texts = ["".join(p.text for p in pieces if p.index == i) for i in range(3)]
+    deltas = await deltas_of(await complete(service, n=3))
+    texts = ["".join(p.text for p in deltas if p.index == i) for i in range(3)]
     assert texts == [lanes.answer] * 3
-    assert [p.index for p in pieces][:3] == [0, 1, 2]
+    assert [p.index for p in deltas][:3] == [0, 1, 2]
 
 
 # ---- what goes wrong on the way
@@ -286,10 +286,10 @@ async def test_one_failing_choice_ends_the_others(service, lanes):
 @pytest.mark.parametrize("n", [1, 3])
 async def test_closing_the_pieces_aborts_everything_that_still_runs(service, lanes, n):
     lanes.pause_after = 2
-    pieces = (await complete(service, n=n)).pieces()
-    await anext(pieces)
+    deltas = (await complete(service, n=n)).deltas()
+    await anext(deltas)
     assert len(lanes.running) == n
-    await pieces.aclose()
+    await deltas.aclose()
     assert not lanes.running
     assert len(lanes.aborted) == n
 
@@ -310,9 +310,9 @@ async def test_cancelling_a_collection_aborts_everything_that_still_runs(service
 async def test_metrics_tell_the_outcomes_apart(service, lanes):
     await (await complete(service)).collect()
     await (await complete(service, max_tokens=1)).collect()
-    pieces = (await complete(service)).pieces()
-    await anext(pieces)
-    await pieces.aclose()
+    deltas = (await complete(service)).deltas()
+    await anext(deltas)
+    await deltas.aclose()
     lanes.lose()
     with pytest.raises(LaneError):
         await (await complete(service)).collect()
@@ -436,7 +436,7 @@ async def test_neutral_values_of_unsupported_fields_are_accepted(service):
 async def test_a_prompt_that_is_too_long_names_both_numbers(service):
     with pytest.raises(PromptTooLong, match="64 tokens.*max_model_len is 64"):
         await complete(service, prompt=[7] * 64)
-    assert (await complete(service, prompt=[7] * 63)).choices[0].params.max_tokens == 1
+    assert (await complete(service, prompt=[7] * 63)).choices[0].request.params.max_tokens == 1
 
 
 async def test_a_long_text_is_tokenized_too(service):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import httpx
@@ -13,9 +13,8 @@ import pytest
 
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.ingress.http import build_http_app
-from stagemesh.deployments.ingress.lanes import LaneError
 from stagemesh.deployments.ingress.service import InferenceService
-from stagemesh.stages.messages.request import LaneStats, TokenDelta
+from stagemesh.stages.messages.request import EngineRequest, LaneError, LaneStats, TokenDelta
 
 pytestmark = pytest.mark.anyio
 
@@ -27,13 +26,12 @@ class Lanes:
         self.asked: list[SamplingParams] = []
         self.error: Exception | None = None
 
-    async def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> AsyncGenerator[TokenDelta, None]:
-        self.asked.append(params)
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        self.asked.append(request.params)
         if self.error is not None:
             raise self.error
-        yield TokenDelta(request_id, 0, [], "stop", embedding=struct.pack("<2f", len(prompt_token_ids), 0.5))
+        vector = struct.pack("<2f", len(request.prompt_token_ids), 0.5)
+        yield TokenDelta(request.request_id, 0, [], "stop", embedding=vector)
 
     def lane_stats(self) -> list[LaneStats]:
         return []

@@ -1,0 +1,299 @@
+"""Prompts in: text, token ids or a conversation, with sampling parameters, become the requests that a lane takes.
+
+The one place where that happens, for HTTP, gRPC and `LLM`. What leaves it is decided to the last detail, seed included,
+so that an answer is a pure function of its EngineRequest. Every refusal is a ConfigError that names the field as the
+user wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.pooling import PoolingParams
+from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
+from stagemesh.stages.engine import grammar
+from stagemesh.stages.messages.request import EngineRequest
+from stagemesh.stages.text.tokenizer import Tokenizer
+from stagemesh.stages.text.tool_calls import (
+    NO_PARAMETERS,
+    NamedParser,
+    ObjectsParser,
+    ToolParser,
+    forced_calls_schema,
+    format_of,
+    free_parser,
+)
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+MakeToolParser = Callable[[], ToolParser]
+
+
+class PromptTooLong(ConfigError):
+    """The prompt leaves no room for an answer within max_model_len."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatInput:
+    """A conversation, in OpenAI's words."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    """[{"type": "function", "function": {"name", "description", "parameters"}}]"""
+    tool_choice: str | Mapping[str, Any] | None = None
+    """ "none", "auto", "required" or {"type": "function", "function": {"name"}}; None: the model is shown the tools,
+    and what it says of them stays text."""
+    parallel_tool_calls: bool = True
+    """Whether an answer may hold more than one call."""
+    add_generation_prompt: bool = True
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """More variables for the chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessedPrompt:
+    """One prompt, ready to run."""
+
+    text: str | None
+    """None where it came as token ids."""
+    token_ids: list[int]
+    requests: list[EngineRequest]
+    """One per choice."""
+    make_tool_parser: MakeToolParser | None = None
+    """For each choice, where tool calls are to be found in its text."""
+
+
+class InputProcessor:
+    """Turns what users write into EngineRequests. Any thread may use it."""
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, max_model_len: int, seed: int | None = None) -> None:
+        """
+        vocab_size: the bound of token ids. max_model_len: most tokens of a prompt and its answer together.
+        seed: fixes the seeds that requests without one get, in the order of the requests; None draws it.
+        """
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._seeds = random.Random(seed)
+
+    def process_prompts(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        name: str = "prompt",
+        add_special_tokens: bool = True,
+        structured_outputs_name: str = "structured_outputs",
+    ) -> list[ProcessedPrompt]:
+        """Prompts that share their parameters. Nothing is returned unless all of them can run.
+
+        name, structured_outputs_name: what the user calls these fields.
+        """
+        params = self._resolve(params, structured_outputs_name)
+        all_token_ids = self._tokenize(prompts, name, add_special_tokens, room_for_answer=1)
+        processed: list[ProcessedPrompt] = []
+        for prompt, token_ids in zip(prompts, all_token_ids, strict=True):
+            text = prompt if isinstance(prompt, str) else None
+            requests = self._requests(token_ids, params, request_id, len(processed) * params.n)
+            processed.append(ProcessedPrompt(text=text, token_ids=token_ids, requests=requests))
+        return processed
+
+    def process_chat(
+        self,
+        chat: ChatInput,
+        params: SamplingParams,
+        request_id: str,
+        *,
+        structured_outputs_name: str = "structured_outputs",
+    ) -> ProcessedPrompt:
+        """A conversation, by the model's chat template."""
+        if not chat.messages:
+            raise ConfigError("messages", [], "must hold at least one message")
+        tools, schema, make_tool_parser = self._tool_use(chat)
+        if schema is not None:
+            if params.structured_outputs is not None:
+                raise ConfigError("tool_choice", chat.tool_choice, "leaves no room for another form of the answer")
+            params = msgspec.structs.replace(params, structured_outputs=StructuredOutputsParams(json=schema))
+            structured_outputs_name = "tools"
+        params = self._resolve(params, structured_outputs_name)
+        variables: dict[str, Any] = {"add_generation_prompt": chat.add_generation_prompt, **chat.template_variables}
+        if tools:
+            variables["tools"] = tools
+        messages = [_normalized(i, message) for i, message in enumerate(chat.messages)]
+        text = self._tokenizer.render_chat(messages, variables)
+        # The template wrote the special tokens.
+        (token_ids,) = self._tokenize([text], "messages", False, room_for_answer=1)
+        return ProcessedPrompt(
+            text=text,
+            token_ids=token_ids,
+            requests=self._requests(token_ids, params, request_id, 0),
+            make_tool_parser=make_tool_parser,
+        )
+
+    def process_embeddings(
+        self,
+        prompts: Sequence[Prompt],
+        pooling: PoolingParams,
+        request_id: str,
+        *,
+        name: str = "input",
+        add_special_tokens: bool = True,
+    ) -> list[EngineRequest]:
+        """One request per prompt, for its vector instead of an answer."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=pooling)
+        all_token_ids = self._tokenize(prompts, name, add_special_tokens, room_for_answer=0)
+        return [EngineRequest(f"{request_id}-{i}", token_ids, params) for i, token_ids in enumerate(all_token_ids)]
+
+    def _tokenize(
+        self, prompts: Sequence[Prompt], name: str, add_special_tokens: bool, room_for_answer: int
+    ) -> list[list[int]]:
+        names = [name] if len(prompts) == 1 else [f"{name}[{i}]" for i in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            if not prompt:
+                raise ConfigError(name, prompt, "must not be empty")
+        all_token_ids = [
+            self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            if isinstance(prompt, str)
+            else list(prompt)
+            for prompt in prompts
+        ]
+        for name, token_ids in zip(names, all_token_ids, strict=True):
+            self._check_prompt(name, token_ids, room_for_answer)
+        return all_token_ids
+
+    def _check_prompt(self, name: str, token_ids: Collection[int], room_for_answer: int) -> None:
+        if not token_ids:
+            raise ConfigError(name, [], "has no tokens")
+        self._check_token_ids(name, token_ids)
+        if len(token_ids) + room_for_answer > self._max_model_len:
+            reason = f"max_model_len is {self._max_model_len} tokens"
+            if room_for_answer:
+                reason += ", of which the answer needs at least one"
+            raise PromptTooLong(name, f"{len(token_ids)} tokens", reason)
+
+    def _check_token_ids(self, name: str, token_ids: Collection[int]) -> None:
+        """An id past the end would fail in the middle of a step."""
+        for outermost in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= outermost < self._vocab_size:
+                raise ConfigError(name, outermost, f"token ids must be within [0, {self._vocab_size})")
+
+    def _resolve(self, params: SamplingParams, structured_outputs_name: str) -> SamplingParams:
+        """`params` checked against the model, with bad words as token ids."""
+        self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_token_ids("logit_bias", params.logit_bias)
+        if params.structured_outputs is not None:
+            try:
+                grammar.check(params.structured_outputs)
+            except ConfigError as error:
+                field = error.field.replace("structured_outputs", structured_outputs_name, 1)
+                if structured_outputs_name != "structured_outputs":
+                    field = structured_outputs_name
+                raise ConfigError(field, error.value, error.reason) from error
+        if not params.bad_words:
+            return params
+        encode = partial(self._tokenizer.encode, add_special_tokens=False)
+        token_ids = bad_words_token_ids(params.bad_words, encode)
+        return msgspec.structs.replace(params, bad_words_token_ids=token_ids)
+
+    def _requests(
+        self, token_ids: list[int], params: SamplingParams, request_id: str, first_choice: int
+    ) -> list[EngineRequest]:
+        """One per choice, with a seed of its own. Choices are numbered from `first_choice` on."""
+        # More than fits is no error: the answer ends with "length" where the model ends.
+        max_tokens = min(params.max_tokens, self._max_model_len - len(token_ids))
+        requests = []
+        for i in range(params.n):
+            seed = params.seed_of_choice(i)
+            seed = self._seeds.getrandbits(63) if seed is None else seed
+            own = msgspec.structs.replace(params, max_tokens=max_tokens, seed=seed)
+            requests.append(EngineRequest(f"{request_id}-{first_choice + i}", token_ids, own))
+        return requests
+
+    def _tool_use(
+        self, chat: ChatInput
+    ) -> tuple[list[Mapping[str, Any]], dict[str, Any] | None, MakeToolParser | None]:
+        """The tools that the template shows, the schema of an answer that must call, and who finds the calls."""
+        functions = [tool["function"] for tool in chat.tools]
+        names = [function["name"] for function in functions]
+        if len(set(names)) < len(names):
+            raise ConfigError("tools", names, "must not hold two functions of the same name")
+        choice = chat.tool_choice
+        name = choice["function"]["name"] if isinstance(choice, Mapping) else None
+        if not functions and choice not in (None, "none", "auto"):
+            raise ConfigError("tool_choice", name or choice, "needs tools")
+        if name is not None and name not in names:
+            raise ConfigError("tool_choice", name, "is not one of the tools")
+        if not functions or choice == "none":
+            return [], None, None
+        tools = list(chat.tools)
+        if choice is None:
+            return tools, None, None
+        if name is not None:
+            schema = functions[names.index(name)].get("parameters") or NO_PARAMETERS
+            return tools, schema, partial(NamedParser, name)
+        if choice == "required":
+            schema = forced_calls_schema(functions, parallel=chat.parallel_tool_calls)
+            return tools, schema, partial(ObjectsParser, before="[", between=",")
+        template = self._tokenizer.chat_template
+        format = None if template is None else format_of(template.source)
+        if format is None:
+            raise ConfigError("tools", names, "this model's chat template has no format for calling them freely")
+        return tools, None, partial(free_parser, format, parallel=chat.parallel_tool_calls)
+
+
+def bad_words_token_ids(words: Sequence[str], encode: Callable[[str], list[int]]) -> tuple[tuple[int, ...], ...]:
+    """Each word as it is tokenized at the start of a text and, where that is another first token, after a space.
+
+    encode: without special tokens. vLLM's rule (`SamplingParams.update_from_tokenizer`).
+    """
+    sequences: list[tuple[int, ...]] = []
+    for word in words:
+        plain = tuple(encode(word.lstrip()))
+        spaced = tuple(encode(" " + word.lstrip()))
+        if plain:
+            sequences.append(plain)
+        if plain and spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+            sequences.append(spaced)
+    return tuple(sequences)
+
+
+def _normalized(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it: content as one text, arguments of tool calls as objects."""
+    content = message.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "\n".join(_text_of_part(f"messages[{i}].content[{j}]", part) for j, part in enumerate(content))
+    elif not isinstance(content, str | None):
+        raise ConfigError(f"messages[{i}].content", content, "must be a text or a list of text parts")
+    normalized = {**message, "content": content or ""}
+    calls = message.get("tool_calls")
+    if calls:
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise ConfigError(f"messages[{i}].tool_calls", calls, "must be a list of tool calls")
+        normalized["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+    return normalized
+
+
+def _text_of_part(name: str, part: Any) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise ConfigError(name, part, "must be a text part: {'type': 'text', 'text': …}")
+    text: str = part["text"]
+    return text
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """Templates write arguments with `tojson`, so they get them as an object, not as OpenAI's JSON text."""
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call  # whatever it is, the template judges it
+    return {**call, "function": {**call["function"], "arguments": arguments}}

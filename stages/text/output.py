@@ -1,0 +1,186 @@
+"""Tokens out: one answer's token deltas become text, decoded log-probabilities, tool calls and a finish reason.
+
+The one place where that happens: streams, whole responses and `LLM`'s results are all built from an OutputProcessor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from stagemesh.stages.messages.request import EngineRequest, LaneError, TokenDelta
+from stagemesh.stages.messages.step import TokenLogprobs
+from stagemesh.stages.text.detokenizer import StopStrings
+from stagemesh.stages.text.tokenizer import Tokenizer
+from stagemesh.stages.text.tool_calls import NamedParser, ToolCall, ToolCallDelta, ToolParser
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not know; vLLM's number."""
+
+
+class DecodedLogprob(msgspec.Struct, frozen=True):
+    """How likely the model found a token, with its text."""
+
+    token_id: int
+    token: str
+    """U+FFFD where it is part of a character only."""
+    bytes: bytes
+    logprob: float
+    """At least LEAST_LOGPROB."""
+    rank: int
+    """1 for the likeliest token."""
+    top: list[DecodedLogprob] = []
+    """The likeliest tokens, falling."""
+    offset: int = 0
+    """Characters of the answer before it."""
+
+
+class TextDelta(msgspec.Struct, frozen=True, gc=False):
+    """What became certain of one answer with some more tokens."""
+
+    index: int
+    """Which choice of the request."""
+    text: str
+    """Safe to show: no part of a character, nothing that may yet belong to a stop string or a tool call."""
+    token_ids: list[int]
+    """The new tokens; their text may still be held back."""
+    logprobs: list[DecodedLogprob] = []
+    """One per new token, if the request asked."""
+    tool_calls: list[ToolCallDelta] = []
+    finish_reason: str | None = None
+    """ "stop", "length" or "tool_calls" on the last delta."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a reader of text would see nothing new."""
+        return not (self.text or self.logprobs or self.tool_calls or self.finish_reason)
+
+
+class OutputProcessor:
+    """One answer: feed it every TokenDelta of its request; it gives TextDeltas, and holds the whole so far."""
+
+    def __init__(
+        self, index: int, request: EngineRequest, tokenizer: Tokenizer, tool_parser: ToolParser | None = None
+    ) -> None:
+        """tool_parser: finds the tool calls in the text, where the request offered tools."""
+        params = request.params
+        self.index = index
+        self.request = request
+        self.text = ""
+        """Without what belongs to tool calls."""
+        self.token_ids: list[int] = []
+        """All generated tokens, up to the one that ended the answer or completed a stop string."""
+        self.logprobs: list[DecodedLogprob] = []
+        """One per token id, if the request asked."""
+        self.prompt_logprobs: list[DecodedLogprob] | None = None
+        """One per prompt token after the first, if the request asked."""
+        self.tool_calls: list[ToolCall] = []
+        self.num_cached_tokens = 0
+        """Prompt tokens that came from the prefix cache."""
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        """The stop string or explicit stop token id that ended the answer; None for EOS and "length"."""
+        self._tokenizer = tokenizer
+        self._tool_parser = tool_parser
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
+        self._stops = StopStrings(params.stop, keep=params.include_stop_str_in_output) if params.stop else None
+        self._num_logprob_chars = 0
+
+    def process(self, delta: TokenDelta) -> TextDelta:
+        """Take the next tokens. Raises LaneError where they do not follow the last ones, or the lane gave up."""
+        self._check(delta)
+        if not self.token_ids:
+            self.num_cached_tokens = delta.num_cached_tokens
+            if delta.prompt_logprobs is not None:
+                self.prompt_logprobs = self._decode(delta.prompt_logprobs)
+                self._num_logprob_chars = 0  # offsets count the answer's characters
+        num_before = len(self.token_ids)
+        text = self._take_tokens(delta)
+        token_ids = self.token_ids[num_before:]
+        logprobs = self._decode((delta.logprobs or [])[: len(token_ids)])
+        self.logprobs += logprobs
+        if self._stops is not None and self._stops.hit is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stops.hit
+        elif delta.finish_reason is not None:
+            text += self._held_back()
+            self.finish_reason = delta.finish_reason
+            if delta.stop_token_id in self.request.params.stop_token_ids:
+                self.stop_reason = delta.stop_token_id
+        tool_calls: list[ToolCallDelta] = []
+        if self._tool_parser is not None:
+            text, tool_calls = self._parse_tool_calls(self._tool_parser, text)
+        self.text += text
+        return TextDelta(self.index, text, token_ids, logprobs, tool_calls, self.finish_reason)
+
+    def _check(self, delta: TokenDelta) -> None:
+        if delta.offset != len(self.token_ids):
+            reason = f"tokens came from {delta.offset} on, {len(self.token_ids)} was next"
+            raise LaneError("internal", f"request {self.request.request_id}: {reason}")
+        if delta.finish_reason == "error":
+            raise LaneError("internal", delta.error or "the lane failed")
+        if delta.finish_reason == "abort":
+            raise LaneError("lost", delta.error or "the lane gave the request up")
+
+    def _take_tokens(self, delta: TokenDelta) -> str:
+        """Text that became certain, up to a stop string."""
+        params = self.request.params
+        # The token that ended the answer is counted, and its text is not part of it unless that was asked for.
+        is_shown = delta.stop_token_id is None or params.include_stop_str_in_output
+        shown = delta.token_ids if is_shown else delta.token_ids[:-1]
+        if self._stops is None:
+            self.token_ids += delta.token_ids
+            return self._detokenizer.feed(shown)
+        text = ""
+        for token_id in shown:
+            self.token_ids.append(token_id)
+            new = self._detokenizer.feed((token_id,))
+            text += self._stops.feed(new) if len(self.token_ids) > params.min_tokens else new
+            if self._stops.hit is not None:
+                return text
+        self.token_ids += delta.token_ids[len(shown) :]
+        return text
+
+    def _held_back(self) -> str:
+        text = self._detokenizer.finish()
+        return text if self._stops is None else self._stops.feed(text) + self._stops.finish()
+
+    def _parse_tool_calls(self, parser: ToolParser, text: str) -> tuple[str, list[ToolCallDelta]]:
+        """Splits text into content and calls; turns the finish reason into "tool_calls" where there were some."""
+        content, deltas = parser.feed(text)
+        if self.finish_reason is not None:
+            last = parser.finish()
+            content, deltas = content + last.content, deltas + last.calls
+        for delta in deltas:
+            if delta.name is not None and delta.id is not None:
+                self.tool_calls.append(ToolCall(delta.id, delta.name, delta.arguments))
+            else:
+                call = self.tool_calls[-1]
+                self.tool_calls[-1] = ToolCall(call.id, call.name, call.arguments + delta.arguments)
+        # A caller who names the function knows what comes: OpenAI says "stop" there.
+        if self.finish_reason == "stop" and self.tool_calls and not isinstance(parser, NamedParser):
+            self.finish_reason = "tool_calls"
+        return content, deltas
+
+    def _decode(self, entries: Sequence[TokenLogprobs]) -> list[DecodedLogprob]:
+        decoded = []
+        for entry in entries:
+            tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
+            top = [self._logprob(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(tops, 1)]
+            decoded.append(self._logprob(entry.token_id, entry.logprob, entry.rank, top))
+            self._num_logprob_chars += len(decoded[-1].token)
+        return decoded
+
+    def _logprob(self, token_id: int, logprob: float, rank: int, top: Sequence[DecodedLogprob] = ()) -> DecodedLogprob:
+        data = self._tokenizer.token_bytes(token_id)
+        text = data.decode("utf-8", "replace")
+        return DecodedLogprob(
+            token_id, text, data, max(logprob, LEAST_LOGPROB), rank, list(top), self._num_logprob_chars
+        )
+
+
+def embedding_of(delta: TokenDelta) -> bytes:
+    """The vector that a lane sent: little-endian float32. Raises LaneError where it sent none."""
+    if not delta.embedding:
+        raise LaneError("internal", delta.error or f"request {delta.request_id}: the lane gave no vector")
+    return delta.embedding
