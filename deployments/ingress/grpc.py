@@ -206,6 +206,7 @@ async def _whole(
             finish_reason=one.finish_reason,
             logprobs=_logprobs(one.logprobs),
             prompt_logprobs=_logprobs(one.prompt_logprobs or ()),
+            token_ids=one.token_ids,
             **content(one),
         )
         for one in stream.choices
@@ -235,6 +236,7 @@ async def _chunks(
                     index=delta.index,
                     finish_reason=delta.finish_reason or "",
                     logprobs=_logprobs(delta.logprobs),
+                    token_ids=delta.token_ids,
                     **content(delta),
                 )
         yield chunk(id=stream.id, usage=_usage(stream))

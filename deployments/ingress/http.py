@@ -21,7 +21,7 @@ from stagemesh.deployments.ingress.service import GenerationStream, InferenceSer
 from stagemesh.deployments.ingress.sse import ChatChunks, ChunkWriter, CompletionChunks, event
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest
 from stagemesh.deployments.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
-from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest, InferenceRequest, OpenAIRequest
+from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest, InferenceRequest
 from stagemesh.deployments.openai.responses import (
     AssistantMessage,
     ChatChoice,
@@ -33,6 +33,7 @@ from stagemesh.deployments.openai.responses import (
     PromptLogprobs,
     ToolCall,
 )
+from stagemesh.deployments.openai.schema import OpenAIRequest
 from stagemesh.stages.text.output import OutputProcessor
 
 MAX_DISCARDED_BYTES = 32 << 20
@@ -203,16 +204,17 @@ def _response(
     body: InferenceRequest,
     stream: GenerationStream,
     writer: type[ChunkWriter],
-    whole: Callable[[GenerationStream], msgspec.Struct],
+    whole: Callable[[GenerationStream, bool], msgspec.Struct],
 ) -> Response:
     """The answer in the way that the request wants it."""
+    return_token_ids = body.return_token_ids is True
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage is True
-        return StreamedResponse(stream, writer(stream, include_usage=include_usage))
+        return StreamedResponse(stream, writer(stream, include_usage=include_usage, return_token_ids=return_token_ids))
 
     async def collected() -> msgspec.Struct:
         await stream.collect()
-        return whole(stream)
+        return whole(stream, return_token_ids)
 
     return WholeResponse(collected)
 
@@ -260,7 +262,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def _completion_response(stream: GenerationStream) -> CompletionResponse:
+def _completion_response(stream: GenerationStream, return_token_ids: bool) -> CompletionResponse:
     choices = [
         CompletionChoice(
             choice.index,
@@ -268,19 +270,22 @@ def _completion_response(stream: GenerationStream) -> CompletionResponse:
             choice.finish_reason,
             completion_logprobs(choice.logprobs) if choice.request.params.logprobs is not None else None,
             _prompt_logprobs(choice),
+            choice.token_ids if return_token_ids else msgspec.UNSET,
+            choice.request.prompt_token_ids if return_token_ids else msgspec.UNSET,
         )
         for choice in stream.choices
     ]
     return CompletionResponse(stream.id, stream.created, stream.model, choices, stream.usage)
 
 
-def _chat_response(stream: GenerationStream) -> ChatResponse:
+def _chat_response(stream: GenerationStream, return_token_ids: bool) -> ChatResponse:
     choices = [
         ChatChoice(
             choice.index,
             _assistant_message(choice),
             choice.finish_reason,
             chat_logprobs(choice.logprobs) if choice.request.params.logprobs is not None else None,
+            choice.token_ids if return_token_ids else msgspec.UNSET,
         )
         for choice in stream.choices
     ]
@@ -291,6 +296,7 @@ def _chat_response(stream: GenerationStream) -> ChatResponse:
         choices,
         stream.usage,
         prompt_logprobs=_prompt_logprobs(stream.choices[0]),
+        prompt_token_ids=stream.choices[0].request.prompt_token_ids if return_token_ids else msgspec.UNSET,
     )
 
 

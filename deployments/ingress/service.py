@@ -206,8 +206,7 @@ async def _generate(choice: OutputProcessor, lanes: LaneClient, metrics: Metrics
                 text_delta = choice.process(delta)
                 if text_delta.finish_reason is not None:
                     break
-                if not text_delta.is_empty:
-                    yield text_delta
+                yield text_delta
             else:
                 raise LaneError("lost", "the lane ended the answer before it was complete")
         # The lane is released before a slow client takes the last delta.

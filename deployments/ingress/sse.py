@@ -30,7 +30,9 @@ class ChunkWriter:
 
     object: str
 
-    def __init__(self, stream: GenerationStream, *, include_usage: bool) -> None:
+    def __init__(
+        self, stream: GenerationStream, *, include_usage: bool = False, return_token_ids: bool = False
+    ) -> None:
         head = _json(
             {
                 "id": stream.id,
@@ -43,18 +45,34 @@ class ChunkWriter:
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._stream = stream
         self._include_usage = include_usage
+        self._return_token_ids = return_token_ids
+        self._is_opened = [False] * len(stream.choices)
 
     def delta(self, delta: TextDelta) -> bytes:
-        """The event for new text of one choice."""
+        """The event for new tokens of one choice, behind the one that opens the choice if there is such a one."""
+        opening = b""
+        if not self._is_opened[delta.index]:
+            self._is_opened[delta.index] = True
+            opening = self._opening(delta.index)
         logprobs = b',"logprobs":' + self._logprobs(delta.logprobs) if delta.logprobs else _NO_LOGPROBS
-        choice = b'{"index":%d,%s%s%s' % (delta.index, self._content(delta), logprobs, _FINISH[delta.finish_reason])
-        return self._head + choice + self._tail
+        token_ids = b',"token_ids":' + _json(delta.token_ids) if self._return_token_ids else b""
+        choice = b'{"index":%d,%s%s%s%s' % (
+            delta.index,
+            self._content(delta),
+            logprobs,
+            token_ids,
+            _FINISH[delta.finish_reason],
+        )
+        return opening + self._head + choice + self._tail
 
     def end(self) -> bytes:
         """What follows the last piece: usage if it was asked for, and the end mark."""
         if not self._include_usage:
             return DONE
         return self._head + b'],"usage":' + _json(self._stream.usage) + b"}\n\n" + DONE
+
+    def _opening(self, index: int) -> bytes:
+        return b""
 
     def _content(self, delta: TextDelta) -> bytes:
         raise NotImplementedError
@@ -76,22 +94,14 @@ class CompletionChunks(ChunkWriter):
 class ChatChunks(ChunkWriter):
     object = "chat.completion.chunk"
 
-    def __init__(self, stream: GenerationStream, *, include_usage: bool) -> None:
-        super().__init__(stream, include_usage=include_usage)
-        self._opened = [False] * len(stream.choices)
-
-    def delta(self, delta: TextDelta) -> bytes:
-        """The event; before the first of a choice comes the one that opens the assistant's turn."""
-        if self._opened[delta.index]:
-            return super().delta(delta)
-        self._opened[delta.index] = True
+    def _opening(self, index: int) -> bytes:
+        """The assistant's turn begins."""
         opening = b'{"index":%d,"delta":{"role":"assistant","content":""}%s%s'
-        opening = opening % (delta.index, _NO_LOGPROBS, _FINISH[None])
-        return self._head + opening + self._tail + super().delta(delta)
+        return self._head + opening % (index, _NO_LOGPROBS, _FINISH[None]) + self._tail
 
     def _content(self, delta: TextDelta) -> bytes:
         parts = []
-        if delta.text:
+        if delta.text or not (delta.tool_calls or delta.finish_reason):
             parts.append(b'"content":' + _json(delta.text))
         if delta.tool_calls:
             parts.append(b'"tool_calls":' + _json([_tool_call(call) for call in delta.tool_calls]))

@@ -7,7 +7,6 @@ One rank runs inside the script's own process (local_lane.py); more become Ray a
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import uuid
 import weakref
@@ -26,6 +25,7 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.generation_config import default_sampling
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
+from stagemesh.deployments.offline.inbox import Inbox, LaneFailed, arrivals
 from stagemesh.deployments.offline.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -34,8 +34,8 @@ from stagemesh.deployments.offline.outputs import (
     RequestOutput,
     RequestState,
 )
-from stagemesh.stages.engine.engine import Engine, TokenSink
-from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenDelta
+from stagemesh.stages.engine.engine import Engine
+from stagemesh.stages.messages.request import EngineRequest, TokenDelta
 from stagemesh.stages.text.input import ChatInput, InputProcessor
 from stagemesh.stages.text.output import embedding_of
 from stagemesh.stages.text.tokenizer import Tokenizer
@@ -68,10 +68,6 @@ IGNORED_VLLM_ARGS = {
 """vLLM's arguments that say how it should work inside, not what to answer: taken, and logged as unused."""
 DTYPES = {"half": "float16", "float": "float32"}
 """vLLM's other names for them."""
-
-
-class LaneFailed(RuntimeError):
-    """The lane can run no further step. The message names the rank and the cause."""
 
 
 class OfflineLane(Protocol):
@@ -114,7 +110,7 @@ class LLM:
             max_model_len=self.config.max_model_len,
             seed=seed,
         )
-        self._inbox = _Inbox()
+        self._inbox = Inbox()
         self._lane = _start_lane(self.config, self._inbox)
         self._finalizer = weakref.finalize(self, _close_from_anywhere, self._lane)
         num_tokens = self._lane.num_blocks * self.config.block_size
@@ -170,6 +166,7 @@ class LLM:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Continue one conversation, or each of several, by the model's chat template.
@@ -185,6 +182,7 @@ class LLM:
                 messages=conversations[i],
                 tools=tools or (),
                 tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
                 add_generation_prompt=add_generation_prompt,
                 template_variables=chat_template_kwargs or {},
             )
@@ -288,57 +286,11 @@ class LLM:
                 started.append(request.request_id)
                 done = engine.generate(msgspec.structs.replace(request, reply_to=call))
                 done.add_done_callback(lambda done: arriving.put(error) if (error := done.exception()) else None)  # type: ignore[arg-type]
-            yield _arrivals(arriving)
+            yield arrivals(arriving)
         finally:
             self._inbox.close(call)
             for request_id in started:
                 engine.abort(request_id)
-
-
-class _Inbox(TokenSink):
-    """Tokens on their way from the engine's thread to the calls that wait for them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._calls: dict[str, queue.SimpleQueue[TokenDelta | Exception]] = {}
-        self._failure: LaneFailed | None = None
-
-    def open(self, call: str) -> queue.SimpleQueue[TokenDelta | Exception]:
-        with self._lock:
-            if self._failure is not None:
-                raise LaneFailed(str(self._failure))
-            return self._calls.setdefault(call, queue.SimpleQueue())
-
-    def close(self, call: str) -> None:
-        with self._lock:
-            self._calls.pop(call, None)
-
-    def fail(self, failure: LaneFailed) -> None:
-        """The first failure is the one that every call gets: what follows from it is not news."""
-        with self._lock:
-            if self._failure is None:
-                self._failure = failure
-                for arriving in self._calls.values():
-                    arriving.put(failure)
-
-    def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
-        arriving = self._calls.get(reply_to)
-        if arriving is None:
-            return False
-        for delta in deltas:
-            arriving.put(delta)
-        return True
-
-    def publish(self, stats: LaneStats) -> None:
-        pass
-
-
-def _arrivals(arriving: queue.SimpleQueue[TokenDelta | Exception]) -> Iterator[TokenDelta]:
-    while True:
-        delta = arriving.get()
-        if isinstance(delta, Exception):
-            raise delta
-        yield delta
 
 
 def _engine_args(model: str, dtype: Any, seed: int | None, given: Mapping[str, Any]) -> EngineArgs:
@@ -351,7 +303,7 @@ def _engine_args(model: str, dtype: Any, seed: int | None, given: Mapping[str, A
     return EngineArgs(model=model, dtype=DTYPES.get(dtype, dtype), seed=seed, **args)
 
 
-def _start_lane(config: EngineConfig, inbox: _Inbox) -> OfflineLane:
+def _start_lane(config: EngineConfig, inbox: Inbox) -> OfflineLane:
     def on_failure(reason: str) -> None:
         inbox.fail(LaneFailed(reason))
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import Pooling, PoolingParams
-from stagemesh.deployments.openai.requests import OpenAIRequest, one_or_many
+from stagemesh.deployments.openai.schema import OpenAIRequest, one_or_many
 
 MAX_INPUTS = 2048
 """OpenAI's limit."""

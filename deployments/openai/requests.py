@@ -1,20 +1,15 @@
-"""OpenAI's requests, in pydantic, whose errors name the field.
-
-A field that OpenAI or vLLM knows and stagemesh does not support is accepted at its neutral value and refused
-by name otherwise, so that no answer silently ignores what was asked. A field that nobody knows is refused as
-well, as by OpenAI. A null means the default.
-"""
+"""OpenAI's requests for text, in pydantic, and what they ask of the engine."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import pydantic
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import NO_LIMIT, SamplingParams, StructuredOutputsParams
+from stagemesh.deployments.openai.schema import OpenAIRequest, one_or_many
 from stagemesh.stages.text.input import ChatInput
 
 MAX_CHOICES = 256
@@ -40,47 +35,6 @@ _SAMPLING_FIELDS = (
     "repetition_penalty",
     "prompt_logprobs",
 )
-
-# Neutral values of fields that are known and not supported; None is neutral everywhere.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "cache_salt": (),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "length_penalty": (1,),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "priority": (0,),
-    "prompt_embeds": (),
-    "reasoning_effort": (),
-    "return_token_ids": (False,),
-    "service_tier": ("auto", "default"),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "suffix": ("",),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-# Known, and without effect on an answer.
-_IGNORED = {
-    "metadata",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "request_id",
-    "safety_identifier",
-    "session_id",
-}
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -122,38 +76,6 @@ class StructuredOutputs(pydantic.BaseModel):
     json_object: bool | None = None
 
 
-class OpenAIRequest(pydantic.BaseModel):
-    """What all kinds of request share. None means not given."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
-    model: str | None = None
-    """One of the served names; may be left out."""
-    user: str | None = None
-    """Taken, without effect."""
-
-    @classmethod
-    def parse(cls, body: bytes | dict[str, Any]) -> Self:
-        """From a JSON body or a dict of fields. Raises ConfigError naming the first field that is wrong."""
-        try:
-            request = cls.model_validate(body) if isinstance(body, dict) else cls.model_validate_json(body)
-        except pydantic.ValidationError as error:
-            raise _config_error(error) from None
-        request._check()
-        return request
-
-    def _check(self) -> None:
-        """What the types do not say. Raises ConfigError."""
-        for name, value in (self.model_extra or {}).items():
-            if name in _NEUTRAL:
-                if value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
-                    raise ConfigError(name, value, "is not supported")
-            elif name not in _IGNORED:
-                near = difflib.get_close_matches(name, type(self).model_fields, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(name, value, f"is not a known request field{hint}")
-
-
 class InferenceRequest(OpenAIRequest):
     """What both kinds of generation share."""
 
@@ -177,6 +99,8 @@ class InferenceRequest(OpenAIRequest):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    """vLLM's: the token ids of prompt and answer beside their text."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     n: int | None = None
@@ -381,19 +305,6 @@ class ChatRequest(InferenceRequest):
         )
 
 
-def one_or_many(field: str, given: Any) -> Sequence[str | list[int]]:
-    """A string, a list of strings, a list of token ids or a list of such lists, as a list. Raises ConfigError."""
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given, list) and given:
-        if _all_of(int, given):
-            return [given]
-        if _all_of(str, given) or (_all_of(list, given) and all(_all_of(int, ids) for ids in given)):
-            return given
-    allowed = "a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
-    raise ConfigError(field, given, f"must be {allowed}")
-
-
 def _check_range(name: str, value: int | None, least: int, most: int) -> None:
     if value is not None and not least <= value <= most:
         raise ConfigError(name, value, f"must be within [{least}, {most}]")
@@ -402,35 +313,3 @@ def _check_range(name: str, value: int | None, least: int, most: int) -> None:
 def _check_count(name: str, values: Sequence[str], most: int, what: str) -> None:
     if len(values) > most:
         raise ConfigError(name, len(values), f"must not hold more than {most} {what}")
-
-
-def _all_of(kind: type, values: list[Any]) -> bool:
-    # `type is` rather than isinstance: JSON's true is no token id.
-    return all(type(value) is kind for value in values)
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    # Python's 0 == False would let logprobs=0, which asks for something, pass as logprobs=false.
-    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
-
-
-def _config_error(error: pydantic.ValidationError) -> ConfigError:
-    """The first wrong field in our own words: "messages[0].content", not pydantic's location tuple."""
-    problems = error.errors(include_url=False, include_context=False)
-    problem = problems[0]
-    if problem["type"] == "json_invalid":
-        reason = problem["msg"].removeprefix("Invalid JSON: ")
-        return ConfigError("", None, f"the body is not valid JSON: {reason}")
-    if not problem["loc"]:
-        return ConfigError("", None, "the body must be a JSON object")
-    # A union reports every branch; the one that got deepest is the one that was meant.
-    problem = max((p for p in problems if p["loc"][0] == problem["loc"][0]), key=lambda p: len(p["loc"]))
-    field = ""
-    for part in problem["loc"]:
-        if isinstance(part, int):
-            field += f"[{part}]"
-        elif part.isidentifier() and part != "str":  # "str" and "list[str]" are branches, not fields
-            field += f".{part}" if field else part
-    if problem["type"] == "missing":
-        return ConfigError(field, None, "is required")
-    return ConfigError(field, problem["input"], problem["msg"].lower())

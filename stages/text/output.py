@@ -51,11 +51,6 @@ class TextDelta(msgspec.Struct, frozen=True, gc=False):
     finish_reason: str | None = None
     """ "stop", "length" or "tool_calls" on the last delta."""
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether a reader of text would see nothing new."""
-        return not (self.text or self.logprobs or self.tool_calls or self.finish_reason)
-
 
 class OutputProcessor:
     """One answer: feed it every TokenDelta of its request; it gives TextDeltas, and holds the whole so far."""
