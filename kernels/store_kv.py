@@ -24,8 +24,8 @@ def store_kv(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
 
 
 def store_kv_torch(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
-    _, sides, num_kv_heads, block_size, _ = cache.shape
-    rows = slot_rows(slots, sides * num_kv_heads, block_size)
+    _, kv_factor, num_kv_heads, block_size, _ = cache.shape
+    rows = slot_rows(slots, kv_factor * num_kv_heads, block_size)
     store_kv_rows(kv, cache, rows)
 
 

@@ -105,7 +105,7 @@ class Checkpoint:
             self._open[file] = safe_open(str(file), framework="pt")
         return self._open[file].get_slice(name)
 
-    def names_left(self) -> set[str]:
+    def unread(self) -> set[str]:
         """Tensors of the checkpoint that nobody has read."""
         return self._file_of.keys() - self._read
 

@@ -14,12 +14,10 @@ whom: no counts travel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from stagemesh.config.model import MoeConfig
+from stagemesh.config.model import MoeConfig, MoeNames
 from stagemesh.config.parallel import expert_range
 from stagemesh.kernels.linear import linear, pack_weight
 from stagemesh.kernels.moe import apply_experts, moe_experts, top_k_in_groups, top_k_softmax
@@ -33,21 +31,6 @@ MIN_DISPATCH_TOKENS = 1024
 shared machine, hidden 512: at 256 tokens the two ways are equal within the noise on 4 to 8 ranks (1.35 on 2), below it
 replicating wins by its one collective against three; at 1024 dispatching takes 0.7 of the time on 6 and 8 ranks, as
 much on 4, 1.2 times as much on 2; at 4096 it takes 0.5 on 8, 0.5 to 0.8 on 4 and 0.95 on 2. Not yet on NCCL."""
-
-
-@dataclass(frozen=True)
-class MoENames:
-    """What a family calls the tensors of a mixture, below the layer's own name."""
-
-    router: str
-    expert: str
-    """With a {} for the number of the expert."""
-    projections: tuple[str, str, str]
-    """gate, up, down of an expert."""
-    shared_expert: str = ""
-    shared_gate: str = ""
-    choice_bias: str = ""
-    """Added to the scores, for the choice of experts alone."""
 
 
 class Experts:
@@ -106,7 +89,7 @@ class MoE:
     def __init__(
         self,
         name: str,
-        names: MoENames,
+        names: MoeNames,
         moe: MoeConfig,
         hidden_size: int,
         tp: TensorShard,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from stagemesh.config.model import RopeConfig
+from stagemesh.config.rope import RopeConfig
 
 
 class RotaryTable:
