@@ -32,9 +32,9 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
             reason += f"; {', '.join(pickles)} may run code when read and is not accepted, convert it"
         raise ConfigError("model", str(folder), reason)
     files = {tensor: folder / shard for tensor, shard in _weight_map(folder / INDEX_FILE).items()}
-    held = {path: _tensor_names(path) for path in sorted(set(files.values()))}
+    tensors_of = {path: _tensor_names(path) for path in sorted(set(files.values()))}
     for tensor, path in files.items():
-        if tensor not in held[path]:
+        if tensor not in tensors_of[path]:
             raise _broken(path, f"does not hold {tensor!r}, which {INDEX_FILE} promises")
     return files
 

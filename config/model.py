@@ -282,10 +282,10 @@ def even(name: str, dim: int) -> int:
 
 
 def _eos_token_ids(raw: dict[str, Any]) -> list[int]:
-    given = raw.get("eos_token_id")
-    ids = given if isinstance(given, list) else [] if given is None else [given]
+    value = raw.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
-        raise ConfigError("eos_token_id", given, "must be a token id, a list of token ids, or null")
+        raise ConfigError("eos_token_id", value, "must be a token id, a list of token ids, or null")
     return ids
 
 

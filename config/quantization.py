@@ -73,23 +73,23 @@ class Quantization:
         return kind if kind == self.method else f"{self.method} {kind}"
 
 
-def resolve_quantization(asked: QuantizationName, found: Quantization | None) -> Quantization | None:
-    """What a model runs in: `found` in its checkpoint, or online when it is not quantized and `asked` is 8-bit.
+def resolve_quantization(requested: QuantizationName, stored: Quantization | None) -> Quantization | None:
+    """What a model runs in: `stored` in its checkpoint, or online when it is not quantized and `requested` is 8-bit.
 
-    Raises ConfigError when `asked` contradicts the checkpoint.
+    Raises ConfigError when `requested` contradicts the checkpoint.
     """
-    if asked == "auto":
-        return found
-    if found is None:
-        if asked == "fp8" or asked == "int8":
-            return Quantization(method=asked, format=W8A8(kind=asked, online=True))
-        reason = f"the checkpoint is not quantized; `stagemesh quantize MODEL --to {asked} --out DIR` makes one that is"
-        if asked == "compressed-tensors":
+    if requested == "auto":
+        return stored
+    if stored is None:
+        if requested == "fp8" or requested == "int8":
+            return Quantization(method=requested, format=W8A8(kind=requested, online=True))
+        reason = f"the checkpoint is not quantized; `stagemesh quantize MODEL --to {requested} --out DIR` makes one that is"
+        if requested == "compressed-tensors":
             reason = "the checkpoint is not quantized; fp8 and int8 quantize while loading"
-        raise ConfigError("quantization", asked, reason)
-    if asked not in (found.method, getattr(found.format, "kind", None)):
-        raise ConfigError("quantization", asked, f"the checkpoint is {found.description}; auto takes it as it is")
-    return found
+        raise ConfigError("quantization", requested, reason)
+    if requested not in (stored.method, getattr(stored.format, "kind", None)):
+        raise ConfigError("quantization", requested, f"the checkpoint is {stored.description}; auto takes it as it is")
+    return stored
 
 
 def read_quantization(raw: Mapping[str, Any] | None) -> Quantization | None:
@@ -167,21 +167,21 @@ class _CompressedTensorsJson(_Json):
     transform_config: dict[str, Any] | None = None
 
     def resolve(self) -> Quantization:
-        for name, given in (("sparsity_config", self.sparsity_config), ("transform_config", self.transform_config)):
-            if given and given.get("format", "") != "dense":
-                raise ConfigError(name, given, "not supported")
+        for name, section in (("sparsity_config", self.sparsity_config), ("transform_config", self.transform_config)):
+            if section and section.get("format", "") != "dense":
+                raise ConfigError(name, section, "not supported")
         if len(self.config_groups) != 1:
             raise ConfigError("config_groups", sorted(self.config_groups), "one group for all layers is supported")
         group = _ConfigGroup.parse(next(iter(self.config_groups.values())))
         if group.targets != ["Linear"]:
             raise ConfigError("targets", group.targets, 'supported is ["Linear"], with `ignore` for exceptions')
         weights, inputs = _Values.parse(group.weights), _Values.parse(group.input_activations)
-        format = _eight_bit(weights, inputs)
+        format = _w8a8(weights, inputs)
         dense = [name.removeprefix("re:") if name.startswith("re:") else _exact(name) for name in self.ignore or []]
         return Quantization(method="compressed-tensors", format=format, dense=tuple(dense))
 
 
-def _eight_bit(weights: _Values, inputs: _Values) -> W8A8:
+def _w8a8(weights: _Values, inputs: _Values) -> W8A8:
     if weights.type != inputs.type:
         raise ConfigError("type", inputs.type, f"weights are {weights.type}; both must be alike")
     if weights.dynamic:

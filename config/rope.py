@@ -78,16 +78,16 @@ class _RopeJson(Settings):
             "dynamic": ("factor",),
             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         }[self.rope_type]
-        given = {name: getattr(self, name) for name in needed}
-        for name, value in given.items():
+        values = {name: getattr(self, name) for name in needed}
+        for name, value in values.items():
             if value is None:
                 raise ConfigError(name, None, f"is required by rope_type={self.rope_type!r}")
-        if self.rope_type == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
-            allowed = f"must be above low_freq_factor={given['low_freq_factor']}"
-            raise ConfigError("high_freq_factor", given["high_freq_factor"], allowed)
+        if self.rope_type == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+            allowed = f"must be above low_freq_factor={values['low_freq_factor']}"
+            raise ConfigError("high_freq_factor", values["high_freq_factor"], allowed)
         if self.rope_type == "dynamic":
-            given["original_max_position_embeddings"] = max_position_embeddings
-        return RopeConfig(theta=self.rope_theta, kind=self.rope_type, **given)
+            values["original_max_position_embeddings"] = max_position_embeddings
+        return RopeConfig(theta=self.rope_theta, kind=self.rope_type, **values)
 
     def _yarn(self, max_position_embeddings: int) -> RopeConfig:
         original = self.original_max_position_embeddings or max_position_embeddings

@@ -84,9 +84,9 @@ class Checkpoint:
         dtype = dtype or self.dtype
         try:
             source = self._slice(name)
-            found = tuple(source.get_shape())
-            if found != shape:
-                reason = f"{name!r} in {file.name} has shape {list(found)}, config.json asks for {list(shape)}"
+            stored_shape = tuple(source.get_shape())
+            if stored_shape != shape:
+                reason = f"{name!r} in {file.name} has shape {list(stored_shape)}, config.json asks for {list(shape)}"
                 raise ConfigError("model", str(self._folder), reason)
             tensor: Tensor = source[part] if part or not shape else source[:]
         except (SafetensorError, OSError) as error:

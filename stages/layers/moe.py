@@ -52,7 +52,7 @@ class Experts:
         self.intermediate_size = intermediate_size
         self.local_experts = local_experts
         self.part = shard_slice(intermediate_size, shard)
-        # Dense weights are stacked, as a kernel for all experts at once wants them; formats keep theirs apart.
+        # Dense weights are stacked, as a kernel for all experts at once wants them; quantized ones stay unfused.
         self.unfused_experts: list[GatedMLP] | None = None
         if not isinstance(make_method(f"{self.names[0]}.{projections[0]}"), DenseMethod):
             sizes = (hidden_size, intermediate_size, shard)
@@ -194,9 +194,9 @@ class MoE:
         results = self.experts(arrived, weights.flatten()[pairs, None], expert_ids.flatten()[pairs, None])
         returned = self.tp.group.all_to_all(results, receives, sends)
 
-        mine = x.new_zeros(share * top_k, x.shape[1])
-        mine[order] = returned
-        return self.tp.group.all_gather(mine.view(share, top_k, x.shape[1]).sum(1), 0)[:num_tokens]
+        shares = x.new_zeros(share * top_k, x.shape[1])
+        shares[order] = returned
+        return self.tp.group.all_gather(shares.view(share, top_k, x.shape[1]).sum(1), 0)[:num_tokens]
 
 
 def should_dispatch(num_tokens: int, size: int) -> bool:

@@ -60,7 +60,7 @@ def linear_methods(quantization: Quantization | None) -> LinearMethodFactory:
 
 
 @dataclass(frozen=True, slots=True)
-class _EightBitPiece:
+class _W8A8Piece:
     """Parts that share their activations' scale, as w8a8_linear takes them."""
 
     weight: Tensor
@@ -74,7 +74,7 @@ class W8A8Method:
     def __init__(self, format: W8A8) -> None:
         self.format = format
         self.dtype = FP8 if format.kind == "fp8" else torch.int8
-        self.pieces: list[_EightBitPiece] = []
+        self.pieces: list[_W8A8Piece] = []
         self.padding = (0, 0)
         """Zeros before and after this rank's inputs, which complete its first and last group."""
         self.bias: Tensor | None = None
@@ -99,15 +99,15 @@ class W8A8Method:
         outputs = [w8a8_linear(x, p.weight, p.scale, p.input_scale) for p in self.pieces]
         return add_bias(outputs, self.bias)
 
-    def _read(self, checkpoint: Checkpoint, parts: list[WeightShard], input_scale: float | None) -> _EightBitPiece:
+    def _read(self, checkpoint: Checkpoint, parts: list[WeightShard], input_scale: float | None) -> _W8A8Piece:
         if self.format.online:
-            return _EightBitPiece(*_read_quantized(checkpoint, parts, self.dtype), None)
+            return _W8A8Piece(*_read_quantized(checkpoint, parts, self.dtype), None)
         weight = read_weight(checkpoint, parts, self.dtype)
         if any(self.padding):
             # torch pads bytes, not fp8; the byte 0 is the number 0 in both types.
             weight = pad(weight.view(torch.uint8), self.padding).view(self.dtype)
         scale = torch.cat([self._read_scale(checkpoint, part) for part in parts])
-        return _EightBitPiece(weight, scale, None if input_scale is None else scale.new_tensor(input_scale))
+        return _W8A8Piece(weight, scale, None if input_scale is None else scale.new_tensor(input_scale))
 
     def _read_scale(self, checkpoint: Checkpoint, part: WeightShard) -> Tensor:
         """float32 [rows, groups]."""
@@ -130,7 +130,7 @@ class W8A8Method:
 
 
 @dataclass(frozen=True, slots=True)
-class _FourBitPiece:
+class _W4A16Piece:
     """Parts whose inputs lie in the same groups, as int4_linear takes them."""
 
     weight: Tensor
@@ -139,12 +139,12 @@ class _FourBitPiece:
     groups: Tensor
 
     @staticmethod
-    def join(pieces: list[_FourBitPiece]) -> _FourBitPiece:
+    def join(pieces: list[_W4A16Piece]) -> _W4A16Piece:
         """One for all, of the same groups."""
         if len(pieces) == 1:
             return pieces[0]
         weights, scales, zeros = ([getattr(p, name) for p in pieces] for name in ("weight", "scales", "zeros"))
-        return _FourBitPiece(torch.cat(weights, 1), torch.cat(scales, 1), torch.cat(zeros, 1), pieces[0].groups)
+        return _W4A16Piece(torch.cat(weights, 1), torch.cat(scales, 1), torch.cat(zeros, 1), pieces[0].groups)
 
 
 class W4A16Method:
@@ -152,13 +152,13 @@ class W4A16Method:
 
     def __init__(self, format: W4A16) -> None:
         self.format = format
-        self.pieces: list[_FourBitPiece] = []
+        self.pieces: list[_W4A16Piece] = []
         self.bias: Tensor | None = None
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
         read = self._read_awq if self.format.layout == "awq" else self._read_gptq
         alike = groupby([read(checkpoint, part) for part in parts], lambda piece: piece.groups.tolist())
-        self.pieces = [_FourBitPiece.join(list(group)) for _, group in alike]
+        self.pieces = [_W4A16Piece.join(list(group)) for _, group in alike]
         self.bias = read_bias(checkpoint, parts) if with_bias else None
 
     def dequantize(self) -> Tensor:
@@ -168,7 +168,7 @@ class W4A16Method:
         outputs = [int4_linear(x, p.weight, p.scales, p.zeros, p.groups) for p in self.pieces]
         return add_bias(outputs, self.bias)
 
-    def _read_awq(self, checkpoint: Checkpoint, part: WeightShard) -> _FourBitPiece:
+    def _read_awq(self, checkpoint: Checkpoint, part: WeightShard) -> _W4A16Piece:
         """qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]."""
         name = part.name
         _check_packed(name, "out_features", part.out_features)
@@ -186,9 +186,9 @@ class W4A16Method:
             qweight = checkpoint.read(f"{name}.qweight", (part.in_features, packed), (inputs, words), torch.int32)
             target.copy_(_pack(unpack_columns(qweight, AWQ_ORDER)[:, features]))
         zeros = unpack_columns(qzeros, AWQ_ORDER)[:, features]
-        return _FourBitPiece(weight, scales, zeros.contiguous(), groups.to(scales.device))
+        return _W4A16Piece(weight, scales, zeros.contiguous(), groups.to(scales.device))
 
-    def _read_gptq(self, checkpoint: Checkpoint, part: WeightShard) -> _FourBitPiece:
+    def _read_gptq(self, checkpoint: Checkpoint, part: WeightShard) -> _W4A16Piece:
         """qweight [in / 8, out], qzeros [groups, out / 8], scales [groups, out], g_idx [in].
 
         With act-order the inputs of a rank lie in any of the groups: it reads those between the first and the last.
@@ -220,7 +220,7 @@ class W4A16Method:
                 target.copy_(_pack(unpack_rows(checkpoint.read(*tensor, (rows, features_out), torch.int32))[features]))
         # The first version stores zeros less 1, and 0 as 15.
         zeros = (unpack_columns(qzeros)[:, outputs] + self.format.zero_offset) & 15
-        return _FourBitPiece(weight, scales, zeros, groups.to(scales.device))
+        return _W4A16Piece(weight, scales, zeros, groups.to(scales.device))
 
     def _consecutive_groups(self, part: WeightShard) -> tuple[int, Tensor]:
         """How many groups the matrix has, and the group of each of the rank's inputs, where they follow one another."""

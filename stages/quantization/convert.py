@@ -95,7 +95,7 @@ def quantize_checkpoint(
             source.done |= replaced
             writer.add({name: source.like_before(name, tensor) for name, tensor in tensors.items()})
             report(done, config.num_layers)
-        for name, tensor in source.rest():
+        for name, tensor in source.remaining():
             writer.add({name: tensor})
     writer.finish()
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -136,14 +136,14 @@ def quantization_config(recipe: Recipe, group_size: int) -> dict[str, Any]:
     }
 
 
-def fitting_group_size(asked: int, shapes: dict[str, tuple[int, ...]]) -> int:
-    """`asked`, halved until it divides the inputs of every layer. ConfigError names one that it cannot."""
-    size = asked
+def fitting_group_size(group_size: int, shapes: dict[str, tuple[int, ...]]) -> int:
+    """`group_size`, halved until it divides the inputs of every layer. ConfigError names one that it cannot."""
+    size = group_size
     for name, (outputs, inputs) in shapes.items():
         while inputs % size:
             size //= 2
             if size < MIN_GROUP_SIZE:
-                raise ConfigError("group_size", asked, f"no half of it divides the {inputs} inputs of {name}")
+                raise ConfigError("group_size", group_size, f"no half of it divides the {inputs} inputs of {name}")
         if outputs % PER_WORD or inputs % PER_WORD:
             raise ConfigError("to", name, f"is {outputs}x{inputs}; 4-bit layouts pack multiples of {PER_WORD}")
     return size
@@ -179,11 +179,11 @@ def _convert_layer(
     elif recipe.to == "gptq":
         tensors = _gptq_layer(methods, group_size, recipe.act_order)
     else:
-        tensors = _eight_bit_layer(methods, recipe)
+        tensors = _w8a8_layer(methods, recipe)
     return tensors, replaced | (tensors.keys() - replaced)
 
 
-def _eight_bit_layer(methods: list[RecordingMethod], recipe: Recipe) -> dict[str, Tensor]:
+def _w8a8_layer(methods: list[RecordingMethod], recipe: Recipe) -> dict[str, Tensor]:
     dtype = FP8 if recipe.to == "fp8" else torch.int8
     tensors: dict[str, Tensor] = {}
     for method in methods:
@@ -319,7 +319,7 @@ class _Source:
                 raise ConfigError("model", name, "holds several experts in one tensor, which no quantized layout does")
         return shapes
 
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
+    def remaining(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._file_of:
             if name not in self.done:
                 yield name, self._read(name)
@@ -344,8 +344,8 @@ class _ShardWriter:
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            held = sum(t.nbytes for t in self._waiting.values())
-            if self._waiting and held + tensor.nbytes > self._shard_bytes:
+            num_bytes = sum(t.nbytes for t in self._waiting.values())
+            if self._waiting and num_bytes + tensor.nbytes > self._shard_bytes:
                 self._write()
             self._waiting[name] = tensor
 
@@ -361,7 +361,7 @@ class _ShardWriter:
         return self._folder / f"shard-{number}.unfinished"
 
     def finish(self) -> None:
-        """Write what is left and give the files their names, which say how many there are."""
+        """Write the last tensors and give the files their names, which say how many there are."""
         self._write()
         count = len(self._shards)
         if count == 1:
