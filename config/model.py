@@ -25,7 +25,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeConfig:
-    """The mixture of experts that takes the place of the MLP in some layers."""
+    """A mixture of experts in place of the MLP in some layers."""
 
     num_experts: int
     top_k: int
@@ -33,17 +33,17 @@ class MoeConfig:
     intermediate_size: int
     """Of one expert."""
     norm_topk_prob: bool
-    """Whether the weights of a token's experts are scaled to add up to 1."""
+    """Whether a token's weights are scaled to add up to 1."""
     shared_intermediate_size: int
-    """Of the expert that every token goes through; 0 = there is none."""
+    """Of the expert that all tokens share; 0 = none."""
     layers: frozenset[int]
     """Which layers; the others have a plain MLP of the model's intermediate_size."""
     shared_gate: bool = False
     """Whether a gate of its own weighs the shared expert (Qwen2-MoE)."""
     sigmoid: bool = False
-    """Experts are scored one by one, with a bias that only matters to the choice (DeepSeek-V3); else by softmax."""
+    """Score by sigmoid, with a bias that only affects the choice (DeepSeek-V3); else by softmax."""
     num_groups: int = 1
-    """The experts are in so many groups of which only the best top_groups are chosen from (DeepSeek)."""
+    """Groups of experts, of which the best top_groups are chosen from (DeepSeek)."""
     top_groups: int = 1
     weight_scale: float = 1.0
     """What all weights are multiplied with in the end."""
@@ -58,7 +58,7 @@ class MoeConfig:
 
 @dataclass(frozen=True)
 class MoeNames:
-    """What a family calls the tensors of a mixture, below the layer's own name."""
+    """A family's names for the tensors of a mixture, below the layer's name."""
 
     router: str
     expert: str
@@ -73,22 +73,22 @@ class MoeNames:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlaConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are projections of a short
-    vector, and that is what the cache holds.
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): the cache holds a short vector that keys and
+    values are projections of.
     """
 
     q_lora_rank: int | None
-    """Width of the latent that queries are projected from; None = straight from the hidden state."""
+    """Width of the queries' latent; None = projected from the hidden state."""
     kv_lora_rank: int
     """Width of the latent of keys and values."""
     qk_nope_head_dim: int
-    """Features of a key without position; qk_rope_head_dim ones with it come behind, the same for all heads."""
+    """Features of a key without position; qk_rope_head_dim with it follow, shared by all heads."""
     qk_rope_head_dim: int
     v_head_dim: int
     scale: float
     """What scores are multiplied with before the softmax."""
     rope_interleave: bool
-    """Whether rotary pairs are neighbours in the checkpoint, not half the dim apart."""
+    """Whether the checkpoint's rotary pairs are neighbours, not half the dim apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +120,9 @@ class ModelConfig:
     moe: MoeConfig | None = None
     """None = every layer has a plain MLP."""
     mla: MlaConfig | None = None
-    """Latent attention. Its cache has one KV head, of head_dim = kv_lora_rank + qk_rope_head_dim features, which is
-    key and value in one. None = grouped-query attention."""
+    """Latent attention: one KV head of kv_lora_rank + qk_rope_head_dim features, key and value in one. None =
+    grouped-query attention.
+    """
     torch_dtype: DType
     """What the weights are stored in; float32 where config.json does not say."""
     eos_token_ids: tuple[int, ...] = ()
@@ -146,7 +147,7 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """Most positions that RoPE can be stretched to; max_position_embeddings where it is not."""
+        """Most positions that RoPE stretches to."""
         if self.rope.kind in ("dynamic", "yarn"):
             stretched = int(self.rope.original_max_position_embeddings * self.rope.factor)
             return max(self.max_position_embeddings, stretched)
@@ -160,9 +161,8 @@ class ModelConfig:
         """
         folder = Path(path)
         raw = _read_json(folder / "config.json")
-        generation = {}
-        if (folder / "generation_config.json").exists():
-            generation = _read_json(folder / "generation_config.json")
+        generation_file = folder / "generation_config.json"
+        generation = _read_json(generation_file) if generation_file.exists() else {}
         try:
             eos_token_ids = dict.fromkeys(_eos_token_ids(generation) + _eos_token_ids(raw))
             return replace(_read_family(raw).resolve(), eos_token_ids=tuple(eos_token_ids))
@@ -173,9 +173,9 @@ class ModelConfig:
 class Family(Settings):
     """A model family: the keys that it reads from config.json, what they come to, and its decoder layer.
 
-    A family is a subclass in a file of stages/models/ and a line in config/families.py. It declares the keys that it
-    reads beside these, and replaces in `resolve` what is different with it; other keys are ignored. Processes
-    without tensors import the file: it imports torch, and layers, only inside of `decoder_layer`.
+    A subclass in a file of stages/models/ and a line in config/families.py. It declares the keys that it reads beside
+    these, and `resolve` replaces what differs from a plain model; other keys are ignored. Processes without tensors
+    import the file, so it imports torch and layers only inside of functions.
     """
 
     model_config = pydantic.ConfigDict(extra="ignore")

@@ -1,7 +1,6 @@
 """Formats in which a checkpoint stores its linear layers, read from the `quantization_config` of config.json.
 
-Nothing here touches tensors: what a format asks of the loader is said in a few words (`Quantization`), and
-whatever would change the answers without being understood is refused by name. Layouts:
+What would change the answers without being understood is refused by name. Layouts:
 
 - `fp8`: Hugging Face's fine-grained FP8 (DeepSeek-V3) with `weight_scale_inv`, and AutoFP8's per-tensor one.
 - `compressed-tensors`: FP8 and INT8 weights with activations of the same type.
@@ -32,11 +31,11 @@ class W8A8:
     kind: Literal["fp8", "int8"]
     """fp8 is e4m3fn."""
     weights: Literal["tensor", "channel", "block"] = "channel"
-    """What shares a weight scale: a matrix, an output feature, or a block of both."""
+    """What shares a weight scale."""
     block: tuple[int, int] = (128, 128)
     """Output and input features of a block; activations then have a scale per token and block of inputs."""
     static_activations: bool = False
-    """One activation scale per layer from the checkpoint; otherwise one per token, computed."""
+    """One activation scale per layer, from the checkpoint; else one per token, computed."""
     online: bool = False
     """The checkpoint is not quantized; weights are, while they are loaded."""
 
@@ -60,7 +59,7 @@ class Quantization:
     """The checkpoint's `quant_method`; "fp8" or "int8" when online."""
     format: W8A8 | W4A16
     dense: tuple[str, ...] = ()
-    """Regular expressions, matched from the start of a layer's name: layers that stay as they are."""
+    """Regular expressions for the names of layers that stay dense, matched from the start."""
 
     def covers(self, layer: str) -> bool:
         """Whether `layer` (`model.layers.0.mlp.down_proj`) is quantized."""
@@ -74,19 +73,18 @@ class Quantization:
 
 
 def resolve_quantization(requested: QuantizationName, stored: Quantization | None) -> Quantization | None:
-    """What a model runs in: `stored` in its checkpoint, or online when it is not quantized and `requested` is 8-bit.
-
-    Raises ConfigError when `requested` contradicts the checkpoint.
+    """The format that a model runs in: `stored` in its checkpoint, or an online 8-bit one. ConfigError when
+    `requested` contradicts the checkpoint.
     """
     if requested == "auto":
         return stored
     if stored is None:
         if requested == "fp8" or requested == "int8":
             return Quantization(method=requested, format=W8A8(kind=requested, online=True))
-        reason = f"the checkpoint is not quantized; `stagemesh quantize MODEL --to {requested} --out DIR` makes one that is"
+        remedy = f"`stagemesh quantize MODEL --to {requested} --out DIR` makes one that is"
         if requested == "compressed-tensors":
-            reason = "the checkpoint is not quantized; fp8 and int8 quantize while loading"
-        raise ConfigError("quantization", requested, reason)
+            remedy = "fp8 and int8 quantize while loading"
+        raise ConfigError("quantization", requested, f"the checkpoint is not quantized; {remedy}")
     if requested not in (stored.method, getattr(stored.format, "kind", None)):
         raise ConfigError("quantization", requested, f"the checkpoint is {stored.description}; auto takes it as it is")
     return stored
@@ -104,7 +102,7 @@ def read_quantization(raw: Mapping[str, Any] | None) -> Quantization | None:
 
 
 class _Json(Settings):
-    """Keys that say how, not what, was quantized (damping, dataset, versions, …) are not read."""
+    """Keys about how it was quantized (damping, dataset, versions, …) are not read."""
 
     model_config = pydantic.ConfigDict(extra="ignore")
 
@@ -257,5 +255,5 @@ def _exact_names(names: list[str] | None) -> tuple[str, ...]:
 
 
 def _parts_of_names(names: list[str] | None) -> tuple[str, ...]:
-    """`mlp.gate` or `lm_head` stand for every layer below or called so; `layers.1` is not part of `layers.10`."""
+    """`mlp.gate` stands for every layer below or called so; `layers.1` is not part of `layers.10`."""
     return tuple(rf"(.*\.)?{re.escape(name)}(\.|$)" for name in names or [])

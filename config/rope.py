@@ -1,4 +1,4 @@
-"""Rotary position embedding: how a config.json describes it, and what that comes to."""
+"""Rotary position embedding as a config.json describes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding. The factors below are unused by kinds that do not scale with them."""
+    """Kinds that do not scale with a factor ignore it."""
 
     theta: float
     kind: RopeKind = "default"
@@ -46,7 +46,7 @@ def read_rope(raw: Mapping[str, Any], default_theta: float, max_position_embeddi
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """How much sharper attention has to be when the context grows by `factor` (arXiv:2309.00071, 3.4)."""
+    """How much sharper attention is when the context grows by `factor` (arXiv:2309.00071, 3.4)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -1,12 +1,13 @@
 """Causal attention of a mixed batch (prefill chunks and decode tokens) over a paged KV cache.
 
-Sequence s has `context_lens[s]` tokens in the cache from earlier steps and `query_lens[s]` tokens in this
-one, whose keys and values have just been stored there as well. Its i-th query attends to the first
-context_lens[s] + i + 1 slots of its block table:  softmax(q·Kᵀ·scale)·V.  Query head h reads KV head h // G.
-With a sliding window of W slots it attends to the last W of them only.
+Sequence s has `context_lens[s]` cached tokens and `query_lens[s]` tokens in this step, already stored in the cache.
+Its i-th query attends to the first context_lens[s] + i + 1 slots of its block table:  softmax(q·Kᵀ·scale)·V.
+Query head h reads KV head h // G. With a sliding window of W slots it attends to the last W of them only.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +31,8 @@ def paged_attention(
     """Attention output, [T, H, D] in the dtype of `q`.
 
     q: [T, H, D], sequences one after another; may be strided, the last dim is contiguous.
-    cache: [N, 2, K, B, D] with the tokens of this step already stored; dtype of `q`, or float8_e4m3fn.
-        A cache [N, 1, K, B, D] holds vectors that are key and value in one.
+    cache: [N, 2, K, B, D] with this step's tokens stored; dtype of `q`, or float8_e4m3fn. A cache [N, 1, K, B, D] holds
+        vectors that are key and value in one.
     query_starts: int32 [S + 1], first token of each sequence, then T.
     context_lens: int32 [S].
     block_tables: int32 [S, max_blocks]; entries past the end of a sequence are not read.
@@ -73,22 +74,15 @@ def paged_attention_torch(
     return out
 
 
+@dataclass(frozen=True, slots=True)
 class PagedAttentionStep:
-    """Store and attend for one step, for devices that take the lengths and tables as they are."""
+    """Store and attend for one step, on the device's own lengths and tables."""
 
-    def __init__(
-        self,
-        query_starts: Tensor,
-        context_lens: Tensor,
-        block_tables: Tensor,
-        slots: Tensor,
-        sliding_window: int | None = None,
-    ) -> None:
-        self._query_starts = query_starts
-        self._context_lens = context_lens
-        self._block_tables = block_tables
-        self._slots = slots
-        self._sliding_window = sliding_window
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    slots: Tensor
+    sliding_window: int | None = None
 
     @classmethod
     def on_device(
@@ -111,6 +105,6 @@ class PagedAttentionStep:
 
     def __call__(self, q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
         """Store `kv` [T, 2·K, D] in `cache` and return the attention of `q` [T, H, D]: [T, H·D]."""
-        store_kv(kv, cache, self._slots)
-        lens_and_tables = (self._query_starts, self._context_lens, self._block_tables)
-        return paged_attention(q, cache, *lens_and_tables, scale, self._sliding_window).flatten(1)
+        store_kv(kv, cache, self.slots)
+        lens_and_tables = (self.query_starts, self.context_lens, self.block_tables)
+        return paged_attention(q, cache, *lens_and_tables, scale, self.sliding_window).flatten(1)

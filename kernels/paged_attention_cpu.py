@@ -1,21 +1,18 @@
-"""Paged attention as a CPU wants it: index arithmetic once per step, then a handful of large calls per layer.
+"""Paged attention on a CPU: index arithmetic once per step, then a handful of large calls per layer.
 
-`CpuPagedAttention.prepare` looks at the lengths and block tables of a step and returns a `CpuAttentionStep`,
-which every layer then calls with its own cache. Keys and values are gathered into dense matrices; scores and
-output are one batched matrix product each. The G query heads of a KV head are rows of the same product, so
-grouped-query attention copies no keys.
+`CpuPagedAttention.prepare` takes the lengths and block tables of a step and returns a `CpuAttentionStep`, which every
+layer calls with its own cache. Keys and values are gathered into dense matrices; scores and output are one batched
+matrix product each. The G query heads of a KV head are rows of the same product.
 
-Blocks that have fallen out of a sliding window are dropped from the tables first, so a long sequence costs no
-more than the window. Two kinds of work:
+Blocks outside of a sliding window are dropped from the tables first. Two kinds of work:
 
 - Decode (one query token): sequences of similar length go together, padded to a common number of blocks.
-- Prefill chunk (several query tokens): one sequence at a time, in tiles of queries. A tile sees the keys up
-  to its own end, so only the square at its end needs a mask, and half of a long prompt's scores are never
-  computed.
+- Prefill chunk (several query tokens): one sequence at a time, in tiles of queries. A tile sees the keys up to its own
+  end, so only the square at its end needs a mask.
 
-Measured on one core with bf16, 9 heads, 3 KV heads, D = 64, per layer, against
-`scaled_dot_product_attention`: decode 32 × 256 tokens 0.65 and 1.6 ms, prefill of 512 tokens 3.9 and 8.2 ms.
-As in eager implementations the scores are rounded to the model's dtype; the softmax is computed in float32.
+Measured on one core with bf16, 9 heads, 3 KV heads, D = 64, per layer, against `scaled_dot_product_attention`:
+decode 32 × 256 tokens 0.65 and 1.6 ms, prefill of 512 tokens 3.9 and 8.2 ms. Scores are rounded to the model's dtype;
+the softmax is computed in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from stagemesh.kernels.quant_w8a8 import fp8_values
 from stagemesh.kernels.store_kv import slot_rows, store_kv_rows
 
 MAX_GROUP_BYTES = 8 << 20
-"""Keys and values gathered at once for a group of decode sequences, so that they stay in the CPU's cache."""
+"""Keys and values gathered at once for decode sequences; fits the CPU's cache."""
 MAX_SCORE_BYTES = 4 << 20
 """Scores of one tile of a prefill chunk, likewise."""
 MIN_TILE, MAX_TILE = 32, 128
@@ -40,12 +37,12 @@ MIN_TILE, MAX_TILE = 32, 128
 
 @dataclass(frozen=True, slots=True)
 class _Gather:
-    """Blocks that are brought together in the workspace, for one or several sequences."""
+    """Blocks gathered in the workspace, of one or several sequences."""
 
     rows: Tensor
     """int64 [n]: rows of the cache seen as [N·2·K, B·D]."""
     out: Tensor
-    """[n, B·D], a view of the workspace; `key` [S·K, D, L] and `value` [S·K, L, D] are views of the same."""
+    """[n, B·D], a view of the workspace; `key` [S·K, D, L] and `value` [S·K, L, D] view the same."""
     key: Tensor
     value: Tensor
 
@@ -80,7 +77,7 @@ class _DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class _PrefillChunk:
-    """The tokens start..end of the step, all of one sequence with `context_len` cached tokens before them."""
+    """Tokens start..end of the step, of one sequence with `context_len` cached tokens."""
 
     start: int
     end: int
@@ -149,9 +146,8 @@ class CpuAttentionStep:
 
 
 class CpuPagedAttention:
-    """Prepares steps for caches of one shape, [N, 2, num_kv_heads, block_size, head_dim].
-
-    Owns the workspace, so the step prepared last is the only one that may be called. One caller at a time.
+    """Prepares steps for caches [N, 2, num_kv_heads, block_size, head_dim]. Owns the workspace: only the step
+    prepared last may be called. One caller at a time.
     """
 
     def __init__(
@@ -182,10 +178,7 @@ class CpuPagedAttention:
         self._max_group_blocks = MAX_GROUP_BYTES // bytes_per_block
 
     def prepare(self, query_lens: Ints, context_lens: Ints, block_tables: Ints, slots: Ints) -> CpuAttentionStep:
-        """Index arithmetic for one step of S sequences and T tokens.
-
-        query_lens, context_lens: [S]; block_tables: [S, max_blocks]; slots: int64 [T] as in store_kv.
-        """
+        """query_lens, context_lens: [S]; block_tables: [S, max_blocks]; slots: int64 [T] as in store_kv."""
         if self._sliding_window is not None:
             context_lens, block_tables = self._drop_old_blocks(context_lens, block_tables, self._sliding_window)
         totals = context_lens + query_lens
@@ -211,7 +204,7 @@ class CpuPagedAttention:
         return CpuAttentionStep(rows, groups, chunks)
 
     def _drop_old_blocks(self, context_lens: Ints, block_tables: Ints, sliding_window: int) -> tuple[Ints, Ints]:
-        """The same without the blocks that no query of the step sees, as if the sequences began behind them."""
+        """Without the blocks that no query sees, as if the sequences began behind them."""
         dropped = np.maximum(context_lens + 1 - sliding_window, 0) // self._block_size
         columns = np.minimum(np.arange(block_tables.shape[1]) + dropped[:, None], block_tables.shape[1] - 1)
         return context_lens - dropped * self._block_size, np.take_along_axis(block_tables, columns, 1)

@@ -1,10 +1,9 @@
 """Triton kernel of paged_attention.py: one pass over the context with a running softmax (FlashAttention-2,
 arXiv:2307.08691).
 
-A program takes one KV head and a tile of consecutive query tokens of one sequence; the G query heads that
-share the KV head are rows of the same tile, so each key is loaded once for all of them. Tiles are numbered
-without asking the device how long the sequences are: sequence s owns tiles from query_starts[s] // TILE + s
-on, which leaves room for its last, partly filled one; a tile behind the end of its sequence returns at once.
+A program takes one KV head and a tile of consecutive query tokens of one sequence; the G query heads that share the KV
+head are rows of the tile. Tiles are numbered without reading lengths from the device: sequence s owns tiles from
+query_starts[s] // TILE + s on; one behind the end of its sequence returns at once.
 
 Long contexts are not split over programs, so a small decode batch does not fill a large GPU.
 """

@@ -24,9 +24,8 @@ from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
 class Attention:
-    """q, k, v from one product, an optional norm per head, rotary positions, paged attention, output.
-
-    Which KV heads a rank holds, and why one may appear twice, is in config/parallel.py (kv_heads).
+    """q, k, v from one product, an optional norm per head, rotary positions, paged attention, output. The KV heads
+    of a rank are config/parallel.py's kv_heads.
     """
 
     def __init__(

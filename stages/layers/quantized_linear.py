@@ -1,7 +1,6 @@
 """Linear methods of the quantized formats: they read a rank's parts of packed tensors and multiply.
 
-Parts may begin and end anywhere. A cut inside a group, block or packed word reads what covers it and keeps its
-side, so every layout that the model allows also works quantized.
+Parts may begin and end anywhere: a cut inside a group, block or packed word reads what covers it.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from stagemesh.stages.layers.linear import (
 )
 
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
-"""Both are multiplied with: the second is Hugging Face's name for what DeepSeek took for an inverse."""
+"""Both multiply: the second is Hugging Face's name for what DeepSeek took for an inverse."""
 INPUT_SCALES = ("input_scale", "activation_scale")
 UNPACKED = 2**20
-"""Weights that are converted at a time: on the way each takes up to 12 bytes."""
+"""Weights converted at a time; each takes up to 12 bytes meanwhile."""
 
 
 def linear_methods(quantization: Quantization | None) -> LinearMethodFactory:
@@ -76,7 +75,7 @@ class W8A8Method:
         self.dtype = FP8 if format.kind == "fp8" else torch.int8
         self.pieces: list[_W8A8Piece] = []
         self.padding = (0, 0)
-        """Zeros before and after this rank's inputs, which complete its first and last group."""
+        """Zeros before and after this rank's inputs that complete its first and last group."""
         self.bias: Tensor | None = None
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
@@ -223,7 +222,7 @@ class W4A16Method:
         return _W4A16Piece(weight, scales, zeros, groups.to(scales.device))
 
     def _consecutive_groups(self, part: WeightShard) -> tuple[int, Tensor]:
-        """How many groups the matrix has, and the group of each of the rank's inputs, where they follow one another."""
+        """Number of groups of the matrix, and the group of each of the rank's inputs where groups are consecutive."""
         size = part.in_features if self.format.group_size == -1 else self.format.group_size
         return -(-part.in_features // size), torch.arange(part.columns.start, part.columns.stop) // size
 
@@ -259,7 +258,7 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _used(group_of: Tensor) -> tuple[int, int, Tensor]:
-    """The range of groups that occur, and the group of each input within that range."""
+    """The range of groups that occur, and each input's group within it."""
     first, last = int(group_of.min()), int(group_of.max()) + 1
     return first, last, group_of - first
 
@@ -281,7 +280,7 @@ def _check_packed(name: str, what: str, features: int) -> None:
 
 
 def _present(checkpoint: Checkpoint, layer: str, names: tuple[str, ...]) -> str:
-    """The first of `names` that the layer has a tensor for; where it has none, the first, for the error."""
+    """The first of `names` that the layer has a tensor for, else the first, for the error."""
     full = [f"{layer}.{name}" for name in names]
     return next((name for name in full if checkpoint.shape(name) is not None), full[0])
 

@@ -1,8 +1,9 @@
-"""A decoder-only language model, or the layers of it that one stage holds. Its family says what a layer is."""
+"""A decoder-only language model, or the layers of it that one stage holds."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -38,7 +39,7 @@ class FeedForward(Protocol):
 
 
 class DecoderLayer(Protocol):
-    """One layer, as a family makes it. The layer reads its own tensors and keeps its keys and values in `cache`."""
+    """One layer, as a family makes it. Its keys and values are in `cache`."""
 
     @property
     def feed_forward(self) -> FeedForward: ...
@@ -55,26 +56,18 @@ class DecoderLayer(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
 class PreNormLayer:
-    """The layer of Llama and its like: norm, attention, add; norm, feed-forward, add."""
+    """Norm, attention, add; norm, feed-forward, add."""
 
-    def __init__(
-        self,
-        input_norm: RMSNorm,
-        attention: AttentionBlock,
-        post_attention_norm: RMSNorm,
-        feed_forward: FeedForward,
-    ) -> None:
-        self.input_norm = input_norm
-        self.attention = attention
-        self.post_attention_norm = post_attention_norm
-        self.feed_forward = feed_forward
+    input_norm: RMSNorm
+    attention: AttentionBlock
+    post_attention_norm: RMSNorm
+    feed_forward: FeedForward
 
     def load(self, checkpoint: Checkpoint) -> None:
-        self.input_norm.load(checkpoint)
-        self.attention.load(checkpoint)
-        self.post_attention_norm.load(checkpoint)
-        self.feed_forward.load(checkpoint)
+        for part in (self.input_norm, self.attention, self.post_attention_norm, self.feed_forward):
+            part.load(checkpoint)
 
     def __call__(
         self, residual: Tensor, hidden_states: Tensor | None, batch: ForwardBatch, cache: Tensor

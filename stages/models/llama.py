@@ -40,7 +40,7 @@ class Llama(Family):
         return Attention(name, model.config, model.tp, make_method=model.make_method)
 
     def feed_forward(self, model: Decoder, index: int, name: str) -> FeedForward:
-        """What follows the attention of layer `index`, whose tensors begin with `name`: an MLP or a mixture."""
+        """An MLP, or a mixture in the layers that have one."""
         from stagemesh.stages.layers.mlp import GatedMLP
         from stagemesh.stages.layers.moe import MoE
 
