@@ -1,4 +1,4 @@
-"""Memory arithmetic: what a token takes, and how many fit. Bytes are per rank."""
+"""Memory arithmetic. Bytes are per rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def kv_bytes_per_token(model: ModelConfig, plan: ParallelPlan, stage: int, dtype
 
 
 def kv_tokens(model: ModelConfig, plan: ParallelPlan, dtype_bytes: int, memory_bytes: int, block_size: int) -> int:
-    """Tokens that a lane's KV cache holds, in whole blocks: the stage with the most layers decides."""
+    """Tokens of a lane's KV cache, in whole blocks: the stage with the most layers decides."""
     widest = max(kv_bytes_per_token(model, plan, stage, dtype_bytes) for stage in range(plan.pp_size))
     return memory_bytes // (widest * block_size) * block_size
 

@@ -1,9 +1,8 @@
 """The weights' files, checked before anything starts: which there are, and whether each is whole.
 
-Only headers are read, so this takes milliseconds for any model size, and needs neither torch nor safetensors.
-Layout of a safetensors file (https://github.com/huggingface/safetensors, README "Format"): the header's
-length as 8 bytes little-endian, the header as JSON, then the tensors' bytes. Offsets count from the end of
-the header.
+Only headers are read, without torch or safetensors. Layout of a safetensors file
+(https://github.com/huggingface/safetensors, README "Format"): the header's length as 8 bytes little-endian, the header
+as JSON, then the tensors' bytes. Offsets count from the end of the header.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 def checkpoint_files(folder: str | Path) -> dict[str, Path]:
-    """Tensor name → the file that holds it. Raises ConfigError naming the file that is missing or broken."""
+    """Tensor name → its file. ConfigError names the file that is missing or broken."""
     folder = Path(folder)
     if (folder / SINGLE_FILE).exists():
         return dict.fromkeys(_tensor_names(folder / SINGLE_FILE), folder / SINGLE_FILE)
@@ -32,9 +31,9 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
             reason += f"; {', '.join(pickles)} may run code when read and is not accepted, convert it"
         raise ConfigError("model", str(folder), reason)
     files = {tensor: folder / shard for tensor, shard in _weight_map(folder / INDEX_FILE).items()}
-    held = {path: _tensor_names(path) for path in sorted(set(files.values()))}
+    tensors_of = {path: _tensor_names(path) for path in sorted(set(files.values()))}
     for tensor, path in files.items():
-        if tensor not in held[path]:
+        if tensor not in tensors_of[path]:
             raise _broken(path, f"does not hold {tensor!r}, which {INDEX_FILE} promises")
     return files
 
@@ -51,7 +50,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _tensor_names(path: Path) -> set[str]:
-    """The tensors of one file, after its size has been compared with what its header says."""
+    """The tensors of one file, whose size must be what its header says."""
     if not path.is_file():
         raise _broken(path, "is missing")
     size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""How a model is cut: tensor parallel ranks inside a stage, pipeline stages over contiguous layers."""
+"""How a model is cut: tensor parallel ranks within stages of contiguous layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ParallelPlan:
     kv_heads_per_rank: int
     """The same on every rank, though a head may be on several (see kv_heads)."""
     expert_parallel: bool = False
-    """Whether a rank holds whole experts (see expert_range) and not its part of every expert."""
+    """Whether a rank holds whole experts, not its part of each."""
 
     def num_layers(self, stage: int) -> int:
         start, end = self.layer_ranges[stage]
@@ -69,10 +69,10 @@ class ParallelPlan:
 def kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> tuple[int, ...]:
     """KV heads that a rank holds, in the order in which its query heads read them.
 
-    Rank r has the query heads r·h to (r + 1)·h. Attention wants every local KV head to serve equally many of
-    them, so one serves the largest run that never straddles two KV heads: gcd(h, G), G query heads per KV head.
-    That is a split where tp_size divides the KV heads, copies where they divide tp_size. In between a rank may
-    hold a KV head twice: 6 query and 3 KV heads on 2 ranks are (0, 0, 1) and (1, 2, 2).
+    Rank r has the query heads r·h to (r + 1)·h. Attention wants every local KV head to serve equally many of them:
+    gcd(h, G), with G query heads per KV head. That splits KV heads where tp_size divides them, and copies them where
+    they divide tp_size. In between a rank may hold one twice: 6 query and 3 KV heads on 2 ranks are (0, 0, 1) and
+    (1, 2, 2).
     """
     heads = model.num_heads // tp_size
     group = model.num_heads // model.num_kv_heads
@@ -81,7 +81,7 @@ def kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> tuple[int, ...]:
 
 
 def expert_range(num_experts: int, size: int, rank: int) -> range:
-    """Experts of a rank under expert parallelism: contiguous, the first ranks hold one more than the last."""
+    """Experts of a rank: contiguous, the first ranks hold one more than the last."""
     each, left_over = divmod(num_experts, size)
     start = rank * each + min(rank, left_over)
     return range(start, start + each + (rank < left_over))
@@ -90,8 +90,8 @@ def expert_range(num_experts: int, size: int, rank: int) -> range:
 def even_partition(num_layers: int, pp_size: int) -> tuple[int, ...]:
     """Layers per stage, as equal as they go.
 
-    What is left over goes to the stages from the last but one backwards: the last stage also computes the
-    logits and samples, the first embeds and runs beside the scheduler, so both are spared if they can be.
+    What is left over goes to the stages from the last but one backwards: the last stage also computes the logits, the
+    first embeds and runs beside the scheduler.
     """
     each, left_over = divmod(num_layers, pp_size)
     layers = [each] * pp_size

@@ -1,7 +1,6 @@
 """Formats in which a checkpoint stores its linear layers, read from the `quantization_config` of config.json.
 
-Nothing here touches tensors: what a format asks of the loader is said in a few words (`Quantization`), and
-whatever would change the answers without being understood is refused by name. Layouts:
+What would change the answers without being understood is refused by name. Layouts:
 
 - `fp8`: Hugging Face's fine-grained FP8 (DeepSeek-V3) with `weight_scale_inv`, and AutoFP8's per-tensor one.
 - `compressed-tensors`: FP8 and INT8 weights with activations of the same type.
@@ -32,11 +31,11 @@ class W8A8:
     kind: Literal["fp8", "int8"]
     """fp8 is e4m3fn."""
     weights: Literal["tensor", "channel", "block"] = "channel"
-    """What shares a weight scale: a matrix, an output feature, or a block of both."""
+    """What shares a weight scale."""
     block: tuple[int, int] = (128, 128)
     """Output and input features of a block; activations then have a scale per token and block of inputs."""
     static_activations: bool = False
-    """One activation scale per layer from the checkpoint; otherwise one per token, computed."""
+    """One activation scale per layer, from the checkpoint; else one per token, computed."""
     online: bool = False
     """The checkpoint is not quantized; weights are, while they are loaded."""
 
@@ -60,7 +59,7 @@ class Quantization:
     """The checkpoint's `quant_method`; "fp8" or "int8" when online."""
     format: W8A8 | W4A16
     dense: tuple[str, ...] = ()
-    """Regular expressions, matched from the start of a layer's name: layers that stay as they are."""
+    """Regular expressions for the names of layers that stay dense, matched from the start."""
 
     def covers(self, layer: str) -> bool:
         """Whether `layer` (`model.layers.0.mlp.down_proj`) is quantized."""
@@ -73,23 +72,22 @@ class Quantization:
         return kind if kind == self.method else f"{self.method} {kind}"
 
 
-def resolve_quantization(asked: QuantizationName, found: Quantization | None) -> Quantization | None:
-    """What a model runs in: `found` in its checkpoint, or online when it is not quantized and `asked` is 8-bit.
-
-    Raises ConfigError when `asked` contradicts the checkpoint.
+def resolve_quantization(requested: QuantizationName, stored: Quantization | None) -> Quantization | None:
+    """The format that a model runs in: `stored` in its checkpoint, or an online 8-bit one. ConfigError when
+    `requested` contradicts the checkpoint.
     """
-    if asked == "auto":
-        return found
-    if found is None:
-        if asked == "fp8" or asked == "int8":
-            return Quantization(method=asked, format=W8A8(kind=asked, online=True))
-        reason = f"the checkpoint is not quantized; `stagemesh quantize MODEL --to {asked} --out DIR` makes one that is"
-        if asked == "compressed-tensors":
-            reason = "the checkpoint is not quantized; fp8 and int8 quantize while loading"
-        raise ConfigError("quantization", asked, reason)
-    if asked not in (found.method, getattr(found.format, "kind", None)):
-        raise ConfigError("quantization", asked, f"the checkpoint is {found.description}; auto takes it as it is")
-    return found
+    if requested == "auto":
+        return stored
+    if stored is None:
+        if requested == "fp8" or requested == "int8":
+            return Quantization(method=requested, format=W8A8(kind=requested, online=True))
+        remedy = f"`stagemesh quantize MODEL --to {requested} --out DIR` makes one that is"
+        if requested == "compressed-tensors":
+            remedy = "fp8 and int8 quantize while loading"
+        raise ConfigError("quantization", requested, f"the checkpoint is not quantized; {remedy}")
+    if requested not in (stored.method, getattr(stored.format, "kind", None)):
+        raise ConfigError("quantization", requested, f"the checkpoint is {stored.description}; auto takes it as it is")
+    return stored
 
 
 def read_quantization(raw: Mapping[str, Any] | None) -> Quantization | None:
@@ -104,7 +102,7 @@ def read_quantization(raw: Mapping[str, Any] | None) -> Quantization | None:
 
 
 class _Json(Settings):
-    """Keys that say how, not what, was quantized (damping, dataset, versions, …) are not read."""
+    """Keys about how it was quantized (damping, dataset, versions, …) are not read."""
 
     model_config = pydantic.ConfigDict(extra="ignore")
 
@@ -167,21 +165,21 @@ class _CompressedTensorsJson(_Json):
     transform_config: dict[str, Any] | None = None
 
     def resolve(self) -> Quantization:
-        for name, given in (("sparsity_config", self.sparsity_config), ("transform_config", self.transform_config)):
-            if given and given.get("format", "") != "dense":
-                raise ConfigError(name, given, "not supported")
+        for name, section in (("sparsity_config", self.sparsity_config), ("transform_config", self.transform_config)):
+            if section and section.get("format", "") != "dense":
+                raise ConfigError(name, section, "not supported")
         if len(self.config_groups) != 1:
             raise ConfigError("config_groups", sorted(self.config_groups), "one group for all layers is supported")
         group = _ConfigGroup.parse(next(iter(self.config_groups.values())))
         if group.targets != ["Linear"]:
             raise ConfigError("targets", group.targets, 'supported is ["Linear"], with `ignore` for exceptions')
         weights, inputs = _Values.parse(group.weights), _Values.parse(group.input_activations)
-        format = _eight_bit(weights, inputs)
+        format = _w8a8(weights, inputs)
         dense = [name.removeprefix("re:") if name.startswith("re:") else _exact(name) for name in self.ignore or []]
         return Quantization(method="compressed-tensors", format=format, dense=tuple(dense))
 
 
-def _eight_bit(weights: _Values, inputs: _Values) -> W8A8:
+def _w8a8(weights: _Values, inputs: _Values) -> W8A8:
     if weights.type != inputs.type:
         raise ConfigError("type", inputs.type, f"weights are {weights.type}; both must be alike")
     if weights.dynamic:
@@ -257,5 +255,5 @@ def _exact_names(names: list[str] | None) -> tuple[str, ...]:
 
 
 def _parts_of_names(names: list[str] | None) -> tuple[str, ...]:
-    """`mlp.gate` or `lm_head` stand for every layer below or called so; `layers.1` is not part of `layers.10`."""
+    """`mlp.gate` stands for every layer below or called so; `layers.1` is not part of `layers.10`."""
     return tuple(rf"(.*\.)?{re.escape(name)}(\.|$)" for name in names or [])

@@ -2,9 +2,8 @@
 
     out[t] = Σ_j weights[t, j] · expert(expert_ids[t, j])(x[t]),    expert(x) = down · (silu(gate·x) ⊙ up·x)
 
-The T·k pairs of token and expert are sorted by expert, so each expert multiplies its tokens once; the results go
-back to the order of the pairs and are weighted and added there, in float32 and in the order of the choices: who else
-is in the step does not change the order in which a token's experts are added.
+The T·k pairs of token and expert are sorted by expert, so each expert multiplies its tokens once. A token's results are
+added in float32 in the order of its choices, whatever else is in the step.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ def top_k_in_groups(
 ) -> tuple[Tensor, Tensor]:
     """The best top_k of the experts in the best top_groups groups (arXiv:2405.04434, 2.2.2; 2412.19437, 2.1.2).
 
-    scores: float32 [T, E], all positive. With `bias` [E] the choice is made by score + bias and a group is as good
-    as its best two, without it as its best one. Returns the chosen scores, without bias, and expert_ids, [T, top_k].
+    scores: float32 [T, E], all positive. With `bias` [E] experts are chosen by score + bias and groups by their best
+    two; without it groups by their best one. Returns the scores, without bias, and expert_ids, both [T, top_k].
     """
     choice = scores if bias is None else scores + bias
     by_group = choice.unflatten(1, (num_groups, -1))
@@ -49,8 +48,7 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
 
     x: [T, hidden].
     gate_up: [E, 2·I, hidden], the gate above the up projection; down: [E, hidden, I].
-    weights: float32 [T, k]; expert_ids: int64 [T, k]. An id outside 0..E-1 is an expert of another rank and
-    contributes nothing here.
+    weights: float32 [T, k]; expert_ids: int64 [T, k]. Ids outside 0..E-1 contribute nothing.
     """
 
     def expert(index: int, rows: Tensor) -> Tensor:

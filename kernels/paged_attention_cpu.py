@@ -1,21 +1,18 @@
-"""Paged attention as a CPU wants it: index arithmetic once per step, then a handful of large calls per layer.
+"""Paged attention on a CPU: index arithmetic once per step, then a handful of large calls per layer.
 
-`CpuPagedAttention.prepare` looks at the lengths and block tables of a step and returns a `CpuAttentionStep`,
-which every layer then calls with its own cache. Keys and values are gathered into dense matrices; scores and
-output are one batched matrix product each. The G query heads of a KV head are rows of the same product, so
-grouped-query attention copies no keys.
+`CpuPagedAttention.prepare` takes the lengths and block tables of a step and returns a `CpuAttentionStep`, which every
+layer calls with its own cache. Keys and values are gathered into dense matrices; scores and output are one batched
+matrix product each. The G query heads of a KV head are rows of the same product.
 
-Blocks that have fallen out of a sliding window are dropped from the tables first, so a long sequence costs no
-more than the window. Two kinds of work:
+Blocks outside of a sliding window are dropped from the tables first. Two kinds of work:
 
 - Decode (one query token): sequences of similar length go together, padded to a common number of blocks.
-- Prefill chunk (several query tokens): one sequence at a time, in tiles of queries. A tile sees the keys up
-  to its own end, so only the square at its end needs a mask, and half of a long prompt's scores are never
-  computed.
+- Prefill chunk (several query tokens): one sequence at a time, in tiles of queries. A tile sees the keys up to its own
+  end, so only the square at its end needs a mask.
 
-Measured on one core with bf16, 9 heads, 3 KV heads, D = 64, per layer, against
-`scaled_dot_product_attention`: decode 32 × 256 tokens 0.65 and 1.6 ms, prefill of 512 tokens 3.9 and 8.2 ms.
-As in eager implementations the scores are rounded to the model's dtype; the softmax is computed in float32.
+Measured on one core with bf16, 9 heads, 3 KV heads, D = 64, per layer, against `scaled_dot_product_attention`:
+decode 32 × 256 tokens 0.65 and 1.6 ms, prefill of 512 tokens 3.9 and 8.2 ms. Scores are rounded to the model's dtype;
+the softmax is computed in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from stagemesh.kernels.quant_w8a8 import fp8_values
 from stagemesh.kernels.store_kv import slot_rows, store_kv_rows
 
 MAX_GROUP_BYTES = 8 << 20
-"""Keys and values gathered at once for a group of decode sequences, so that they stay in the CPU's cache."""
+"""Keys and values gathered at once for decode sequences; fits the CPU's cache."""
 MAX_SCORE_BYTES = 4 << 20
 """Scores of one tile of a prefill chunk, likewise."""
 MIN_TILE, MAX_TILE = 32, 128
@@ -40,12 +37,12 @@ MIN_TILE, MAX_TILE = 32, 128
 
 @dataclass(frozen=True, slots=True)
 class _Gather:
-    """Blocks that are brought together in the workspace, for one or several sequences."""
+    """Blocks gathered in the workspace, of one or several sequences."""
 
     rows: Tensor
     """int64 [n]: rows of the cache seen as [N·2·K, B·D]."""
     out: Tensor
-    """[n, B·D], a view of the workspace; `key` [S·K, D, L] and `value` [S·K, L, D] are views of the same."""
+    """[n, B·D], a view of the workspace; `key` [S·K, D, L] and `value` [S·K, L, D] view the same."""
     key: Tensor
     value: Tensor
 
@@ -80,7 +77,7 @@ class _DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class _PrefillChunk:
-    """The tokens start..end of the step, all of one sequence with `context_len` cached tokens before them."""
+    """Tokens start..end of the step, of one sequence with `context_len` cached tokens."""
 
     start: int
     end: int
@@ -90,7 +87,7 @@ class _PrefillChunk:
     mask: Tensor
     """[tile, 1, tile]: 0 on and below the diagonal, else -inf; `old_mask`: 0 on and above, else -inf."""
     old_mask: Tensor
-    window: int | None
+    sliding_window: int | None
 
     def __call__(self, q: Tensor, cache: Tensor, scale: float) -> Tensor:
         """q [T, H, D] of the whole step → [end - start, H, D]."""
@@ -105,7 +102,7 @@ class _PrefillChunk:
             visible = self.context_len + last
             # The slots that have left the window when the tile begins; below 0 it takes that many more queries
             # until the first one leaves. Each further query of the tile loses one more.
-            gone = 0 if self.window is None else self.context_len + first + 1 - self.window
+            gone = 0 if self.sliding_window is None else self.context_len + first + 1 - self.sliding_window
             oldest = max(0, gone)
             scores = torch.baddbmm(
                 q.new_empty(1, 1, 1),  # not read: beta is 0
@@ -117,7 +114,7 @@ class _PrefillChunk:
             by_query = scores.view(num_kv_heads, last - first, group, visible - oldest)
             square = by_query[..., first - last :]
             square += self.mask[: last - first, :, : last - first]
-            if self.window is not None and (losing := last - first - (oldest - gone)) > 0:
+            if self.sliding_window is not None and (losing := last - first - (oldest - gone)) > 0:
                 corner = by_query[:, oldest - gone :, :, :losing]
                 corner += self.old_mask[:losing, :, :losing]
             weighted = torch.bmm(scores.softmax(-1), self.gather.value[:, oldest:visible])
@@ -149,9 +146,8 @@ class CpuAttentionStep:
 
 
 class CpuPagedAttention:
-    """Prepares steps for caches of one shape, [N, 2, num_kv_heads, block_size, head_dim].
-
-    Owns the workspace, so the step prepared last is the only one that may be called. One caller at a time.
+    """Prepares steps for caches [N, 2, num_kv_heads, block_size, head_dim]. Owns the workspace: only the step
+    prepared last may be called. One caller at a time.
     """
 
     def __init__(
@@ -161,33 +157,30 @@ class CpuPagedAttention:
         block_size: int,
         head_dim: int,
         dtype: torch.dtype,
-        window: int | None = None,
-        sides: int = 2,
+        sliding_window: int | None = None,
+        kv_factor: int = 2,
     ) -> None:
-        """sides: 2 for caches of keys and values, 1 for vectors that are both, [N, 1, num_kv_heads, …]."""
+        """kv_factor: 2 for caches of keys and values, 1 for vectors that are both, [N, 1, num_kv_heads, …]."""
         self._num_heads = num_heads
         self._num_kv_heads = num_kv_heads
         self._block_size = block_size
         self._head_dim = head_dim
         self._dtype = dtype
-        self._window = window
-        self._num_sides = sides
-        self._sides = np.arange(sides * num_kv_heads)
+        self._sliding_window = sliding_window
+        self._kv_factor = kv_factor
+        self._kv_rows = np.arange(kv_factor * num_kv_heads)
         """Key heads, then value heads."""
         self._workspace = torch.empty(0, block_size * head_dim, dtype=dtype)
         square = torch.full((MAX_TILE, MAX_TILE), float("-inf"), dtype=dtype).triu_(1)
         self._square_mask = square[:, None, :]
         self._old_mask = square.t()[:, None, :]
-        bytes_per_block = sides * num_kv_heads * block_size * head_dim * dtype.itemsize
+        bytes_per_block = kv_factor * num_kv_heads * block_size * head_dim * dtype.itemsize
         self._max_group_blocks = MAX_GROUP_BYTES // bytes_per_block
 
     def prepare(self, query_lens: Ints, context_lens: Ints, block_tables: Ints, slots: Ints) -> CpuAttentionStep:
-        """Index arithmetic for one step of S sequences and T tokens.
-
-        query_lens, context_lens: [S]; block_tables: [S, max_blocks]; slots: int64 [T] as in store_kv.
-        """
-        if self._window is not None:
-            context_lens, block_tables = self._drop_old_blocks(context_lens, block_tables, self._window)
+        """query_lens, context_lens: [S]; block_tables: [S, max_blocks]; slots: int64 [T] as in store_kv."""
+        if self._sliding_window is not None:
+            context_lens, block_tables = self._drop_old_blocks(context_lens, block_tables, self._sliding_window)
         totals = context_lens + query_lens
         num_blocks = -(-totals // self._block_size)
         if len(slots) == len(query_lens):
@@ -207,12 +200,12 @@ class CpuPagedAttention:
             self._prefill_chunk(int(ends[s]), int(query_lens[s]), int(context_lens[s]), block_tables[s])
             for s in prefills
         ]
-        rows = slot_rows(torch.from_numpy(slots), len(self._sides), self._block_size)
+        rows = slot_rows(torch.from_numpy(slots), len(self._kv_rows), self._block_size)
         return CpuAttentionStep(rows, groups, chunks)
 
-    def _drop_old_blocks(self, context_lens: Ints, block_tables: Ints, window: int) -> tuple[Ints, Ints]:
-        """The same without the blocks that no query of the step sees, as if the sequences began behind them."""
-        dropped = np.maximum(context_lens + 1 - window, 0) // self._block_size
+    def _drop_old_blocks(self, context_lens: Ints, block_tables: Ints, sliding_window: int) -> tuple[Ints, Ints]:
+        """Without the blocks that no query sees, as if the sequences began behind them."""
+        dropped = np.maximum(context_lens + 1 - sliding_window, 0) // self._block_size
         columns = np.minimum(np.arange(block_tables.shape[1]) + dropped[:, None], block_tables.shape[1] - 1)
         return context_lens - dropped * self._block_size, np.take_along_axis(block_tables, columns, 1)
 
@@ -240,8 +233,8 @@ class CpuPagedAttention:
         gather = self._gather(tables)
         slots = np.arange(width * self._block_size)
         visible = slots < totals[:, None]
-        if self._window is not None:
-            visible &= slots >= totals[:, None] - self._window
+        if self._sliding_window is not None:
+            visible &= slots >= totals[:, None] - self._sliding_window
         mask = np.where(visible, np.float32(0), -np.inf)
         masks = torch.from_numpy(mask.repeat(self._num_kv_heads, 0)).to(self._dtype)
         return _DecodeGroup(torch.from_numpy(tokens), gather, masks[:, None])
@@ -252,19 +245,20 @@ class CpuPagedAttention:
         tile = MAX_SCORE_BYTES // (self._num_heads * total * self._dtype.itemsize)
         tile = min(max(tile, MIN_TILE), MAX_TILE)
         masks = (self._square_mask, self._old_mask)
-        return _PrefillChunk(end - query_len, end, context_len, tile, gather, *masks, self._window)
+        return _PrefillChunk(end - query_len, end, context_len, tile, gather, *masks, self._sliding_window)
 
     def _gather(self, tables: Ints) -> _Gather:
         """For block tables [S, blocks]: keys of all sequences and heads, then values, head before block."""
         num_sequences, width = tables.shape
-        rows = (tables.astype(np.int64) * len(self._sides))[:, None, :] + self._sides.reshape(self._num_sides, 1, -1, 1)
+        first_rows = (tables.astype(np.int64) * len(self._kv_rows))[:, None, :]
+        rows = first_rows + self._kv_rows.reshape(self._kv_factor, 1, -1, 1)
         out = self._workspace[: rows.size]
-        shape = (self._num_sides, num_sequences * self._num_kv_heads, width * self._block_size, self._head_dim)
-        sides = out.view(shape)
-        key, value = sides[0], sides[-1]
+        shape = (self._kv_factor, num_sequences * self._num_kv_heads, width * self._block_size, self._head_dim)
+        kv = out.view(shape)
+        key, value = kv[0], kv[-1]
         return _Gather(torch.from_numpy(rows.ravel()), out, key.transpose(1, 2), value)
 
     def _grow(self, num_blocks: int) -> None:
-        rows = num_blocks * len(self._sides)
+        rows = num_blocks * len(self._kv_rows)
         if rows > self._workspace.shape[0]:
             self._workspace = torch.empty(rows, self._block_size * self._head_dim, dtype=self._dtype)

@@ -1,10 +1,9 @@
 """Triton kernel of paged_attention.py: one pass over the context with a running softmax (FlashAttention-2,
 arXiv:2307.08691).
 
-A program takes one KV head and a tile of consecutive query tokens of one sequence; the G query heads that
-share the KV head are rows of the same tile, so each key is loaded once for all of them. Tiles are numbered
-without asking the device how long the sequences are: sequence s owns tiles from query_starts[s] // TILE + s
-on, which leaves room for its last, partly filled one; a tile behind the end of its sequence returns at once.
+A program takes one KV head and a tile of consecutive query tokens of one sequence; the G query heads that share the KV
+head are rows of the tile. Tiles are numbered without reading lengths from the device: sequence s owns tiles from
+query_starts[s] // TILE + s on; one behind the end of its sequence returns at once.
 
 Long contexts are not split over programs, so a small decode batch does not fill a large GPU.
 """
@@ -36,7 +35,7 @@ def _paged_attention_kernel(
     q_token_stride,
     q_head_stride,
     table_stride,
-    WINDOW: tl.constexpr,  # 0 = none
+    SLIDING_WINDOW: tl.constexpr,  # 0 = none
     K: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
@@ -80,8 +79,8 @@ def _paged_attention_kernel(
     b_sum = tl.zeros([ROWS], tl.float32)
     b_out = tl.zeros([ROWS, BLOCK_D], tl.float32)
     oldest = 0  # that the first query of the tile sees
-    if WINDOW:
-        oldest = tl.maximum(context_len + first + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+    if SLIDING_WINDOW:
+        oldest = tl.maximum(context_len + first + 1 - SLIDING_WINDOW, 0) // BLOCK_N * BLOCK_N
     for slot in range(oldest, visible, BLOCK_N):
         o_n = slot + tl.arange(0, BLOCK_N)
         m_n = o_n < visible
@@ -93,11 +92,11 @@ def _paged_attention_kernel(
 
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
         m_visible = m_n[None, :] & (o_n[None, :] <= (context_len + o_query)[:, None])
-        if WINDOW:
-            m_visible = m_visible & (o_n[None, :] > (context_len + o_query - WINDOW)[:, None])
+        if SLIDING_WINDOW:
+            m_visible = m_visible & (o_n[None, :] > (context_len + o_query - SLIDING_WINDOW)[:, None])
         b_scores = tl.where(m_visible, b_scores, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))
-        if WINDOW:
+        if SLIDING_WINDOW:
             # Slot 0 is visible to every row only without a window: a later row of the tile may have seen nothing
             # so far, and -inf - -inf is no number.
             b_new_max = tl.maximum(b_new_max, -1e30)
@@ -122,7 +121,7 @@ def paged_attention_triton(
     context_lens: Tensor,
     block_tables: Tensor,
     scale: float,
-    window: int | None = None,
+    sliding_window: int | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = cache.shape
@@ -147,7 +146,7 @@ def paged_attention_triton(
             q.stride(0),
             q.stride(1),
             block_tables.stride(0),
-            WINDOW=window or 0,
+            SLIDING_WINDOW=sliding_window or 0,
             K=num_kv_heads,
             G=group,
             B=block_size,

@@ -1,6 +1,6 @@
-"""Linear layers with weights of 4 bits in groups: value = (stored - zero) · scale. Activations stay as they are.
+"""Linear layers with weights of 4 bits in groups: value = (stored - zero) · scale.
 
-Two published layouts pack eight values into an int32, value i at bits 4·i. They differ in what is side by side:
+Two published layouts pack eight values into an int32, value i at bits 4·i:
 
 - AWQ (AutoAWQ's GEMM version) packs eight output features, interleaved: bits 4·i hold feature AWQ_ORDER[i].
 - GPTQ packs eight input features in their order; its zeros pack eight output features in their order.

@@ -1,8 +1,7 @@
 """Linear layers with weights and activations of 8 bits, FP8 (e4m3fn) or INT8: value = stored · scale.
 
-Scales are laid out alike for every scheme: weights [out, G], activations [T, G] or [T, 1]. G = 1 is one scale for
-all inputs of a row; otherwise the inputs lie in G groups of equal size (DeepSeek's blocks, whose weight scales are
-repeated for the rows of a block). A static activation scale is one repeated for all tokens.
+Scales of weights are [out, G], of activations [T, G] or [T, 1]. G = 1 is one scale for all inputs of a row; otherwise
+the inputs lie in G groups of equal size (DeepSeek's blocks, whose weight scales are repeated for the rows of a block).
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 INT8_MAX = 127.0
-"""As in vLLM. With 127.5, which compressed-tensors computes with, a row's most negative value lies halfway between
--127 and -128, and the last bit of a float decides which it becomes."""
+"""As in vLLM. With compressed-tensors' 127.5 a row's most negative value lies halfway between -127 and -128."""
 MIN_SCALE = 1e-12
 """Of a row of zeros, whose scale would be 0."""
 
 
 def largest(dtype: torch.dtype) -> float:
-    """The largest value that `dtype`, FP8 or int8, is used for; -128 is not, so that the range is symmetric."""
+    """The largest value used of `dtype`, FP8 or int8; -128 is not, for a symmetric range."""
     return FP8_MAX if dtype == FP8 else INT8_MAX
 
 
@@ -82,7 +80,7 @@ def values(x: Tensor) -> Tensor:
 
 
 def fp8_values(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """FP8 as `dtype`. On a CPU through a table, which is six times as fast as torch's conversion (measured)."""
+    """FP8 as `dtype`. On a CPU by a table, six times as fast as torch's conversion (measured)."""
     if x.device.type != "cpu":
         return x.to(dtype)
     return _fp8_table(dtype).index_select(0, x.view(torch.uint8).reshape(-1).int()).view(x.shape)

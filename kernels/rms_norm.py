@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual), x + residual), both [T, D]; the inputs are left alone."""
+    """(norm(x + residual), x + residual), both [T, D]; the inputs are not changed."""
     if x.is_cuda:
         from stagemesh.kernels.rms_norm_triton import add_rms_norm_triton
 

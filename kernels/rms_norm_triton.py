@@ -1,6 +1,5 @@
-"""Triton kernels of rms_norm.py, one program per row.
-
-Names: i_ program ids, o_ offsets, m_ masks, b_ values of a block; here and in the other Triton files.
+"""Triton kernels of rms_norm.py, one program per row. Names in all Triton files: i_ program ids, o_ offsets, m_ masks,
+b_ values of a block.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -1,7 +1,6 @@
 """Rotary position embedding, the half-split form of Llama checkpoints (arXiv:2104.09864).
 
-With x = [x1, x2] split in the middle of the last dim:  out = [x1·cos - x2·sin, x2·cos + x1·sin].
-`sin` comes signed, [-sin, sin], so that this is  x·cos + swap_halves(x)·sin  in three calls.
+With x = [x1, x2]:  out = [x1·cos - x2·sin, x2·cos + x1·sin]  =  x·cos + swap_halves(x)·[-sin, sin].
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from torch import Tensor
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [T, heads, D] in place and return it.
+    """Rotate `x` [T, heads, D] in place and return it; it may be a strided view, its last dim is contiguous.
 
-    `cos` and `sin` [T, 1, D] in the dtype of `x`: each half holds the same D/2 angles, and the first half of
-    `sin` is negated. `x` may be a strided view, its last dim is contiguous.
+    cos, sin: [T, 1, D] in the dtype of `x`. Each half holds the same D/2 angles; the first half of `sin` is negated.
     """
     if x.is_cuda:
         from stagemesh.kernels.rotary_triton import rotary_triton_

@@ -24,20 +24,20 @@ def store_kv(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
 
 
 def store_kv_torch(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
-    _, sides, num_kv_heads, block_size, _ = cache.shape
-    rows = slot_rows(slots, sides * num_kv_heads, block_size)
+    _, kv_factor, num_kv_heads, block_size, _ = cache.shape
+    rows = slot_rows(slots, kv_factor * num_kv_heads, block_size)
     store_kv_rows(kv, cache, rows)
 
 
 def slot_rows(slots: Tensor, num_heads: int, block_size: int) -> Tensor:
-    """int64 [T, num_heads]: where each of a block's heads of each token lies when the cache is seen as rows of D."""
+    """int64 [T, num_heads]: row of each head of each token in the cache seen as rows of D."""
     heads = torch.arange(num_heads, device=slots.device)
     block = slots.div(block_size, rounding_mode="floor") * num_heads
     return (block[:, None] + heads) * block_size + (slots % block_size)[:, None]
 
 
 def store_kv_rows(kv: Tensor, cache: Tensor, rows: Tensor) -> None:
-    """store_kv with the arithmetic done: `rows` as from slot_rows, computed once per step for all layers."""
+    """store_kv for `rows` from slot_rows, computed once per step for all layers."""
     if kv.dtype != cache.dtype:
         # Out of range would become NaN. torch indexes fp8 tensors as bytes only.
         kv = kv.clamp(-FP8_MAX, FP8_MAX).to(cache.dtype).view(torch.uint8)

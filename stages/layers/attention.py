@@ -24,9 +24,8 @@ from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
 class Attention:
-    """q, k, v from one product, an optional norm per head, rotary positions, paged attention, output.
-
-    Which KV heads a rank holds, and why one may be held twice, is in config/parallel.py (kv_heads).
+    """q, k, v from one product, an optional norm per head, rotary positions, paged attention, output. The KV heads
+    of a rank are config/parallel.py's kv_heads.
     """
 
     def __init__(
@@ -38,14 +37,14 @@ class Attention:
         make_method: LinearMethodFactory = dense_method,
     ) -> None:
         dim = config.head_dim
-        held = kv_heads(config, tp.size, tp.rank)
+        local_kv_heads = kv_heads(config, tp.size, tp.rank)
         self.num_heads = config.num_heads // tp.size
-        self.num_kv_heads = len(held)
+        self.num_kv_heads = len(local_kv_heads)
         self.head_dim = dim
         self.scale = dim**-0.5
         q_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
         q_rows = [shard_slice(q_size, tp)]
-        kv_rows = _rows_of(held, dim)
+        kv_rows = _rows_of(local_kv_heads, dim)
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
             [

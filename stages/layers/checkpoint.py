@@ -1,11 +1,10 @@
 """Reading a checkpoint: only safetensors, only the slices that this rank owns.
 
-Layers pull what they need by name (`Checkpoint.read`) and state the full shape that they expect, so each
-parameter is filled exactly once by construction, and a checkpoint that does not fit is refused by tensor and
-file. Every rank maps the files and copies its own slices; ranks of one machine share the page cache.
+Layers ask for a tensor by name and full shape (`Checkpoint.read`); one that does not fit is refused by tensor and
+file. Every rank maps the files, so ranks of one machine share the page cache.
 
-While it loads, a rank takes no more memory of its own than its part of the model and one tensor, where matrices
-that are multiplied as one count as one (q, k, v; gate, up): packing and joining need the old beside the new.
+While it loads, a rank takes no more memory than its part of the model and one tensor, where matrices that are
+multiplied as one count as one (q, k, v; gate, up).
 """
 
 from __future__ import annotations
@@ -60,15 +59,14 @@ class Checkpoint:
     ) -> Tensor:
         """Tensor `name`, which must be of `shape`, cut to `part` (a slice for each of the leading dims).
 
-        The result has the device of this checkpoint and its dtype, or `dtype`. Floats of two bytes and more are
-        converted to one another; quantized values are taken only as what they are. ConfigError names tensor and
-        file when it is missing, of another shape or type, or unreadable.
+        On this checkpoint's device, in its dtype or `dtype`. Floats of two bytes and more are converted; quantized
+        values are not. ConfigError names tensor and file when it is missing, of another shape or type, or unreadable.
         """
         mapped = self.view(name, shape, part, dtype)
         return mapped.to(device=self.device, dtype=dtype or self.dtype, copy=True)
 
     def stack(self, reads: Sequence[Read], dtype: torch.dtype | None = None) -> Tensor:
-        """What `read` returns for each of `reads`, joined along the first dim; in memory is the result alone."""
+        """`read` for each of `reads`, joined along the first dim; only the result takes memory."""
         mapped = [self.view(*read, dtype) for read in reads]
         lengths = [len(part) for part in mapped]
         out = torch.empty(sum(lengths), *mapped[0].shape[1:], dtype=dtype or self.dtype, device=self.device)
@@ -77,16 +75,16 @@ class Checkpoint:
         return out
 
     def view(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...], dtype: torch.dtype | None) -> Tensor:
-        """As `read`, but a view of the mapped file in the file's dtype, which takes no memory of the process."""
+        """`read` as a view of the mapped file, in the file's dtype."""
         if name not in self._file_of:
             raise ConfigError("model", str(self._folder), f"the checkpoint has no tensor {name!r}")
         file = self._file_of[name]
         dtype = dtype or self.dtype
         try:
             source = self._slice(name)
-            found = tuple(source.get_shape())
-            if found != shape:
-                reason = f"{name!r} in {file.name} has shape {list(found)}, config.json asks for {list(shape)}"
+            stored_shape = tuple(source.get_shape())
+            if stored_shape != shape:
+                reason = f"{name!r} in {file.name} has shape {list(stored_shape)}, config.json asks for {list(shape)}"
                 raise ConfigError("model", str(self._folder), reason)
             tensor: Tensor = source[part] if part or not shape else source[:]
         except (SafetensorError, OSError) as error:
@@ -105,7 +103,7 @@ class Checkpoint:
             self._open[file] = safe_open(str(file), framework="pt")
         return self._open[file].get_slice(name)
 
-    def names_left(self) -> set[str]:
+    def unread(self) -> set[str]:
         """Tensors of the checkpoint that nobody has read."""
         return self._file_of.keys() - self._read
 

@@ -1,4 +1,4 @@
-"""What all layers share in one step: its tokens, their rotary angles, and the attention over their sequences."""
+"""What all layers share in one step: tokens, rotary angles, attention."""
 
 from __future__ import annotations
 

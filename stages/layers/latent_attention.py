@@ -1,9 +1,5 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, 2.1), cut by heads.
-
-A token leaves one short vector in the cache: its latent c and a rotated key part r, shared by all heads. With
-W_k and W_v of a head, its keys are [W_k·c, r] and its values W_v·c. Neither is ever made: q·W_k·c = (W_kᵀ·q)·c, so
-a query is brought into the space of the latents, attends there with [c, r] as the only KV head, and W_v is applied
-to the weighted sum of the latents. Every rank has the whole cache, and its own heads' projections.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): the cache holds a short vector that keys and values are
+projections of.
 """
 
 from __future__ import annotations
@@ -102,5 +98,5 @@ class LatentAttention:
         return self.out(torch.bmm(attended.transpose(0, 1), self.value).transpose(0, 1).flatten(1))
 
     def _halves(self, x: Tensor) -> Tensor:
-        """Rotary pairs half the dim apart; queries and keys are reordered alike, so their product is the same."""
+        """Rotary pairs half the dim apart; reordering queries and keys alike keeps their product."""
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.mla.rope_interleave else x

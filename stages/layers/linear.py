@@ -1,8 +1,7 @@
 """Linear layers and how they are cut over the ranks of a stage.
 
-A layer says which parts of which checkpoint matrices belong to its rank (`WeightShard`); a `LinearMethod`
-reads them in the checkpoint's format and multiplies. Dense weights are `DenseMethod`; a quantized format is
-another method that reads its packed tensors for the same parts, so cutting and format do not know each other.
+A layer names its rank's parts of the checkpoint matrices (`WeightShard`); a `LinearMethod` reads them in the
+checkpoint's format and multiplies: `DenseMethod` here, the quantized ones in quantized_linear.py.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class LinearMethod(Protocol):
         """Read the parts; with `with_bias` their biases as well."""
 
     def dequantize(self) -> Tensor:
-        """The weights as floats, [rows of all parts, columns], for who wants them rather than their product."""
+        """The weights as floats, [rows of all parts, columns], for callers that need the dequantized matrix."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, columns] → [T, rows of all parts]."""
@@ -64,7 +63,7 @@ class DenseMethod:
 
 
 def read_weight(checkpoint: Checkpoint, parts: Sequence[WeightShard], dtype: torch.dtype | None = None) -> Tensor:
-    """The parts of tensors that are stored as they are, [rows of all parts, columns]."""
+    """Parts of float tensors, [rows of all parts, columns]."""
     reads = [(f"{p.name}.weight", (p.out_features, p.in_features), (p.rows, p.columns)) for p in parts]
     return checkpoint.stack(reads, dtype)
 
@@ -92,10 +91,7 @@ class OutputShard:
 
 
 class ColumnParallelLinear:
-    """Each rank computes some output features of one or several matrices that share their input.
-
-    The input is whole on every rank; nothing is communicated.
-    """
+    """Each rank computes some output features of matrices that share their input. Nothing is communicated."""
 
     def __init__(
         self,

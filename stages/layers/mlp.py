@@ -55,5 +55,5 @@ class GatedMLP:
         return self.down(silu_and_mul(self.gate_up(x)))
 
     def partial(self, x: Tensor) -> Tensor:
-        """This rank's summand of the output, for who has more to add before the ranks are summed."""
+        """This rank's summand of the output, for callers that add more before the ranks are summed."""
         return self.down.partial(silu_and_mul(self.gate_up(x)))

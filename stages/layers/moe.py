@@ -1,25 +1,21 @@
-"""A mixture of experts in the place of an MLP: router, experts, and the expert that all tokens share.
+"""A mixture of experts: router, experts, and the expert that all tokens share.
 
 The experts are cut over the ranks of a stage in one of two ways:
 
 - Tensor parallel: every rank has its part of the intermediate features of every expert; one all-reduce.
-- Expert parallel: every rank has some experts, whole (config/parallel.py: expert_range). The tokens are on every
-  rank, so there are two ways to bring token and expert together. Replicated: each rank computes what its experts
-  add to all tokens; one all-reduce. Dispatched: each rank takes an equal share of the tokens, sends each to the
-  owners of its experts by all-to-all, gets the results back the same way, and an all-gather makes the tokens whole.
+- Expert parallel: every rank has some experts, whole (config/parallel.py: expert_range), and all tokens. Replicated:
+  each rank computes what its experts add to all tokens; one all-reduce. Dispatched: each rank takes an equal share of
+  the tokens, sends each to the ranks of its experts by all-to-all, gets the results back, and an all-gather joins them.
 
-Every rank routes all tokens, which costs little and gives all of them the same table of who sends how much to
-whom: no counts travel.
+Every rank routes all tokens, so all know who sends how much to whom, and no counts travel.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from stagemesh.config.model import MoeConfig
+from stagemesh.config.model import MoeConfig, MoeNames
 from stagemesh.config.parallel import expert_range
 from stagemesh.kernels.linear import linear, pack_weight
 from stagemesh.kernels.moe import apply_experts, moe_experts, top_k_in_groups, top_k_softmax
@@ -29,25 +25,9 @@ from stagemesh.stages.layers.mlp import GatedMLP
 from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 MIN_DISPATCH_TOKENS = 1024
-"""Tokens in a step from which they are dispatched. Measured with tests/bench/bench_expert_parallel.py on gloo and a
-shared machine, hidden 512: at 256 tokens the two ways are equal within the noise on 4 to 8 ranks (1.35 on 2), below it
-replicating wins by its one collective against three; at 1024 dispatching takes 0.7 of the time on 6 and 8 ranks, as
-much on 4, 1.2 times as much on 2; at 4096 it takes 0.5 on 8, 0.5 to 0.8 on 4 and 0.95 on 2. Not yet on NCCL."""
-
-
-@dataclass(frozen=True)
-class MoENames:
-    """What a family calls the tensors of a mixture, below the layer's own name."""
-
-    router: str
-    expert: str
-    """With a {} for the number of the expert."""
-    projections: tuple[str, str, str]
-    """gate, up, down of an expert."""
-    shared_expert: str = ""
-    shared_gate: str = ""
-    choice_bias: str = ""
-    """Added to the scores, for the choice of experts alone."""
+"""Tokens in a step from which they are dispatched. Time of dispatching over replicating, measured with
+tests/bench/bench_expert_parallel.py on gloo, hidden 512: 256 tokens 1 on 4 to 8 ranks, 1.35 on 2; 1024 tokens 0.7 on 6
+and 8, 1 on 4, 1.2 on 2; 4096 tokens 0.5 on 8, 0.5 to 0.8 on 4, 0.95 on 2. Not yet on NCCL."""
 
 
 class Experts:
@@ -69,7 +49,7 @@ class Experts:
         self.intermediate_size = intermediate_size
         self.local_experts = local_experts
         self.part = shard_slice(intermediate_size, shard)
-        # Dense weights are stacked, as a kernel for all experts at once wants them; formats keep theirs apart.
+        # Dense weights are stacked, as a kernel for all experts at once wants them; quantized ones stay unfused.
         self.unfused_experts: list[GatedMLP] | None = None
         if not isinstance(make_method(f"{self.names[0]}.{projections[0]}"), DenseMethod):
             sizes = (hidden_size, intermediate_size, shard)
@@ -101,12 +81,12 @@ class Experts:
 
 
 class MoE:
-    """Each token to its top k, and where the family has one, to the expert that all tokens share."""
+    """Each token's top k experts, and the shared expert where there is one."""
 
     def __init__(
         self,
         name: str,
-        names: MoENames,
+        names: MoeNames,
         moe: MoeConfig,
         hidden_size: int,
         tp: TensorShard,
@@ -192,7 +172,7 @@ class MoE:
         return part if self.shared_gate is None else torch.sigmoid(linear(x, self.shared_gate)) * part
 
     def dispatch(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-        """Token dispatch: [T, hidden] whole on every rank → the experts' [T, hidden], whole on every rank.
+        """[T, hidden] whole on every rank → the experts' [T, hidden], whole on every rank.
 
         Rank r takes tokens r·share to (r + 1)·share. A pair is a token and one of its experts, numbered t·k + j.
         """
@@ -211,11 +191,11 @@ class MoE:
         results = self.experts(arrived, weights.flatten()[pairs, None], expert_ids.flatten()[pairs, None])
         returned = self.tp.group.all_to_all(results, receives, sends)
 
-        mine = x.new_zeros(share * top_k, x.shape[1])
-        mine[order] = returned
-        return self.tp.group.all_gather(mine.view(share, top_k, x.shape[1]).sum(1), 0)[:num_tokens]
+        shares = x.new_zeros(share * top_k, x.shape[1])
+        shares[order] = returned
+        return self.tp.group.all_gather(shares.view(share, top_k, x.shape[1]).sum(1), 0)[:num_tokens]
 
 
 def should_dispatch(num_tokens: int, size: int) -> bool:
-    """Whether to dispatch the tokens of a step to the experts' owners rather than reduce over all ranks."""
+    """Whether dispatching a step's tokens beats replicating them."""
     return size > 1 and num_tokens >= MIN_DISPATCH_TOKENS

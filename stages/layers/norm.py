@@ -1,4 +1,4 @@
-"""RMS norm with its weight; every rank of a stage holds the whole of it."""
+"""RMS norm with its weight, whole on every rank."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Linear methods of the quantized formats: they read a rank's parts of packed tensors and multiply.
 
-Parts may begin and end anywhere. A cut inside a group, block or packed word reads what covers it and keeps its
-side, so every layout that the model allows also works quantized.
+Parts may begin and end anywhere: a cut inside a group, block or packed word reads what covers it.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from stagemesh.stages.layers.linear import (
 )
 
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
-"""Both are multiplied with: the second is Hugging Face's name for what DeepSeek took for an inverse."""
+"""Both multiply: the second is Hugging Face's name for what DeepSeek took for an inverse."""
 INPUT_SCALES = ("input_scale", "activation_scale")
 UNPACKED = 2**20
-"""Weights that are converted at a time: on the way each takes up to 12 bytes."""
+"""Weights converted at a time; each takes up to 12 bytes meanwhile."""
 
 
 def linear_methods(quantization: Quantization | None) -> LinearMethodFactory:
@@ -60,7 +59,7 @@ def linear_methods(quantization: Quantization | None) -> LinearMethodFactory:
 
 
 @dataclass(frozen=True, slots=True)
-class _EightBitPiece:
+class _W8A8Piece:
     """Parts that share their activations' scale, as w8a8_linear takes them."""
 
     weight: Tensor
@@ -74,9 +73,9 @@ class W8A8Method:
     def __init__(self, format: W8A8) -> None:
         self.format = format
         self.dtype = FP8 if format.kind == "fp8" else torch.int8
-        self.pieces: list[_EightBitPiece] = []
+        self.pieces: list[_W8A8Piece] = []
         self.padding = (0, 0)
-        """Zeros before and after this rank's inputs, which complete its first and last group."""
+        """Zeros before and after this rank's inputs that complete its first and last group."""
         self.bias: Tensor | None = None
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
@@ -99,15 +98,15 @@ class W8A8Method:
         outputs = [w8a8_linear(x, p.weight, p.scale, p.input_scale) for p in self.pieces]
         return add_bias(outputs, self.bias)
 
-    def _read(self, checkpoint: Checkpoint, parts: list[WeightShard], input_scale: float | None) -> _EightBitPiece:
+    def _read(self, checkpoint: Checkpoint, parts: list[WeightShard], input_scale: float | None) -> _W8A8Piece:
         if self.format.online:
-            return _EightBitPiece(*_read_quantized(checkpoint, parts, self.dtype), None)
+            return _W8A8Piece(*_read_quantized(checkpoint, parts, self.dtype), None)
         weight = read_weight(checkpoint, parts, self.dtype)
         if any(self.padding):
             # torch pads bytes, not fp8; the byte 0 is the number 0 in both types.
             weight = pad(weight.view(torch.uint8), self.padding).view(self.dtype)
         scale = torch.cat([self._read_scale(checkpoint, part) for part in parts])
-        return _EightBitPiece(weight, scale, None if input_scale is None else scale.new_tensor(input_scale))
+        return _W8A8Piece(weight, scale, None if input_scale is None else scale.new_tensor(input_scale))
 
     def _read_scale(self, checkpoint: Checkpoint, part: WeightShard) -> Tensor:
         """float32 [rows, groups]."""
@@ -130,7 +129,7 @@ class W8A8Method:
 
 
 @dataclass(frozen=True, slots=True)
-class _FourBitPiece:
+class _W4A16Piece:
     """Parts whose inputs lie in the same groups, as int4_linear takes them."""
 
     weight: Tensor
@@ -139,12 +138,12 @@ class _FourBitPiece:
     groups: Tensor
 
     @staticmethod
-    def join(pieces: list[_FourBitPiece]) -> _FourBitPiece:
+    def join(pieces: list[_W4A16Piece]) -> _W4A16Piece:
         """One for all, of the same groups."""
         if len(pieces) == 1:
             return pieces[0]
         weights, scales, zeros = ([getattr(p, name) for p in pieces] for name in ("weight", "scales", "zeros"))
-        return _FourBitPiece(torch.cat(weights, 1), torch.cat(scales, 1), torch.cat(zeros, 1), pieces[0].groups)
+        return _W4A16Piece(torch.cat(weights, 1), torch.cat(scales, 1), torch.cat(zeros, 1), pieces[0].groups)
 
 
 class W4A16Method:
@@ -152,13 +151,13 @@ class W4A16Method:
 
     def __init__(self, format: W4A16) -> None:
         self.format = format
-        self.pieces: list[_FourBitPiece] = []
+        self.pieces: list[_W4A16Piece] = []
         self.bias: Tensor | None = None
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
         read = self._read_awq if self.format.layout == "awq" else self._read_gptq
         alike = groupby([read(checkpoint, part) for part in parts], lambda piece: piece.groups.tolist())
-        self.pieces = [_FourBitPiece.join(list(group)) for _, group in alike]
+        self.pieces = [_W4A16Piece.join(list(group)) for _, group in alike]
         self.bias = read_bias(checkpoint, parts) if with_bias else None
 
     def dequantize(self) -> Tensor:
@@ -168,7 +167,7 @@ class W4A16Method:
         outputs = [int4_linear(x, p.weight, p.scales, p.zeros, p.groups) for p in self.pieces]
         return add_bias(outputs, self.bias)
 
-    def _read_awq(self, checkpoint: Checkpoint, part: WeightShard) -> _FourBitPiece:
+    def _read_awq(self, checkpoint: Checkpoint, part: WeightShard) -> _W4A16Piece:
         """qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]."""
         name = part.name
         _check_packed(name, "out_features", part.out_features)
@@ -186,9 +185,9 @@ class W4A16Method:
             qweight = checkpoint.read(f"{name}.qweight", (part.in_features, packed), (inputs, words), torch.int32)
             target.copy_(_pack(unpack_columns(qweight, AWQ_ORDER)[:, features]))
         zeros = unpack_columns(qzeros, AWQ_ORDER)[:, features]
-        return _FourBitPiece(weight, scales, zeros.contiguous(), groups.to(scales.device))
+        return _W4A16Piece(weight, scales, zeros.contiguous(), groups.to(scales.device))
 
-    def _read_gptq(self, checkpoint: Checkpoint, part: WeightShard) -> _FourBitPiece:
+    def _read_gptq(self, checkpoint: Checkpoint, part: WeightShard) -> _W4A16Piece:
         """qweight [in / 8, out], qzeros [groups, out / 8], scales [groups, out], g_idx [in].
 
         With act-order the inputs of a rank lie in any of the groups: it reads those between the first and the last.
@@ -220,10 +219,10 @@ class W4A16Method:
                 target.copy_(_pack(unpack_rows(checkpoint.read(*tensor, (rows, features_out), torch.int32))[features]))
         # The first version stores zeros less 1, and 0 as 15.
         zeros = (unpack_columns(qzeros)[:, outputs] + self.format.zero_offset) & 15
-        return _FourBitPiece(weight, scales, zeros, groups.to(scales.device))
+        return _W4A16Piece(weight, scales, zeros, groups.to(scales.device))
 
     def _consecutive_groups(self, part: WeightShard) -> tuple[int, Tensor]:
-        """How many groups the matrix has, and the group of each of the rank's inputs, where they follow one another."""
+        """Number of groups of the matrix, and the group of each of the rank's inputs where groups are consecutive."""
         size = part.in_features if self.format.group_size == -1 else self.format.group_size
         return -(-part.in_features // size), torch.arange(part.columns.start, part.columns.stop) // size
 
@@ -259,7 +258,7 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _used(group_of: Tensor) -> tuple[int, int, Tensor]:
-    """The range of groups that occur, and the group of each input within that range."""
+    """The range of groups that occur, and each input's group within it."""
     first, last = int(group_of.min()), int(group_of.max()) + 1
     return first, last, group_of - first
 
@@ -281,7 +280,7 @@ def _check_packed(name: str, what: str, features: int) -> None:
 
 
 def _present(checkpoint: Checkpoint, layer: str, names: tuple[str, ...]) -> str:
-    """The first of `names` that the layer has a tensor for; where it has none, the first, for the error."""
+    """The first of `names` that the layer has a tensor for, else the first, for the error."""
     full = [f"{layer}.{name}" for name in names]
     return next((name for name in full if checkpoint.shape(name) is not None), full[0])
 

@@ -1,4 +1,4 @@
-"""Rotary position angles: one table per model, looked up once per step for all layers."""
+"""Rotary position angles: one table per model, one lookup per step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from stagemesh.config.model import RopeConfig
+from stagemesh.config.rope import RopeConfig
 
 
 class RotaryTable:
-    """cos and sin of every position below `max_positions`, in the form that kernels/rotary.py takes."""
+    """cos and sin of every position below `max_positions`, as kernels/rotary.py takes them."""
 
     def __init__(
         self, rope: RopeConfig, head_dim: int, max_positions: int, dtype: torch.dtype, device: torch.device
@@ -31,8 +31,8 @@ class RotaryTable:
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> Tensor:
     """float32 [head_dim / 2]: radians per position of each pair of features.
 
-    `max_positions` matters to "dynamic" alone. Its frequencies follow the longest context that is served, not
-    the current length: keys in the cache are rotated once and shared by sequences of all lengths.
+    "dynamic" follows `max_positions`, the longest context that is served, not the current length: keys in the cache are
+    rotated once.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents
@@ -62,7 +62,7 @@ def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def _dynamic_theta(rope: RopeConfig, head_dim: int, max_positions: int) -> float:
-    """NTK-aware scaling: a larger base, such that the longest wavelength grows as the context does."""
+    """NTK-aware scaling: a larger base, so that the longest wavelength grows with the context."""
     growth = max(1.0, max_positions / rope.original_max_position_embeddings)
     return float(rope.theta * (rope.factor * growth - (rope.factor - 1)) ** (head_dim / (head_dim - 2)))
 

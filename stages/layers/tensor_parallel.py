@@ -1,8 +1,7 @@
-"""What the ranks of one stage do together: the tensor-parallel group.
+"""The tensor-parallel group: what the ranks of one stage do together.
 
-`TensorGroup` is the protocol; `SingleRank` and `DistGroup` (over `torch.distributed`) implement it. Layers
-hold a `TensorShard`: which part is theirs, fixed for life, and the group, which is replaced whenever the lane
-is wired anew.
+Layers hold a `TensorShard`: which part is theirs, fixed for life, and the `TensorGroup`, replaced whenever the lane is
+wired anew.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class SingleRank:
 
 
 class DistGroup:
-    """A `torch.distributed` process group, NCCL or gloo. Errors of a lost peer are torch's own."""
+    """A `torch.distributed` process group. Errors of a lost peer are torch's own."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group

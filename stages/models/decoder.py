@@ -1,8 +1,9 @@
-"""A decoder-only language model, or the layers of it that one stage holds. Families say what a layer is."""
+"""A decoder-only language model, or the layers of it that one stage holds."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -37,34 +38,40 @@ class FeedForward(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-class DecoderLayer:
-    """The residual stream and what is still to be added to it travel apart: add and norm are one kernel."""
+class DecoderLayer(Protocol):
+    """One layer, as a family makes it. Its keys and values are in `cache`."""
 
-    def __init__(
-        self,
-        input_norm: RMSNorm,
-        attention: AttentionBlock,
-        post_attention_norm: RMSNorm,
-        feed_forward: FeedForward,
-    ) -> None:
-        self.input_norm = input_norm
-        self.attention = attention
-        self.post_attention_norm = post_attention_norm
-        self.feed_forward = feed_forward
+    @property
+    def feed_forward(self) -> FeedForward: ...
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        self.input_norm.load(checkpoint)
-        self.attention.load(checkpoint)
-        self.post_attention_norm.load(checkpoint)
-        self.feed_forward.load(checkpoint)
+    def load(self, checkpoint: Checkpoint) -> None: ...
 
     def __call__(
         self, residual: Tensor, hidden_states: Tensor | None, batch: ForwardBatch, cache: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(residual, hidden_states) → (residual, hidden_states), all [T, hidden]; the layer's output is their sum.
 
-        `hidden_states` is None at the start of a stage, where nothing is left to be added.
+        They travel apart because add and norm are one kernel. `hidden_states` is None at the start of a stage, where
+        nothing is left to be added.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class PreNormLayer:
+    """Norm, attention, add; norm, feed-forward, add."""
+
+    input_norm: RMSNorm
+    attention: AttentionBlock
+    post_attention_norm: RMSNorm
+    feed_forward: FeedForward
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        for part in (self.input_norm, self.attention, self.post_attention_norm, self.feed_forward):
+            part.load(checkpoint)
+
+    def __call__(
+        self, residual: Tensor, hidden_states: Tensor | None, batch: ForwardBatch, cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if hidden_states is None:
             normed = self.input_norm(residual)
         else:
@@ -74,11 +81,10 @@ class DecoderLayer:
         return residual, self.feed_forward(normed)
 
 
-class CausalLM:
+class Decoder:
     """Layers [start, end) of a model; the embedding if start is 0, norm and head if end is the last layer.
 
-    Written as if for one device; what a rank holds of each layer is the layers' own business. A family
-    implements `make_layer`. Instances are made empty and filled by `load`.
+    Written as if for one device: each layer knows what this rank holds of it. Made empty, filled by `load`.
     """
 
     def __init__(
@@ -95,15 +101,33 @@ class CausalLM:
         self.tp = tp
         self.make_method = make_method
         self.start, self.end = layers
-        self.layers = [self.make_layer(i) for i in range(self.start, self.end)]
+        self.layers: list[DecoderLayer] = [config.family.decoder_layer(self, i) for i in range(self.start, self.end)]
         vocab = (config.vocab_size, config.hidden_size, tp)
         head_name = EMBEDDING if config.tie_word_embeddings else HEAD
         self.embedding = VocabParallelEmbedding(EMBEDDING, *vocab) if self.is_first else None
         self.norm = RMSNorm(NORM, config.hidden_size, config.rms_norm_eps) if self.is_last else None
         self.head = VocabParallelHead(head_name, *vocab) if self.is_last else None
 
-    def make_layer(self, index: int) -> DecoderLayer:
-        raise NotImplementedError
+    # -- the forward pass --------------------------------------------------------------------------------
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] → [T, hidden]; first stage only."""
+        assert self.embedding is not None
+        return self.embedding(token_ids)
+
+    def forward(self, hidden: Tensor, batch: ForwardBatch, caches: list[Tensor]) -> Tensor:
+        """The layers of this stage: [T, hidden] → [T, hidden]."""
+        residual, hidden_states = hidden, None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            residual, hidden_states = layer(residual, hidden_states, batch, cache)
+        return residual if hidden_states is None else residual + hidden_states
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """Last stage only: [n, hidden] → [n, vocab_size] on tp rank 0, None on the others."""
+        assert self.norm is not None and self.head is not None
+        return self.head(self.norm(hidden))
+
+    # -- what this stage holds ---------------------------------------------------------------------------
 
     @property
     def is_first(self) -> bool:
@@ -112,6 +136,12 @@ class CausalLM:
     @property
     def is_last(self) -> bool:
         return self.end == self.config.num_layers
+
+    @property
+    def mixtures(self) -> dict[int, MoE]:
+        """The mixtures of experts of this stage, by layer."""
+        blocks = {index: layer.feed_forward for index, layer in enumerate(self.layers, self.start)}
+        return {index: block for index, block in blocks.items() if isinstance(block, MoE)}
 
     def kv_block_shape(self, block_size: int) -> tuple[int, ...]:
         """Of one block of one layer's cache on this rank, as kernels/README.md describes it."""
@@ -127,37 +157,15 @@ class CausalLM:
         if self.norm and self.head:
             self.norm.load(checkpoint)
             self.head.load(checkpoint, self.embedding if self.config.tie_word_embeddings else None)
-        return sorted(name for name in checkpoint.names_left() if not self._is_elsewhere(name))
+        return sorted(name for name in checkpoint.unread() if not self._is_elsewhere(name))
 
     def _is_elsewhere(self, name: str) -> bool:
-        """Whether `name` belongs to another stage, or does not matter."""
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        """Whether `name` belongs to another rank or stage, or does not matter."""
+        moe, layer = self.config.moe, re.match(r"model\.layers\.(\d+)\.", name)
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        if layer and expert and moe and self.expert_parallel and int(layer[1]) in moe.layers:
+            return int(expert[1]) < moe.num_experts
         if layer and not self.start <= int(layer[1]) < self.end:
             return int(layer[1]) < self.config.num_layers
         # A tied head is sometimes saved as well.
         return name in (EMBEDDING, f"{NORM}.weight", HEAD) or HARMLESS.search(name) is not None
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """int64 [T] → [T, hidden]; first stage only."""
-        assert self.embedding is not None
-        return self.embedding(token_ids)
-
-    def forward(self, hidden: Tensor, batch: ForwardBatch, caches: list[Tensor]) -> Tensor:
-        """The layers of this stage: [T, hidden] → [T, hidden]."""
-        residual, hidden_states = hidden, None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            residual, hidden_states = layer(residual, hidden_states, batch, cache)
-        return residual if hidden_states is None else residual + hidden_states
-
-    def expert_load(self) -> dict[int, list[int]]:
-        """Layer → tokens that each of its experts got in the last step, for the mixtures of this stage."""
-        return {
-            index: layer.feed_forward.tokens_per_expert.tolist()
-            for index, layer in enumerate(self.layers, self.start)
-            if isinstance(layer.feed_forward, MoE)
-        }
-
-    def logits(self, hidden: Tensor) -> Tensor | None:
-        """Last stage only: [n, hidden] → [n, vocab_size] on tp rank 0, None on the others."""
-        assert self.norm is not None and self.head is not None
-        return self.head(self.norm(hidden))

@@ -1,7 +1,7 @@
 """What the linear layers of a model get to see of a text, one decoder layer at a time.
 
-The model runs as a pipeline of stages with one layer each, one after the other over the whole text, so no more than
-one layer and the hidden states between two are in memory.
+The model runs as a pipeline of one layer per stage, each over the whole text before the next, so only one layer and
+the hidden states between two are in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK_SIZE = 16
 
 
 class RecordingMethod:
-    """A dense layer that remembers what its inputs were like. Not a DenseMethod: mixtures join those of experts."""
+    """A dense layer that records statistics of its inputs. Not a DenseMethod: mixtures stack those of experts."""
 
     def __init__(self) -> None:
         self.dense = DenseMethod()
@@ -57,8 +57,8 @@ class RecordingMethod:
 
     @property
     def moment(self) -> Tensor:
-        """Mean of x·xᵀ over the tokens, [in, in]; that of unrelated inputs where there were none, as for an expert
-        that no token went to.
+        """Mean of x·xᵀ over the tokens, [in, in]; the identity where there were none, as for an expert without
+        tokens.
         """
         if self._moment is None:
             return torch.eye(next(iter(self.matrices.values())).shape[1])
@@ -70,15 +70,15 @@ class RecordingMethod:
         return self.moment.diagonal() if self._magnitude is None else self._magnitude / self.num_tokens
 
     def replace(self, matrices: dict[str, Tensor]) -> None:
-        """Go on with other weights, as a whole run of the rounded model would."""
+        """Continue with other weights."""
         self.dense.weight = pack_weight(torch.cat([matrices[name] for name in self.matrices]))
 
 
 def layers_with_inputs(model: str, samples: Sequence[Sequence[int]]) -> Iterator[list[RecordingMethod]]:
     """The linear layers of each decoder layer, after `samples` (token ids) have gone through it in float32.
 
-    Whoever takes them may `replace` weights: the layers that follow then see what comes out of those.
-    Without samples only the weights are there.
+    A caller may `replace` weights: later layers then see the output of those. Without samples there
+    are only the weights.
     """
     longest = max(map(len, samples), default=1)
     num_layers = EngineConfig.resolve(EngineArgs(model=model, device="cpu")).model.num_layers

@@ -1,4 +1,4 @@
-"""Making a quantized checkpoint out of a plain one, in the layouts that others read as well."""
+"""Making a quantized checkpoint out of a plain one, in the published layouts."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from stagemesh.stages.quantization.rounding import Rounded, round_awq, round_gpt
 
 SHARD_BYTES = 5 * 10**9
 COPIED = (".json", ".txt", ".model", ".jinja")
-"""Files beside the weights that a model needs: tokenizer, chat template, generation settings."""
+"""Tokenizer, chat template, generation settings."""
 FP8_BLOCK = 128
 MIN_GROUP_SIZE = 8
 
 ROWS_ABSORB = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
-"""AWQ divides the inputs of these layers by dividing the outputs of those."""
+"""AWQ divides the inputs of the first by dividing the outputs of the second."""
 NORM_ABSORBS = {
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): "input_layernorm",
     ("mlp.gate_proj", "mlp.up_proj"): "post_attention_layernorm",
 }
-"""Likewise for these layers, where they are all that read the norm. In a mixture the router reads it as well."""
+"""Likewise, where these layers are all that read the norm; in a mixture the router reads it as well."""
 ROUTERS = "gate.weight"
-"""How the names of a mixture's routers end; they stay as they are."""
+"""How the names of a mixture's routers end."""
 DENSE = ("lm_head", "gate", "shared_expert_gate")
-"""Layers that are left out, by the last part of their name: the head and a mixture's routers."""
+"""Layers that stay dense, by the last part of their name."""
 NEVER_CLIPPED = ("q_proj", "k_proj")
-"""Attention scores suffer from clipping more than the error of their inputs tells."""
+"""Clipping harms attention scores more than the error of their inputs tells."""
 
 Read = Callable[[str], Tensor | None]
-"""A tensor of the source by name, float32; None where there is none."""
+"""A tensor of the source by name, float32, or None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +76,9 @@ def quantize_checkpoint(
 ) -> None:
     """Write `model` in the format of `recipe` to the folder `out`.
 
-    samples: token ids of calibration text. report: called after each layer with how many of how many are done.
-    Embedding, head, norms and biases stay as they are, except for the norms that take up AWQ's scales. Raises
-    ConfigError for what cannot be made, before anything is written.
+    samples: token ids of calibration text. report: called after each layer with the number done and the total.
+    Embedding, head, norms and biases stay, except for norms that take up AWQ's scales. Raises ConfigError before
+    anything is written.
     """
     folder = find_model(model)
     config = ModelConfig.from_folder(folder)
@@ -95,7 +95,7 @@ def quantize_checkpoint(
             source.done |= replaced
             writer.add({name: source.like_before(name, tensor) for name, tensor in tensors.items()})
             report(done, config.num_layers)
-        for name, tensor in source.rest():
+        for name, tensor in source.remaining():
             writer.add({name: tensor})
     writer.finish()
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -136,14 +136,14 @@ def quantization_config(recipe: Recipe, group_size: int) -> dict[str, Any]:
     }
 
 
-def fitting_group_size(asked: int, shapes: dict[str, tuple[int, ...]]) -> int:
-    """`asked`, halved until it divides the inputs of every layer. ConfigError names one that it cannot."""
-    size = asked
+def fitting_group_size(group_size: int, shapes: dict[str, tuple[int, ...]]) -> int:
+    """`group_size`, halved until it divides the inputs of every layer. ConfigError names one that it cannot."""
+    size = group_size
     for name, (outputs, inputs) in shapes.items():
         while inputs % size:
             size //= 2
             if size < MIN_GROUP_SIZE:
-                raise ConfigError("group_size", asked, f"no half of it divides the {inputs} inputs of {name}")
+                raise ConfigError("group_size", group_size, f"no half of it divides the {inputs} inputs of {name}")
         if outputs % PER_WORD or inputs % PER_WORD:
             raise ConfigError("to", name, f"is {outputs}x{inputs}; 4-bit layouts pack multiples of {PER_WORD}")
     return size
@@ -179,11 +179,11 @@ def _convert_layer(
     elif recipe.to == "gptq":
         tensors = _gptq_layer(methods, group_size, recipe.act_order)
     else:
-        tensors = _eight_bit_layer(methods, recipe)
+        tensors = _w8a8_layer(methods, recipe)
     return tensors, replaced | (tensors.keys() - replaced)
 
 
-def _eight_bit_layer(methods: list[RecordingMethod], recipe: Recipe) -> dict[str, Tensor]:
+def _w8a8_layer(methods: list[RecordingMethod], recipe: Recipe) -> dict[str, Tensor]:
     dtype = FP8 if recipe.to == "fp8" else torch.int8
     tensors: dict[str, Tensor] = {}
     for method in methods:
@@ -207,7 +207,7 @@ def _eight_bit_layer(methods: list[RecordingMethod], recipe: Recipe) -> dict[str
 
 
 def _largest_input(method: RecordingMethod, methods: list[RecordingMethod]) -> float:
-    """For an expert that had no tokens that of the other experts of its layer."""
+    """Of an expert without tokens: that of its layer's other experts."""
 
     def projection(other: RecordingMethod) -> str:
         return next(iter(other.matrices)).rsplit(".", 1)[1]
@@ -292,7 +292,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 class _Source:
-    """The tensors of the plain checkpoint; `done` are those that are not copied any more."""
+    """The tensors of the plain checkpoint; those in `done` are not copied."""
 
     def __init__(self, folder: Path) -> None:
         self._file_of = checkpoint_files(folder)
@@ -303,7 +303,7 @@ class _Source:
         return self._read(name).float() if name in self._file_of else None
 
     def like_before(self, name: str, tensor: Tensor) -> Tensor:
-        """In the dtype of the tensor of that name, if there was one and it was not quantized."""
+        """In the dtype of the source's tensor of that name, unless quantized or new."""
         is_changed = name in self._file_of and tensor.dtype == torch.float32
         return (tensor.to(self._read(name).dtype) if is_changed else tensor).contiguous()
 
@@ -319,7 +319,7 @@ class _Source:
                 raise ConfigError("model", name, "holds several experts in one tensor, which no quantized layout does")
         return shapes
 
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
+    def remaining(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._file_of:
             if name not in self.done:
                 yield name, self._read(name)
@@ -344,8 +344,8 @@ class _ShardWriter:
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            held = sum(t.nbytes for t in self._waiting.values())
-            if self._waiting and held + tensor.nbytes > self._shard_bytes:
+            num_bytes = sum(t.nbytes for t in self._waiting.values())
+            if self._waiting and num_bytes + tensor.nbytes > self._shard_bytes:
                 self._write()
             self._waiting[name] = tensor
 
@@ -361,7 +361,7 @@ class _ShardWriter:
         return self._folder / f"shard-{number}.unfinished"
 
     def finish(self) -> None:
-        """Write what is left and give the files their names, which say how many there are."""
+        """Write the last tensors and name the files, now that their number is known."""
         self._write()
         count = len(self._shards)
         if count == 1:

@@ -1,7 +1,7 @@
 """Rounding a weight matrix to 4 bits so that the layer's output changes least.
 
-The output's error on calibration inputs x is Σ ‖E·x‖² = tr(E·H·Eᵀ), with E the error of the weights and H = Σ x·xᵀ,
-so H is all that has to be known of the inputs. Weights are [out, in] here as in the model; groups run along `in`.
+The output's error on inputs x is Σ ‖E·x‖² = tr(E·H·Eᵀ), E the error of the weights, H = Σ x·xᵀ. Weights are [out, in]
+as in the model; groups run along `in`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LEVELS = 15
 SCALE_STEPS = 20
 """Exponents between 0 and 1 that are tried for AWQ's scales."""
 SHRINKS = tuple(1 - 0.05 * i for i in range(9))
-"""Shares of a group's range that are tried: clipping the largest weight makes the others finer."""
+"""Shares of a group's range that are tried: clipping the largest weight refines the others."""
 DAMPING = 0.01
 """What GPTQ adds to the diagonal of H, relative to its mean."""
 
@@ -70,7 +70,7 @@ def round_awq(weight: Tensor, group_size: int, moment: Tensor | None = None) -> 
 
 
 def _awq_grid(grouped: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scales, as float16 holds them, and zeros of each group [out, G], for a share of its range and the number 0."""
+    """Scales (values of float16) and zeros, [out, G], for a share of each group's range and 0."""
     low, high = grouped.amin(2).clamp(max=0) * shrink, grouped.amax(2).clamp(min=0) * shrink
     scales = ((high - low).clamp(min=1e-4) / LEVELS).half().float()
     return scales, (-low / scales).round().clamp(0, LEVELS)
@@ -90,8 +90,7 @@ def _group_errors(grouped: Tensor, scales: Tensor, zeros: Tensor, blocks: Tensor
 def search_input_scales(weights: Sequence[Tensor], magnitude: Tensor, moment: Tensor, group_size: int) -> Tensor:
     """Factors [in] for the weights of layers that share an input, which is divided by them (arXiv:2306.00978, 3.2).
 
-    Inputs that are large on average have their weights scaled up before rounding, by a power of `magnitude` [in]
-    that is searched for; the exponent 0 is among the tried, so it never gets worse.
+    A power of `magnitude` [in], the mean |x|, whose exponent is searched for; 0 is among those tried.
     """
     best, lowest = torch.ones_like(magnitude), float("inf")
     for step in range(SCALE_STEPS):
@@ -109,8 +108,7 @@ def search_input_scales(weights: Sequence[Tensor], magnitude: Tensor, moment: Te
 def round_gptq(weight: Tensor, moment: Tensor, group_size: int, act_order: bool = False) -> Rounded:
     """The algorithm of arXiv:2210.17323 with symmetric groups (zero 8).
 
-    With `act_order`, inputs with much weight in H are rounded first, when most others are left to make up for them;
-    groups are then made of inputs that follow one another in that order.
+    With `act_order`, inputs with much weight in H are rounded first, and groups are made in that order.
     """
     inputs = weight.shape[1]
     diagonal = moment.diagonal()

@@ -26,15 +26,15 @@ class BatchBuilder:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        window: int | None = None,
-        sides: int = 2,
+        sliding_window: int | None = None,
+        kv_factor: int = 2,
     ) -> None:
         self._rotary = rotary
         self._block_size = block_size
         self._device = device
-        self._window = window
+        self._sliding_window = sliding_window
         shape = (num_heads, num_kv_heads, block_size, head_dim)
-        self._cpu = CpuPagedAttention(*shape, dtype, window, sides) if device.type == "cpu" else None
+        self._cpu = CpuPagedAttention(*shape, dtype, sliding_window, kv_factor) if device.type == "cpu" else None
 
     def build(self, plan: StepPlan, sampled_token_ids: Sequence[int] = ()) -> ForwardBatch:
         """sampled_token_ids: what step `plan.placeholder_step` sampled."""
@@ -59,6 +59,8 @@ class BatchBuilder:
         cos, sin = self._rotary.at(torch.from_numpy(positions.astype(np.int64)).to(self._device))
         step = (query_lens, context_lens, block_tables, slots)
         attend = (
-            self._cpu.prepare(*step) if self._cpu else PagedAttentionStep.on_device(*step, self._device, self._window)
+            self._cpu.prepare(*step)
+            if self._cpu
+            else PagedAttentionStep.on_device(*step, self._device, self._sliding_window)
         )
         return ForwardBatch(torch.from_numpy(token_ids.astype(np.int64)).to(self._device), cos, sin, attend)

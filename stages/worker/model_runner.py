@@ -19,8 +19,7 @@ from stagemesh.stages.layers.quantized_linear import linear_methods
 from stagemesh.stages.layers.rotary import RotaryTable
 from stagemesh.stages.layers.tensor_parallel import TensorGroup, TensorShard
 from stagemesh.stages.messages.step import StepPlan, StepResult, TokenLogprobs
-from stagemesh.stages.models.decoder import CausalLM
-from stagemesh.stages.models.registry import model_class
+from stagemesh.stages.models.decoder import Decoder
 from stagemesh.stages.worker.batch_builder import BatchBuilder
 from stagemesh.stages.worker.kv_cache import KVCache, host_memory_available
 from stagemesh.stages.worker.pooler import Pooler
@@ -56,7 +55,7 @@ class ModelRunner:
         self._stage = stage
         self._tp = TensorShard(tp_rank, config.plan.tp_size)
         self._block_size = config.block_size
-        self._model: CausalLM | None = None
+        self._model: Decoder | None = None
         self._cache: KVCache | None = None
         self._batches: BatchBuilder | None = None
         self._pooler = Pooler()
@@ -70,24 +69,23 @@ class ModelRunner:
         """Read this rank's weights from the model folder; ConfigError names what does not fit."""
         model_config = self._config.model
         layers = self._config.plan.layer_ranges[self._stage]
-        model = model_class(model_config.architecture)(
+        model = Decoder(
             model_config, layers, self._tp, self._make_method, expert_parallel=self._config.plan.expert_parallel
         )
         with Checkpoint(self._config.local_model_path(), self._dtype, self._device) as checkpoint:
             unused = model.load(checkpoint)
         if unused and self._tp.rank == 0:
             logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), ", ".join(unused[:10]))
-        sides, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
+        kv_factor, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
         rotary = RotaryTable(
             model_config.rope, model_config.rotary_dim, self._config.max_model_len, self._dtype, self._device
         )
         num_heads = model_config.num_heads // self._tp.size
         shape = (num_heads, num_kv_heads, block_size, head_dim)
-        self._batches = BatchBuilder(rotary, *shape, self._dtype, self._device, model_config.sliding_window, sides)
+        self._batches = BatchBuilder(rotary, *shape, self._dtype, self._device, model_config.sliding_window, kv_factor)
         self._model = model
         if self._tp.rank == 0:  # one rank counts for all
-            blocks = [layer.feed_forward for layer in model.layers]
-            self._mixtures = [block for block in blocks if isinstance(block, MoE)]
+            self._mixtures = list(model.mixtures.values())
 
     def kv_bytes_per_block(self) -> int:
         """Of the cache on this rank, over the layers of its stage."""
@@ -229,7 +227,7 @@ class ModelRunner:
 
     def expert_load(self) -> dict[int, list[int]]:
         """Layer → tokens that each of its experts got in the last step; the same on every rank of the stage."""
-        return self._loaded().expert_load()
+        return {layer: moe.tokens_per_expert.tolist() for layer, moe in self._loaded().mixtures.items()}
 
     def take_expert_tokens(self) -> list[int]:
         """Tokens that the experts of each number got in all steps since the last call, summed over the stage's layers.
@@ -239,7 +237,7 @@ class ModelRunner:
         tokens, self._expert_tokens = self._expert_tokens, None
         return [] if tokens is None else tokens.tolist()
 
-    def _loaded(self) -> CausalLM:
+    def _loaded(self) -> Decoder:
         assert self._model is not None, "load() comes first"
         return self._model
 

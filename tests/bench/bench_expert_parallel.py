@@ -17,10 +17,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from stagemesh.config.model import MoeConfig
+from stagemesh.config.model import MoeConfig, MoeNames
 from stagemesh.stages.layers import moe as moe_layer
 from stagemesh.stages.layers.checkpoint import Checkpoint
-from stagemesh.stages.layers.moe import MoE, MoENames
+from stagemesh.stages.layers.moe import MoE
 from stagemesh.stages.layers.tensor_parallel import DistGroup, TensorShard
 
 SIZES = (1, 16, 64, 256, 1024, 4096)
@@ -48,7 +48,7 @@ def measure(rank: int, store: str, size: int, num_experts: int, top_k: int, hidd
         shared_intermediate_size=0,
         layers=frozenset([0]),
     )
-    names = MoENames("gate", "experts.{}", ("w1", "w3", "w2"))
+    names = MoeNames("gate", "experts.{}", ("w1", "w3", "w2"))
     shard = TensorShard(rank, size, DistGroup())
     layer = MoE("moe", names, moe, hidden, shard, expert_parallel=True)
     checkpoint = RandomCheckpoint()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.model import ModelConfig, MoeConfig, RopeConfig
+from stagemesh.config.model import ModelConfig, MoeConfig
+from stagemesh.config.rope import RopeConfig
 
 WriteModel = Callable[..., Path]
 LLAMA3 = {

@@ -197,7 +197,7 @@ def test_a_cache_of_one_side_is_key_and_value_in_one(batch: list[tuple[int, int]
     one_sided = replace(two_sided, kv=two_sided.kv[:, :1], cache=two_sided.cache[:, :1].contiguous())
     expected = run_step(two_sided, torch.device("cpu"))
 
-    attention = CpuPagedAttention(6, 1, 4, 16, torch.float32, sides=1)
+    attention = CpuPagedAttention(6, 1, 4, 16, torch.float32, kv_factor=1)
     lens_and_tables = (one_sided.query_lens, one_sided.context_lens, one_sided.block_tables, one_sided.slots)
     step = attention.prepare(*lens_and_tables)
     assert_close(step(one_sided.q, one_sided.kv, one_sided.cache.clone(), one_sided.scale), expected)

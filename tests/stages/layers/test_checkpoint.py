@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +19,9 @@ from support.model_harness import Part, ThreadLane, make_checkpoint
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.model import Architecture
 from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.tensor_parallel import TensorShard
-from stagemesh.stages.models.registry import MODELS, model_class
+from stagemesh.stages.models.decoder import Decoder
 from stagemesh.stages.worker.model_runner import ModelRunner
 
 IDS = list(range(20))
@@ -69,7 +68,7 @@ def test_a_rank_reads_only_its_slices(folder: Path, tp: int, layers: tuple[int, 
 
     for rank in range(tp):
         with Checkpoint(folder, torch.float32) as checkpoint:
-            unused = model_class(config.architecture)(config, layers, TensorShard(rank, tp)).load(checkpoint)
+            unused = Decoder(config, layers, TensorShard(rank, tp)).load(checkpoint)
         assert checkpoint.bytes_read == 4 * expected
         assert unused == []
 
@@ -78,7 +77,7 @@ def test_a_tied_head_reads_the_embedding_once(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, tie_word_embeddings=True)
     config = EngineConfig.resolve(EngineArgs(model=str(folder), device="cpu", max_model_len=128)).model
     with Checkpoint(folder, torch.float32) as checkpoint:
-        model_class(config.architecture)(config, (0, 3), TensorShard()).load(checkpoint)
+        Decoder(config, (0, 3), TensorShard()).load(checkpoint)
     assert checkpoint.bytes_read == sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
 
 
@@ -146,15 +145,6 @@ def test_unknown_tensors_are_reported_and_harmless_ones_are_not(folder: Path, ca
     assert "model.layers.0.self_attn.extra.weight" in caplog.text
     assert "model.layers.7.mlp.up_proj.weight" in caplog.text
     assert "inv_freq" not in caplog.text
-
-
-def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
-        model_class("GPT2LMHeadModel")
-
-
-def test_every_architecture_that_a_config_may_name_has_a_model() -> None:
-    assert tuple(MODELS) == get_args(Architecture)
 
 
 # -- memory ------------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 from torch.testing import assert_close
 
-from stagemesh.config.model import MoeConfig
+from stagemesh.config.model import MoeConfig, MoeNames
 from stagemesh.kernels.moe import moe_experts, top_k_in_groups, top_k_softmax
 from stagemesh.stages.layers import moe as moe_layer
 from stagemesh.stages.layers.checkpoint import Checkpoint
-from stagemesh.stages.layers.moe import MoE, MoENames
+from stagemesh.stages.layers.moe import MoE
 from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
@@ -106,7 +106,7 @@ def test_both_ways_are_right_for_every_routing(
         shared_intermediate_size=0,
         layers=frozenset([0]),
     )
-    names = MoENames("gate", "experts.{}", ("w1", "w3", "w2"))
+    names = MoeNames("gate", "experts.{}", ("w1", "w3", "w2"))
     whole = MoE("moe", names, config, HIDDEN, TensorShard(), expert_parallel=False)
     checkpoint = FakeCheckpoint()
     whole.load(checkpoint)

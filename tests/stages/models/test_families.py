@@ -21,7 +21,7 @@ from support.model_harness import (
 )
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.stages.models.registry import MODELS
+from stagemesh.config.families import FAMILIES as REGISTERED
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -95,7 +95,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_the_readme_shows_what_is_tested() -> None:
     assert readme_table() in (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    assert {f"{cls}ForCausalLM" for cls, _ in FAMILIES.values()} == MODELS.keys()
+    assert {f"{cls}ForCausalLM" for cls, _ in FAMILIES.values()} == REGISTERED.keys()
 
 
 @pytest.mark.parametrize("tp, partition", LAYOUTS)

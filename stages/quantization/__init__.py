@@ -1,1 +1,0 @@
-"""Quantized linear layers: reading the published layouts, and making checkpoints in them."""
