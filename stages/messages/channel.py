@@ -1,6 +1,6 @@
-"""Step plans to the workers and results back, over ZeroMQ with msgpack: no pickle, one socket pair per epoch.
+"""Step plans to the workers and results back, tokens and stats to the routers: ZeroMQ with msgpack, no pickle.
 
-Every epoch opens fresh sockets, so a message of an older wiring has nowhere to arrive. PUSH/PULL keeps the
+Every epoch opens fresh sockets, so a message of an older epoch has nowhere to arrive. PUSH/PULL keeps the
 order of each sender, blocks nobody and queues what is sent before the peer has connected.
 """
 
@@ -18,7 +18,7 @@ from stagemesh.stages.messages.request import LaneStats, TokenBatch, TokenDelta
 from stagemesh.stages.messages.step import LeaderMessage, SampledTokens, ToWorker, WorkerMessage
 
 ROUTER_IDLE_S = 60.0
-"""A router with no token for this long is forgotten until the next: it may have gone for good."""
+"""A router that gets no token for this long is forgotten until the next one: it may have gone for good."""
 
 
 class ChannelClosed(RuntimeError):
@@ -32,7 +32,7 @@ def bind_random_port(socket: zmq.Socket[Any], host: str) -> str:
 
 
 class _PlanSockets:
-    """One PUSH socket to the plan socket of each of some workers; what is sent goes to all of them."""
+    """PUSH sockets to the plan sockets of some workers; every message goes to all of them."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._context = context
@@ -56,7 +56,7 @@ class _PlanSockets:
 
     def close(self) -> None:
         for socket in self._sockets:
-            socket.close(linger=500)  # what was sent just before, a StopRun say, must still go out; nobody waits for it
+            socket.close(linger=500)  # for a StopRun sent just before; nobody waits for it
         self._sockets.clear()
 
 
@@ -103,12 +103,12 @@ class WorkerChannel:
         self.address = bind_random_port(self._plans, host)
         self._results = context.socket(zmq.PUSH)
         self._results.setsockopt(zmq.LINGER, 1000)
-        self._fed = _PlanSockets(context)
+        self._first_stage = _PlanSockets(context)
 
     def connect(self, leader_address: str, sampled_tokens_to: Iterable[str] = ()) -> None:
-        """sampled_tokens_to: plan sockets of the workers that `feed` reaches."""
+        """sampled_tokens_to: plan sockets of the workers that `send_sampled_tokens` reaches."""
         self._results.connect(leader_address)
-        self._fed.connect(sampled_tokens_to)
+        self._first_stage.connect(sampled_tokens_to)
 
     def receive(self, timeout_ms: int) -> ToWorker | None:
         """The next message, or None after `timeout_ms` without one."""
@@ -119,15 +119,15 @@ class WorkerChannel:
     def send(self, message: WorkerMessage) -> None:
         self._results.send(self._encoder.encode(message))
 
-    def feed(self, tokens: SampledTokens) -> None:
-        """Queue `tokens` to every worker that needs them; raises ChannelClosed as LeaderChannel.send does."""
-        self._fed.send(tokens)
+    def send_sampled_tokens(self, tokens: SampledTokens) -> None:
+        """Queue `tokens` to the workers that fill placeholders; raises ChannelClosed as LeaderChannel.send does."""
+        self._first_stage.send(tokens)
 
     def close(self) -> None:
         """Free the sockets; safe to call twice."""
         self._plans.close(linger=0)
         self._results.close()
-        self._fed.close()
+        self._first_stage.close()
 
 
 @dataclass
@@ -148,7 +148,7 @@ class RouterLinks:
         self.stats_address = bind_random_port(self._stats, host)
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
-        """One message with `deltas`; False when the router's queue is full, which means that it is gone."""
+        """Send `deltas` in one message; False when the router's queue is full, which means that it is gone."""
         if not reply_to:
             return True  # the leader's own warm-up
         link = self._routers.get(reply_to)

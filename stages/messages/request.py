@@ -1,4 +1,4 @@
-"""What travels between routers and leaders: requests, their tokens, and what a lane says of itself."""
+"""What travels between routers and leaders: requests, their tokens, and the stats of a lane."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class TokenDelta(msgspec.Struct, array_like=True):
 
 
 class TokenBatch(msgspec.Struct, array_like=True):
-    """All new tokens of one router's requests after an engine step, or two whose results came at once."""
+    """All new tokens of one router's requests after one turn of the engine's loop."""
 
     lane: str
     deltas: list[TokenDelta]
 
 
 class LaneStats(msgspec.Struct, array_like=True):
-    """A leader's own account of itself, published to the routers when it changes, at most a few times a second."""
+    """The state and load of a lane, published to the routers when it changes, at most ten times a second."""
 
     lane: str
     """The leader's Serve replica id."""
@@ -62,17 +62,17 @@ class LaneStats(msgspec.Struct, array_like=True):
     generation_tokens: int
     num_steps: int
     schedule_s: float
-    """Sum over steps: choosing the batch, building and sending the plan, taking the result in."""
+    """Sum over steps: scheduling, sending the plan, processing the result."""
     step_overhead_s: float
-    """Sum over steps: what each took beside its time inside the model and its waits for other steps. Scheduling is in
-    it as far as a step had to wait for that."""
+    """Sum over steps: what each took beside its time inside the model and its waits for other steps. It includes
+    scheduling as far as a step had to wait for that."""
     model_s: float
     """Sum over steps and stages: inside the model."""
     block_size: int
     expert_tokens: list[int] = []
     """As in WorkerStats, over the life and all stages of the lane."""
     expert_imbalance: float = 0.0
-    """The mean over all mixture layers of the lane, as their stages last reported it; 0 where nobody has."""
+    """The mean over all mixture layers of the lane, as their stages last reported it; 0 before a report."""
 
 
 class EngineRequest(msgspec.Struct):
@@ -85,7 +85,7 @@ class EngineRequest(msgspec.Struct):
     params: SamplingParams
     """With a definite seed, max_tokens that fit the model, and bad words as token ids."""
     reply_to: str = ""
-    """Where its tokens go: the ZeroMQ address of a router's PULL socket, or whatever the lane's TokenSink knows."""
+    """Where its tokens go, in the terms of the lane's TokenSink: the address of a router's PULL socket, say."""
 
 
 class RequestSummary(msgspec.Struct):

@@ -1,7 +1,7 @@
 """What travels between a leader and the workers of its lane: step plans and results, msgspec structs sent as msgpack.
 
-Integer arrays are little-endian int32 bytes, ready for `torch.frombuffer` / `numpy.frombuffer`; a list of
-Python ints would cost more to decode than a small model's layer costs to run.
+Integer arrays are little-endian int32 bytes, ready for `numpy.frombuffer`: decoding a list of Python ints would cost
+more than a layer of a small model.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import msgspec
 
 
 class LogitsAdjustments(msgspec.Struct, array_like=True, frozen=True):
-    """What a request changes about the model's logits for one token, in this order. A pure function of the
-    request and the tokens so far; the leader works it out, so that a worker keeps no state for it."""
+    """What a request changes about the model's logits for one token, in this order. The leader works it out from the
+    request and the tokens so far, so that a worker keeps no state for it."""
 
     allowed: bytes = b""
     """One bit per token id, the lowest first in each byte; ids past its end are not allowed. Empty allows all."""
@@ -40,9 +40,9 @@ class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
     position: int
     """Position of the token to be sampled; with `seed` it fixes the randomness."""
     banned_token_ids: list[int]
-    """Never chosen in this step (EOS and stop ids while min_tokens is not reached)."""
+    """Never chosen in this step: EOS and stop ids before min_tokens, endings of bad words."""
     edits: LogitsAdjustments | None = None
-    """None for most requests, which cost nothing for it."""
+    """None where the request leaves the logits as they are."""
     num_logprobs: int | None = None
     """How many likeliest tokens to report beside the chosen one; -1 for all, None for no report."""
 
@@ -69,7 +69,7 @@ class PoolSpec(msgspec.Struct, array_like=True, frozen=True):
     dimensions: int
     """Leading dimensions to keep; 0 for all."""
     is_whole: bool
-    """The prompt ends in this step, so that the vector is due."""
+    """The prompt ends in this step: the vector is due."""
 
 
 class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
@@ -79,28 +79,27 @@ class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     step: int
     """Rises by one per plan within an epoch."""
     seq_ids: list[int]
-    """[S]; a number that the leader gives a sequence for its life in the lane."""
+    """[S]; each number is a sequence's for its life in the lane."""
     query_lens: bytes
     """int32 [S]: tokens of each sequence in this step; sums to T."""
     context_lens: bytes
     """int32 [S]: tokens whose KV is in the cache before this step."""
     token_ids: bytes
     """int32 [T], flattened in sequence order. Position of a token = context_len + offset in its query.
-    -1 - i stands for the i-th token that step `placeholder_step` samples, which the leader did not know yet."""
+    -1 - i is the placeholder of the i-th token that step `placeholder_step` samples."""
     block_tables: bytes
     """int32 [S, max_blocks] row-major, -1 = unused."""
     max_blocks: int
     samples: list[SampleSpec | None]
-    """[S]; None where the step ends inside the prompt (no token is sampled for that sequence)."""
+    """[S]; None where no token is sampled: the step ends inside the prompt, or the sequence is pooled."""
     prompt_logprobs: list[PromptLogprobsSpec] = []
     pools: list[PoolSpec] = []
     placeholder_step: int = -1
-    """An earlier step, or -1 where all of token_ids are known."""
+    """An earlier step, or -1 where token_ids has no placeholders."""
 
 
 class SampledTokens(msgspec.Struct, array_like=True, tag="tokens"):
-    """From rank 0 of the last stage straight to the ranks of stage 0, for plans that were sent before the leader knew
-    these tokens."""
+    """From rank 0 of the last stage straight to the ranks of stage 0, which fill placeholders with them."""
 
     epoch: int
     step: int
@@ -109,7 +108,7 @@ class SampledTokens(msgspec.Struct, array_like=True, tag="tokens"):
 
 
 class StopRun(msgspec.Struct, array_like=True, tag="stop"):
-    """Ends a worker's run loop cleanly (drain, re-wiring)."""
+    """Ends a worker's run loop."""
 
     epoch: int
 
@@ -134,7 +133,7 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
     token_ids: list[int]
     """One per sequence of the plan that had a SampleSpec, in plan order."""
     logprobs: list[TokenLogprobs | None] = []
-    """As long as token_ids, None where nobody asked; empty where nobody at all did."""
+    """As long as token_ids, None where the request did not ask; empty where no request did."""
     prompt_logprobs: list[list[TokenLogprobs]] = []
     """One list per PromptLogprobsSpec of the plan."""
     pooled: list[bytes] = []
@@ -142,12 +141,12 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
 
 
 class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
-    """Now and then (about once a second under load) from rank 0 of each stage: what was since the last one."""
+    """From rank 0 of each stage, about once a second under load: what happened since the last one."""
 
     epoch: int
     stage: int
     spans: list[tuple[float, float]]
-    """From, to (`time.time()`) of each step inside the model: its layers, and sampling on the last stage."""
+    """Start and end (`time.time()`) of each step inside the model: its layers, and sampling on the last stage."""
     expert_tokens: list[int] = []
     """[E] of a mixture of experts: how often a token went to the expert of each number, over all steps and the
     stage's mixture layers. A token counts once per layer for each of its top k. Empty for a dense model."""

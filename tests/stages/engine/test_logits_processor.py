@@ -150,7 +150,7 @@ def test_an_answer_is_the_same_alone_and_in_any_company(changes: dict[str, Any],
         crowd.add(str(i), *mixed(i))
     answers = crowd.run()
     assert [answers[str(i)].token_ids for i in range(32)] == alone
-    assert (crowd.scheduler.num_preemptions > 0) == ("num_blocks" in changes)
+    assert (crowd.scheduler.stats().num_preemptions > 0) == ("num_blocks" in changes)
 
 
 def test_an_answer_is_the_same_after_the_lane_lost_its_cache(alone: list[list[int]]) -> None:
