@@ -1,4 +1,4 @@
-"""One request as the leader sees it: its tokens, its blocks, and how far its KV is computed."""
+"""One request in a lane: its tokens, its blocks, and how far its KV is computed."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Sequence:
         eos, stop = set(eos_token_ids), set(params.stop_token_ids)
         self.stop_token_ids = frozenset(stop if params.ignore_eos else stop | eos)
         self.banned_token_ids = sorted(stop | eos)
-        """What may not be sampled before min_tokens exist."""
+        """Not sampled before min_tokens exist."""
         self._logits_processor = LogitsProcessor.of(params, prompt_token_ids, grammar)
         self.has_logits_processor = self._logits_processor is not None
         """Its next token depends on its tokens by more than the model, so that it cannot follow a placeholder."""
@@ -158,7 +158,7 @@ class Sequence:
         if self._logits_processor is not None:
             output_token_ids = self.token_ids[self.num_prompt_tokens : position]
             banned_token_ids = banned_token_ids + self._logits_processor.bad_endings(output_token_ids)
-            edits = self._logits_processor.edits(output_token_ids, banned_token_ids)
+            edits = self._logits_processor.adjustments(output_token_ids, banned_token_ids)
             if edits.allowed:
                 banned_token_ids = []  # the mask says it
         return SampleSpec(*self._spec, position, banned_token_ids, edits, self.params.logprobs)

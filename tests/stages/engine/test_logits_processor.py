@@ -54,18 +54,18 @@ def test_penalties_count_the_answer_and_repetition_also_the_prompt() -> None:
     rules = LogitsProcessor.of(params(repetition_penalty=1.2, frequency_penalty=0.5), [7, 7, 3])
     assert rules is not None
     output = [4, 9, 4]
-    edits = rules.edits(output, [])
+    edits = rules.adjustments(output, [])
     assert edits.prompt_ids == ints(3, 7)
     counts = Counter(output)
     assert edits.output_ids == ints(*counts) and edits.output_counts == ints(*counts.values())
-    assert rules.edits([4], []).output_counts == ints(1), "asked again for a shorter answer"
-    assert rules.edits(output, []) == edits
+    assert rules.adjustments([4], []).output_counts == ints(1), "asked again for a shorter answer"
+    assert rules.adjustments(output, []) == edits
 
 
 def test_frequency_penalty_does_not_count_the_prompt() -> None:
     rules = LogitsProcessor.of(params(frequency_penalty=0.5), [7, 7, 3])
     assert rules is not None
-    assert rules.edits([], []).output_ids == rules.edits([], []).prompt_ids == b""
+    assert rules.adjustments([], []).output_ids == rules.adjustments([], []).prompt_ids == b""
 
 
 def test_only_allowed_token_ids_come() -> None:
