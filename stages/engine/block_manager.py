@@ -3,26 +3,20 @@
 A block is `block_size` KV slots. It is in exactly one of three places:
 
     held       reference count > 0: in the block table of that many running sequences
-    evictable  count 0, but its content has a published hash; given away last, least recently used first
+    evictable  count 0, but its hash is published; handed out last, least recently used first
     empty      count 0 and nobody could find its content
 
-Sharing is by reference and never copies: only full blocks are published, and a full block is never written
-again.
+Only full blocks are published, and a full block is never written again.
 
-The scheduler publishes and reuses blocks up to `num_micro_batches` + 1 steps before the workers get there. That is safe
-because *every stage runs the plans in the order in which they were scheduled*, and a layer's KV lives in one stage:
+The scheduler publishes and reuses blocks several steps before the workers get there. That is safe because *every stage
+runs the plans in the order of scheduling*, and a layer's KV lives in one stage:
 
-- Publish. A block's hash is published when the step that fills it is complete or, where its last token was a
-  placeholder, with the sequence's next step or its end. Whoever finds it is in a later plan, so each stage writes the
-  block before it reads it. Never within one step: there it would also hang on the order of writes and reads in one
-  forward pass.
-- Reuse. A block given back (finish, abort, preemption) may be handed out at once, though a plan in flight may
-  still read or write it for its old owner. That plan runs first everywhere; the new owner's writes come after
-  and win.
-- Abort in flight. A plan that was sent is run in full, also for a sequence that was aborted meanwhile, so a
-  block published for it does get its content.
-- Re-wiring is the exception: plans in flight are forgotten and the KV is gone. `reset_prefix_cache` then drops every
-  hash.
+- Publish: when the step that fills the block is complete or, where its last token was a placeholder, with the
+  sequence's next step or its end. Later plans find it, so each stage writes the block before it reads it. Within one
+  step it would also depend on the order of writes and reads in a forward pass.
+- Reuse: a block given back may be handed out at once. A plan in flight that still uses it for its old owner runs first.
+- Abort: a plan that was sent is run in full, so a block published for an aborted sequence does get its content.
+- Re-wiring is the exception: the KV is gone, and `reset_prefix_cache` drops every hash.
 """
 
 from __future__ import annotations
@@ -32,7 +26,7 @@ from collections.abc import Iterable, Sequence
 
 
 class BlockManager:
-    """The block pool of one lane. Every operation is O(1) per block touched. Not thread-safe."""
+    """The block pool of one lane. Every operation is O(1) per block."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks

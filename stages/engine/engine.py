@@ -250,7 +250,7 @@ class Engine:
     def call(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
         """Run `function(*args)` in the engine's thread between two turns of its loop.
 
-        The future cannot be cancelled: a caller may stop waiting; the function still runs.
+        A caller may stop waiting; the function still runs.
         """
         future = _started()
 

@@ -16,7 +16,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
     queues = scheduler.queues
     check_blocks(queues.blocks, [sequence.block_table for sequence in queues.running])
     for status, queue in ((SequenceStatus.RUNNING, queues.running), (SequenceStatus.WAITING, queues.waiting)):
-        arrivals = [sequence.arrival for sequence in queue]
+        arrivals = [sequence.seq_id for sequence in queue]
         check(arrivals == sorted(set(arrivals)), f"{status}: not in order of arrival: {arrivals}")
         check(all(sequence.status is status for sequence in queue), f"{status}: one is not")
     queued = {sequence.request_id: sequence for sequence in (*queues.running, *queues.waiting)}

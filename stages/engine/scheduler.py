@@ -1,15 +1,14 @@
-"""Decides which tokens of which sequences the lane computes next, and takes in what came of it. No torch, no Ray.
+"""Decides which tokens of which sequences the lane computes in the next step, and processes the results. No torch.
 
-`schedule` → `to_plan` → send → (result arrives) → `process_result`, results in the order of the steps.
-Each `schedule` fills one token budget: one token for each decoding sequence whose last token is known, then for those
-whose last token a step in flight samples, then further chunks of prompts already begun, then new prompts, each first
-come, first served. Which sequences run is decided in `sequence_queues.py`.
+Each step fills one token budget: one token for each decoding sequence whose last token is known, then for those whose
+last token a step in flight samples, then further chunks of prompts already begun, then new prompts, each first come,
+first served. Which sequences run is decided in `sequence_queues.py`.
 
-`num_micro_batches` steps in flight keep as many stages busy. With async scheduling there is one more, so that a stage
-that ends its step has the next one at hand, and does not stand still while a result travels to the leader and a plan
-back. That step has placeholders for the tokens that nobody knows yet; the workers fill them in. If such a sequence has
-ended meanwhile, that part of the step is wasted work. While a request runs whose next token depends on its tokens by
-more than the model (penalties, a grammar), async scheduling pauses: the others would advance twice as often as it.
+`num_micro_batches` steps in flight keep as many stages busy. Async scheduling adds one, so that a stage need not wait
+while a result travels to the leader and a plan back. That step has placeholders for tokens that are not sampled yet;
+the workers fill them in. If such a sequence has ended meanwhile, that part of the step is wasted work. Async scheduling
+pauses while a request runs whose next token depends on its tokens by more than the model (penalties, a grammar): the
+others would advance twice as often as it.
 """
 
 from __future__ import annotations
@@ -31,12 +30,11 @@ from stagemesh.stages.messages.request import TokenDelta
 from stagemesh.stages.messages.step import StepResult, TokenLogprobs
 
 MIN_SHARE_TOKENS = 256
-"""A micro-batch is not made smaller than this for balance: below it a forward pass costs about the same
-whatever its size, and cutting a short prompt in pieces would only delay its first token."""
+"""Micro-batches are not made smaller than this for balance: below it a forward pass takes the same time anyway."""
 
 
 class Scheduler:
-    """Continuous batching over one block pool. Used from one thread; never blocks."""
+    """Continuous batching over one block pool. `schedule` and `process_result` take steps in the same order."""
 
     def __init__(
         self,
@@ -71,10 +69,7 @@ class Scheduler:
         params: SamplingParams,
         grammar: Grammar | None = None,
     ) -> Sequence:
-        """Queues a request. Raises ConfigError if it could never run here, or if its id is in use.
-
-        grammar: made from `params.structured_outputs`, for this request alone.
-        """
+        """Queues a request. Raises ConfigError if it can never run here, or if its id is in use."""
         num_prompt = len(prompt_token_ids)
         if request_id in self._sequences:
             raise ConfigError("request_id", request_id, "a request with this id is still running")
@@ -112,7 +107,7 @@ class Scheduler:
         return sequence
 
     def abort_request(self, request_id: str) -> Sequence | None:
-        """Forgets a request and frees its blocks at once, in flight or not. None where the id is unknown."""
+        """Frees the request's blocks at once, in flight or not. None where the id is unknown."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             sequence.finish_reason = "abort"
@@ -120,8 +115,7 @@ class Scheduler:
         return sequence
 
     def preempt_all(self) -> None:
-        """The lane's KV is lost: running sequences wait again with the tokens they have, and steps in
-        flight are forgotten (their results, should they still come, must not be given to `process_result`)."""
+        """The KV is lost: running sequences wait again with the tokens they have; steps in flight are dropped."""
         self._in_flight.clear()
         self.queues.preempt_all()
 
@@ -132,7 +126,7 @@ class Scheduler:
     # ---- results -------------------------------------------------------------------------------------------
 
     def process_result(self, step: ScheduledStep, result: StepResult) -> list[TokenDelta]:
-        """Takes the result of the oldest step in flight; returns what is new of each sequence that has not ended."""
+        """Of the oldest step in flight. Sequences aborted meanwhile get no delta."""
         assert self._in_flight and self._in_flight[0] is step, "results come in the order of the steps"
         self._in_flight.popleft()
         for entry in step.entries:
@@ -178,7 +172,7 @@ class Scheduler:
     # ---- one step ------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep | None:
-        """The next step, or None when nothing can be done before a result comes back or a request arrives."""
+        """The next step, or None when nothing can be done before a result or a request comes."""
         is_async = not any(sequence.has_logits_processor for sequence in self.queues.running)
         if len(self._in_flight) >= self.num_micro_batches + is_async:
             return None
@@ -236,11 +230,7 @@ class Scheduler:
             self._schedule_tokens(step, admitted, min(admitted.num_uncomputed_tokens, share - step.num_tokens))
 
     def _token_share(self, step: ScheduledStep) -> int:
-        """Tokens that `step` may hold, so that a backlog of prompts is spread over the micro-batches.
-
-        A long prompt cut in `num_micro_batches` chunks keeps all stages busy at once, and no heavy
-        micro-batch makes light ones behind it wait.
-        """
+        """Tokens that `step` may hold, so that a backlog of prompts is spread evenly over the micro-batches."""
         if self.num_micro_batches == 1:
             return self.max_num_batched_tokens
         enough = self.max_num_batched_tokens * self.num_micro_batches

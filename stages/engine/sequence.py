@@ -19,38 +19,11 @@ class SequenceStatus(Enum):
     """Holds no block: new, preempted, or its lane lost its KV."""
     RUNNING = "running"
     FINISHED = "finished"
-    """Ended or aborted; holds no block and takes no more tokens."""
+    """Ended or aborted; holds no block."""
 
 
 class Sequence:
-    """State of one request for its life in the lane. Owned by the Scheduler: others only read it."""
-
-    __slots__ = (
-        "_logits_processor",
-        "_spec",
-        "arrival",
-        "banned_token_ids",
-        "block_hashes",
-        "block_table",
-        "error",
-        "finish_reason",
-        "has_logits_processor",
-        "max_num_tokens",
-        "num_cached_tokens",
-        "num_computed_tokens",
-        "num_in_flight",
-        "num_prompt_tokens",
-        "num_published_blocks",
-        "params",
-        "prompt_logprobs",
-        "request_id",
-        "seq_id",
-        "status",
-        "stop_token_id",
-        "stop_token_ids",
-        "token_ids",
-        "was_admitted",
-    )
+    """Owned by the scheduler; others only read it."""
 
     def __init__(
         self,
@@ -65,35 +38,31 @@ class Sequence:
     ) -> None:
         assert params.seed is not None, "a request has a seed before it reaches a leader"
         self.seq_id = seq_id
-        self.arrival = seq_id
-        """Place in the queue, kept through preemptions: a smaller number came earlier."""
+        """Its place in the queue, kept through preemptions: a smaller number came earlier."""
         self.request_id = request_id
         self.params = params
         self.token_ids = array("i", prompt_token_ids)
-        """Prompt, then output. Only ever grows."""
+        """Prompt, then output."""
         self.num_prompt_tokens = len(prompt_token_ids)
         self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         """Length at which it ends with "length"."""
         self.block_table = array("i")
-        """Its blocks in token order."""
         self.block_hashes: list[bytes] = []
-        """Chained hash of each full block of known tokens, as far as they were needed."""
+        """Chained hash of each full block of known tokens, as far as needed yet."""
         self.num_published_blocks = 0
         """Leading blocks of its table that others can find by their content, or that it found itself."""
         self.num_computed_tokens = 0
-        """Tokens whose KV is in the cache once every scheduled step has run (it advances when scheduled). One more
-        than the known tokens while a placeholder is scheduled."""
+        """Tokens whose KV is in the cache once all scheduled steps have run; one may be a placeholder."""
         self.num_cached_tokens = 0
         """Prompt tokens that the prefix cache gave at the first admission."""
         self.num_in_flight = 0
         """Steps in flight that hold this sequence."""
         self.prompt_logprobs: list[TokenLogprobs] = []
-        """Of the prompt's tokens after the first, as far as they have come; only if the request asked."""
+        """Of the prompt's tokens after the first, as far as they have come, if the request asks for them."""
         self.was_admitted = False
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
         self.error = ""
-        """With finish_reason "error": what went wrong."""
         self.stop_token_id: int | None = None
 
         eos, stop = set(eos_token_ids), set(params.stop_token_ids)
@@ -102,14 +71,8 @@ class Sequence:
         """Not sampled before min_tokens exist."""
         self._logits_processor = LogitsProcessor.of(params, prompt_token_ids, grammar)
         self.has_logits_processor = self._logits_processor is not None
-        """Its next token depends on its tokens by more than the model, so that it cannot follow a placeholder."""
-        self._spec = (
-            params.temperature,
-            params.top_p,
-            max(params.top_k, 0),
-            params.min_p,
-            params.seed & (2**64 - 1),
-        )
+        """Its next token depends on its tokens by more than the model: it cannot follow a placeholder."""
+        self._spec = (params.temperature, params.top_p, max(params.top_k, 0), params.min_p, params.seed & (2**64 - 1))
 
     @property
     def num_tokens(self) -> int:

@@ -11,14 +11,11 @@ from operator import attrgetter
 from stagemesh.stages.engine.block_manager import BlockManager
 from stagemesh.stages.engine.sequence import Sequence, SequenceStatus
 
-_by_arrival = attrgetter("arrival")
+_by_arrival = attrgetter("seq_id")
 
 
 class SequenceQueues:
-    """The sequences of a lane that have not ended. Only the running ones hold blocks.
-
-    Both queues are always in order of arrival; a preempted sequence keeps its place in that order.
-    """
+    """Both queues are in order of arrival, also after preemptions. Only running sequences hold blocks."""
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int) -> None:
         self.blocks = blocks
@@ -31,15 +28,12 @@ class SequenceQueues:
         self.prefix_queries = 0
         """Prompt tokens looked up in the prefix cache, once per request."""
         self.prefix_hits = 0
-        """Prompt tokens found there."""
         self.prompt_tokens = 0
-        """Prompt tokens of the requests admitted so far."""
 
     def admit(self) -> Sequence | None:
-        """Moves the first waiting sequence to the running ones, with blocks for all of its known tokens.
+        """Moves the first waiting sequence to the running ones, if there is room; returns it.
 
-        All of them at once, so that a prompt once begun never stops half-way for want of blocks.
-        None when nobody waits or the first one has to wait on.
+        It gets blocks for all of its known tokens, so that a prompt never stops half-way for want of blocks.
         """
         # One spare block per running sequence, or a newcomer is preempted again at the next block boundary.
         num_spare = len(self.running)
@@ -79,13 +73,13 @@ class SequenceQueues:
     def reserve_block(self, sequence: Sequence) -> bool:
         """A block for the token that `sequence` computes next, if need be by preempting a later sequence.
 
-        False: nobody can be preempted right now, the sequence has to wait for a step in flight.
+        False: none can be preempted before a step in flight ends.
         """
         if sequence.num_computed_tokens < len(sequence.block_table) * self.blocks.block_size:
             return True
         while not self.blocks.can_allocate(1):
             victim = self._pick_victim()
-            if victim is None or victim.arrival <= sequence.arrival:
+            if victim is None or victim.seq_id <= sequence.seq_id:
                 # Only the later one yields: the oldest sequence always goes on, so all of them end.
                 return False
             self._preempt(victim)
@@ -100,18 +94,17 @@ class SequenceQueues:
         return None
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes its blocks; it waits with the tokens that it has. Its KV may survive as cached blocks."""
+        """It waits with the tokens that it has; its KV may survive as cached blocks."""
         self.running.remove(sequence)
         self._release_blocks(sequence)
         self.num_preemptions += 1
         # Almost always to the very front: waiting sequences mostly came later than running ones.
         position = 0
-        while position < len(self.waiting) and self.waiting[position].arrival < sequence.arrival:
+        while position < len(self.waiting) and self.waiting[position].seq_id < sequence.seq_id:
             position += 1
         self.waiting.insert(position, sequence)
 
     def preempt_all(self) -> None:
-        """The lane's KV is lost: running sequences wait again with the tokens that they have."""
         for sequence in self.running:
             sequence.num_in_flight = 0
             self._release_blocks(sequence)
@@ -120,7 +113,6 @@ class SequenceQueues:
         self.blocks.reset_prefix_cache()
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes the sequence out, and gives its blocks back at once, in flight or not."""
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
             self._release_blocks(sequence)

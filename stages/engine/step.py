@@ -16,15 +16,15 @@ class ScheduledSequence(NamedTuple):
 
     sequence: Sequence
     block_table: array[int]
-    """A copy of the sequence's, as far as this step reaches: the original grows, and goes with a preemption."""
+    """A copy, as far as this step reaches: the sequence's own one grows, and goes with a preemption."""
     start: int
     num_tokens: int
     is_sampled: bool
-    """The step reaches the last known token or the placeholder after it, so that it samples the next one."""
+    """The step reaches the last known token or the placeholder after it."""
     num_prompt_logprobs: int
-    """Tokens that follow one of these in the prompt and whose log-probabilities are wanted."""
+    """How many of these tokens are followed by a prompt token whose log-probability is asked for."""
     placeholder_row: int | None
-    """Not None: its only token is the one of this number among those that the step's placeholder step samples."""
+    """Not None: its only token is a placeholder, for the token of this row of the step that samples it."""
 
 
 class ScheduledStep:

@@ -1,11 +1,9 @@
 """How the time of a lane's steps divides into time inside the model and step overhead. No torch, no Ray.
 
-With several steps in flight the time from plan to result holds more than a step's own cost: a step waits at each stage
-until the step before it is through. And scheduling or the way back of a result costs a step nothing while the stages
-are busy with the next one. So a step's overhead is counted from when all that it needs exists, and less the waits for
-other steps, stage by stage.
-On CUDA a stage that does not sample reports when its work was queued; the last stage's time then holds that work too.
-Times are seconds of `time.time()`: where the clocks of a lane's machines differ, the sums are off by as much.
+With several steps in flight a step waits at each stage for the step before it, and scheduling costs nothing while the
+stages are busy. So a step's overhead is counted from when all that it needs exists, less the waits for other steps,
+stage by stage. On CUDA a stage that does not sample reports when its work was queued; the last stage's time then
+includes that work. Times are seconds of `time.time()`: the sums are off by as much as the machines' clocks differ.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class _PlanSockets:
 
 
 class LeaderChannel:
-    """The leader's end: one PUSH socket per worker, one PULL socket for all results. One thread may use it."""
+    """The leader's end: a PUSH socket per worker, one PULL socket for all results. One thread may use it."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
         self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
@@ -70,11 +70,10 @@ class LeaderChannel:
         self.address = bind_random_port(self.results, host)
 
     def connect(self, addresses: list[str]) -> None:
-        """Reach the workers' plan sockets."""
         self._workers.connect(addresses)
 
     def send(self, message: LeaderMessage) -> None:
-        """Queue `message` to every worker; raises ChannelClosed where a queue is full (its worker is gone)."""
+        """To every worker; raises ChannelClosed where a queue is full (its worker is gone)."""
         self._workers.send(message)
 
     def receive(self) -> list[WorkerMessage]:
@@ -94,7 +93,7 @@ class LeaderChannel:
 
 
 class WorkerChannel:
-    """A worker's end: bound before the wiring is known, connected to the others when it is."""
+    """A worker's end: bound before the wiring is known, then connected."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
         self._encoder = msgspec.msgpack.Encoder()
@@ -120,7 +119,7 @@ class WorkerChannel:
         self._results.send(self._encoder.encode(message))
 
     def send_sampled_tokens(self, tokens: SampledTokens) -> None:
-        """Queue `tokens` to the workers that fill placeholders; raises ChannelClosed as LeaderChannel.send does."""
+        """To the workers that fill placeholders; raises ChannelClosed as LeaderChannel.send does."""
         self._first_stage.send(tokens)
 
     def close(self) -> None:
@@ -137,7 +136,7 @@ class _Link:
 
 
 class RouterLinks:
-    """A leader's way to the routers: new tokens to the one that asked, stats to all. One thread may use it."""
+    """A leader's sockets to the routers: tokens to one, stats to all. One thread may use it."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, lane: str) -> None:
         self._context = context

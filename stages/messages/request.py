@@ -76,9 +76,7 @@ class LaneStats(msgspec.Struct, array_like=True):
 
 
 class EngineRequest(msgspec.Struct):
-    """One choice of one prompt, with everything decided: its answer is a pure function of these fields, so it can be
-    computed again anywhere.
-    """
+    """One choice of one prompt. Its answer is a pure function of these fields, so it can be computed again anywhere."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -89,7 +87,7 @@ class EngineRequest(msgspec.Struct):
 
 
 class RequestSummary(msgspec.Struct):
-    """What the unary call returns when the request has ended: lets the router check that nothing is missing."""
+    """What `generate` returns when the request has ended, so that the router can check that no token is missing."""
 
     request_id: str
     num_tokens: int

@@ -1,7 +1,6 @@
 """What travels between a leader and the workers of its lane: step plans and results, msgspec structs sent as msgpack.
 
-Integer arrays are little-endian int32 bytes, ready for `numpy.frombuffer`: decoding a list of Python ints would cost
-more than a layer of a small model.
+Integer arrays are little-endian int32 bytes for `numpy.frombuffer`, because decoding lists of ints takes too long.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import msgspec
 
 
 class LogitsAdjustments(msgspec.Struct, array_like=True, frozen=True):
-    """What a request changes about the model's logits for one token, in this order. The leader works it out from the
-    request and the tokens so far, so that a worker keeps no state for it."""
+    """What a request changes about the model's logits for one token, in this order."""
 
     allowed: bytes = b""
     """One bit per token id, the lowest first in each byte; ids past its end are not allowed. Empty allows all."""
@@ -38,13 +36,13 @@ class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
     seed: int
     """Unsigned 64-bit."""
     position: int
-    """Position of the token to be sampled; with `seed` it fixes the randomness."""
+    """Of the token to be sampled; with `seed` it fixes the randomness."""
     banned_token_ids: list[int]
     """Never chosen in this step: EOS and stop ids before min_tokens, endings of bad words."""
     edits: LogitsAdjustments | None = None
     """None where the request leaves the logits as they are."""
     num_logprobs: int | None = None
-    """How many likeliest tokens to report beside the chosen one; -1 for all, None for no report."""
+    """Likeliest tokens to report beside the chosen one; -1 for all, None for no report."""
 
 
 class PromptLogprobsSpec(msgspec.Struct, array_like=True, frozen=True):
@@ -59,7 +57,7 @@ class PromptLogprobsSpec(msgspec.Struct, array_like=True, frozen=True):
 
 
 class PoolSpec(msgspec.Struct, array_like=True, frozen=True):
-    """Make one vector of a sequence's prompt. A sequence has one in every step of its prompt."""
+    """Make one vector of a prompt; in every step of that prompt."""
 
     sequence: int
     """Its index in the plan."""
@@ -148,10 +146,10 @@ class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
     spans: list[tuple[float, float]]
     """Start and end (`time.time()`) of each step inside the model: its layers, and sampling on the last stage."""
     expert_tokens: list[int] = []
-    """[E] of a mixture of experts: how often a token went to the expert of each number, over all steps and the
-    stage's mixture layers. A token counts once per layer for each of its top k. Empty for a dense model."""
+    """[E]: tokens that went to each expert, summed over steps and the stage's MoE layers. A token counts once per layer
+    for each of its top k. Empty for a dense model."""
     expert_imbalance: list[float] = []
-    """One per mixture layer of the stage, in the last step: its busiest expert's tokens over the mean; 1 is even."""
+    """One per MoE layer of the stage, in the last step: its busiest expert's tokens over the mean; 1 is even."""
 
 
 WorkerMessage = StepResult | WorkerStats

@@ -33,7 +33,9 @@ PROMPT_LOGPROBS_ROWS = 128
 
 
 class ModelRunner:
-    """Life: `load`, `allocate_kv`, `set_group` (again in each epoch), then for every plan `execute`, and `sample` on the
+    """Rank `tp_rank` of stage `stage`.
+
+    Life: `load`, `allocate_kv`, `set_group` (again in each epoch), then for every plan `execute`, and `sample` on the
     last stage. One caller at a time.
     """
 
@@ -94,7 +96,7 @@ class ModelRunner:
         return int(np.prod(shape)) * self._kv_dtype.itemsize * len(model.layers)
 
     def max_kv_blocks(self) -> int:
-        """How many blocks this rank has room for, once its weights are loaded; ConfigError if not even one."""
+        """How many blocks this rank has room for beside its weights; ConfigError if not even one."""
         budget = self._config.kv_cache_memory_bytes
         if budget is None:
             budget = self._cuda_kv_budget()
@@ -155,7 +157,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, hidden: Tensor | None, sampled_token_ids: Sequence[int] = ()) -> Tensor:
-        """Run the plan's T tokens through the layers of this stage: hidden states [T, hidden].
+        """Run the plan's T tokens through this stage: hidden states [T, hidden].
 
         The first stage takes None, and what step `plan.placeholder_step` sampled for the placeholders; the others take
         what the stage before returned.
@@ -198,7 +200,7 @@ class ModelRunner:
         return result if self._tp.rank == 0 else None
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> list[list[TokenLogprobs]]:
-        """One list per PromptLogprobsSpec on tp rank 0; nothing of use on the others, which must call it too."""
+        """One list per PromptLogprobsSpec, on tp rank 0; the others must call it too."""
         ends = np.cumsum(np.frombuffer(plan.query_lens, np.int32))
         starts = ends - np.frombuffer(plan.query_lens, np.int32)
         reports = []
@@ -225,7 +227,7 @@ class ModelRunner:
         return self._loaded().logits(hidden)
 
     def expert_load(self) -> dict[int, list[int]]:
-        """Layer → tokens that each of its experts got in the last step; the same on every rank of the stage."""
+        """Layer → tokens of each of its experts in the last step; the same on every rank of the stage."""
         return self._loaded().expert_load()
 
     def take_expert_tokens(self) -> list[int]:

@@ -1,7 +1,7 @@
 """Chooses the next token of every sequence of a step.
 
-Randomness is a pure function of (seed, position): one uniform number per row, which selects a token from the cumulative
-distribution, in token-id order, over the tokens that are kept. A row does not depend on the rows beside it.
+Randomness is a pure function of (seed, position): a uniform number selects a token from the cumulative distribution, in
+token-id order, over the tokens that are kept. A row does not depend on the rows beside it.
 
 First come the request's adjustments to its logits (allowed tokens, bias, penalties), then the limits in vLLM's order,
 each on what the one before left: temperature, min_p, top_k, top_p. Tokens that tie with a limit's threshold are kept.

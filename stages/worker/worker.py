@@ -1,6 +1,5 @@
-"""One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop.
+"""One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop. No Ray.
 
-No Ray: `deployments/lane/worker_actor.py` puts it into an actor, `deployments/offline/local_lane.py` into a thread.
 Life: `load` and `profile` once, then for every epoch `open` → `connect` → `run`. `stop` and `progress` may be called
 from another thread at any time; everything else comes from one caller at a time.
 """
@@ -99,10 +98,9 @@ class Worker:
         return Endpoints(self._channel.address, port)
 
     def connect(self, wiring: Wiring, make_transport: Callable[[], ActivationTransport] | None = None) -> None:
-        """Join the lane: process groups, transport, KV cache. Every rank of the lane must call it at the same time.
+        """Join the lane: process groups, transport, KV cache. All ranks of the lane must call it at the same time.
 
-        `make_transport` replaces the default point-to-point transport. Raises what `torch.distributed` raises
-        when a peer does not come within `startup_timeout_s`.
+        `make_transport` replaces point-to-point. Raises what `torch.distributed` raises when a peer is missing.
         """
         assert wiring.epoch == self._epoch, "open() comes first"
         self._enter("rendezvous")
@@ -226,7 +224,7 @@ class Worker:
     def _wait_for_sampled_tokens(self, plan: StepPlan) -> list[int] | None:
         """The tokens for the plan's placeholders, on stage 0; None when the worker is stopped meanwhile.
 
-        Without a deadline of its own: the leader has one for the step that samples them, and stops this worker then.
+        Has no deadline of its own: the leader stops this worker when the step that samples them is overdue.
         """
         if not self._is_first or plan.placeholder_step < 0:
             return []
