@@ -41,7 +41,6 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be handed out: empty or evictable."""
         return len(self._empty) + len(self._evictable)
 
     def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:

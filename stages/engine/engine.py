@@ -1,7 +1,7 @@
 """The engine loop of a lane: schedule steps, send their plans, receive results, emit outputs. No Ray, no torch.
 
-The loop has a thread of its own, so that no step waits for the process's event loop. Scheduler and sockets belong to
-this thread; other threads reach them by `Engine.call`, which runs a function between two turns of the loop.
+The loop has a thread of its own, so that no step waits for the process's event loop. Other threads reach the scheduler
+and the sockets only by `Engine.call`, which runs a function between two turns of the loop.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ class Engine:
         self._epoch: Epoch | None = None
         self._requests: dict[str, _Request] = {}
         self._outputs: list[TokenDelta] = []
-        """Of the results that this turn of the loop has received."""
         self._stats = StatsCollector(lane, config.block_size)
         self._commands: deque[Callable[[], None]] = deque()
         self._wake: int | None = os.eventfd(0, os.EFD_NONBLOCK)
@@ -89,7 +88,7 @@ class Engine:
             self._end()
 
     def _step(self) -> None:
-        """One turn: receive the results that have come, schedule steps and send their plans, emit the outputs.
+        """Receive results, schedule steps and send their plans, emit outputs.
 
         In this order because a result makes room for the next step, and the workers wait for its plan.
         """
@@ -248,10 +247,7 @@ class Engine:
                 self._wake = None
 
     def call(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
-        """Run `function(*args)` in the engine's thread between two turns of its loop.
-
-        A caller may stop waiting; the function still runs.
-        """
+        """Run `function(*args)` in the engine's thread. A caller may stop waiting; the function still runs."""
         future = _started()
 
         def command() -> None:

@@ -50,7 +50,7 @@ class Grammar:
     def mask(self, output_token_ids: Sequence[int]) -> TokenMask:
         """Which tokens may follow this answer: EOS among them where it may end, EOS alone once it has to.
 
-        Works for any answer at any time; cheap for one that grows token by token.
+        Cheap for an answer that grows token by token.
         """
         output = array("i", output_token_ids)
         num_consumed = len(self._consumed)

@@ -1,4 +1,4 @@
-"""Checks that the books of a scheduler and of its block pool agree. For tests: O(blocks + tokens) per call."""
+"""Checks that queues, steps in flight, block tables and block pool agree; each raises AssertionError. For tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from stagemesh.stages.engine.sequence import Sequence, SequenceStatus
 
 
 def check_scheduler(scheduler: Scheduler) -> None:
-    """Raises AssertionError unless queues, steps in flight, block tables and block pool agree."""
     queues = scheduler.queues
     check_blocks(queues.blocks, [sequence.block_table for sequence in queues.running])
     for status, queue in ((SequenceStatus.RUNNING, queues.running), (SequenceStatus.WAITING, queues.waiting)):
@@ -48,7 +47,7 @@ def _check_sequence(blocks: BlockManager, sequence: Sequence, num_in_flight: int
 
 
 def check_blocks(blocks: BlockManager, tables: Iterable[SequenceOf[int]]) -> None:
-    """Raises AssertionError unless the pool's books agree with each other and with the running `tables`."""
+    """Of the pool itself and with the block tables of the running sequences."""
     numbers = range(blocks.num_blocks)
     holders: Counter[int] = Counter()
     for table in tables:
@@ -75,7 +74,7 @@ def check_blocks(blocks: BlockManager, tables: Iterable[SequenceOf[int]]) -> Non
 def check_contents(
     blocks: BlockManager, full: SequenceOf[int], hashes: SequenceOf[bytes], unfinished: SequenceOf[int]
 ) -> None:
-    """Raises AssertionError unless what is published of a table is full, and under its own hash."""
+    """What is published of a block table is full, and under its own hash."""
     for block, block_hash in zip(full, hashes, strict=True):
         check(blocks._hashes[block] in (None, block_hash), f"block {block} is published as something else")
     for block in unfinished:
@@ -84,6 +83,6 @@ def check_contents(
 
 
 def check(ok: bool, message: str) -> None:
-    """An assert that also stands under `python -O`: an integrity check must not be compiled away."""
+    """An assert that `python -O` does not remove."""
     if not ok:
         raise AssertionError(message)

@@ -1,7 +1,7 @@
 """What a request changes about the logits of its next token, worked out on the leader from the tokens so far.
 
-Penalties, allowed tokens, bad words and grammars are pure functions of prompt and answer, so an answer is the same
-alone, in a batch, after preemption and on another lane. No torch: workers get LogitsAdjustments.
+All of it is a pure function of prompt and answer, so an answer is the same alone, in a batch, after preemption and on
+another lane. No torch: workers get LogitsAdjustments.
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ class LogitsProcessor:
         )
 
     def bad_endings(self, output_token_ids: Sequence[int]) -> list[int]:
-        """Token ids that would complete a bad word now."""
         endings = []
         for word in self._params.bad_words_token_ids:
             num_before = len(word) - 1

@@ -84,7 +84,6 @@ class Sequence:
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of its prompt are still to come."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
@@ -131,7 +130,6 @@ class Sequence:
         self.prompt_logprobs += logprobs[len(self.prompt_logprobs) + 1 - start :]
 
     def append(self, token_id: int) -> None:
-        """Takes the sampled token and sets `finish_reason` if it is the last one."""
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             self.finish_reason, self.stop_token_id = "stop", token_id

@@ -18,7 +18,7 @@ from stagemesh.stages.messages.request import LaneStats, TokenBatch, TokenDelta
 from stagemesh.stages.messages.step import LeaderMessage, SampledTokens, ToWorker, WorkerMessage
 
 ROUTER_IDLE_S = 60.0
-"""A router that gets no token for this long is forgotten until the next one: it may have gone for good."""
+"""A router that gets no token for this long is forgotten until the next one."""
 
 
 class ChannelClosed(RuntimeError):
@@ -26,7 +26,7 @@ class ChannelClosed(RuntimeError):
 
 
 def bind_random_port(socket: zmq.Socket[Any], host: str) -> str:
-    """Bind to a free port of `host` (a private address of this machine) and return the full address."""
+    """Bind to a free port of `host`; returns the address."""
     port = socket.bind_to_random_port(f"tcp://{host}")
     return f"tcp://{host}:{port}"
 
@@ -105,12 +105,10 @@ class WorkerChannel:
         self._first_stage = _PlanSockets(context)
 
     def connect(self, leader_address: str, sampled_tokens_to: Iterable[str] = ()) -> None:
-        """sampled_tokens_to: plan sockets of the workers that `send_sampled_tokens` reaches."""
         self._results.connect(leader_address)
         self._first_stage.connect(sampled_tokens_to)
 
     def receive(self, timeout_ms: int) -> ToWorker | None:
-        """The next message, or None after `timeout_ms` without one."""
         if not self._plans.poll(timeout_ms):
             return None
         return self._decoder.decode(self._plans.recv())

@@ -9,7 +9,7 @@ from stagemesh.stages.messages.step import TokenLogprobs
 
 
 class TokenDelta(msgspec.Struct, array_like=True):
-    """New tokens of one request after an engine step, from a leader to the router that asked."""
+    """New tokens of one request after a step."""
 
     request_id: str
     offset: int
@@ -18,9 +18,9 @@ class TokenDelta(msgspec.Struct, array_like=True):
     finish_reason: str | None = None
     """None while running; else "stop" (EOS or a stop id), "length", "abort", "error"."""
     stop_token_id: int | None = None
-    """The explicit stop or EOS id that ended it. It is the last of token_ids."""
+    """The stop or EOS id that ended it, also the last of token_ids."""
     num_cached_tokens: int = 0
-    """Prompt tokens taken from the prefix cache; set on the first delta of a request."""
+    """Prompt tokens taken from the prefix cache."""
     error: str = ""
     """With finish_reason "error": what went wrong."""
     logprobs: list[TokenLogprobs] | None = None
@@ -28,7 +28,7 @@ class TokenDelta(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the prompt's tokens after the first; on the first delta of a request that asked for them."""
     embedding: bytes = b""
-    """float32: the prompt's vector, in the only delta of a request for it, which has no tokens."""
+    """float32: the prompt's vector, if the request is for that; its only delta."""
 
 
 class TokenBatch(msgspec.Struct, array_like=True):
@@ -72,7 +72,7 @@ class LaneStats(msgspec.Struct, array_like=True):
     expert_tokens: list[int] = []
     """As in WorkerStats, over the life and all stages of the lane."""
     expert_imbalance: float = 0.0
-    """The mean over all mixture layers of the lane, as their stages last reported it; 0 before a report."""
+    """The mean over all MoE layers of the lane, as last reported; 0 before a report."""
 
 
 class EngineRequest(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""What travels between a leader and the workers of its lane: step plans and results, msgspec structs sent as msgpack.
+"""What travels between a leader and the workers of its lane: step plans and results.
 
 Integer arrays are little-endian int32 bytes for `numpy.frombuffer`, because decoding lists of ints takes too long.
 """
@@ -9,7 +9,7 @@ import msgspec
 
 
 class LogitsAdjustments(msgspec.Struct, array_like=True, frozen=True):
-    """What a request changes about the model's logits for one token, in this order."""
+    """What a request changes about the logits of one token, in this order."""
 
     allowed: bytes = b""
     """One bit per token id, the lowest first in each byte; ids past its end are not allowed. Empty allows all."""
@@ -27,8 +27,6 @@ class LogitsAdjustments(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
-    """How to choose the next token of one sequence in this step."""
-
     temperature: float
     top_p: float
     top_k: int
@@ -40,7 +38,6 @@ class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
     banned_token_ids: list[int]
     """Never chosen in this step: EOS and stop ids before min_tokens, endings of bad words."""
     edits: LogitsAdjustments | None = None
-    """None where the request leaves the logits as they are."""
     num_logprobs: int | None = None
     """Likeliest tokens to report beside the chosen one; -1 for all, None for no report."""
 
@@ -67,7 +64,6 @@ class PoolSpec(msgspec.Struct, array_like=True, frozen=True):
     dimensions: int
     """Leading dimensions to keep; 0 for all."""
     is_whole: bool
-    """The prompt ends in this step: the vector is due."""
 
 
 class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
@@ -106,8 +102,6 @@ class SampledTokens(msgspec.Struct, array_like=True, tag="tokens"):
 
 
 class StopRun(msgspec.Struct, array_like=True, tag="stop"):
-    """Ends a worker's run loop."""
-
     epoch: int
 
 
@@ -146,8 +140,8 @@ class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
     spans: list[tuple[float, float]]
     """Start and end (`time.time()`) of each step inside the model: its layers, and sampling on the last stage."""
     expert_tokens: list[int] = []
-    """[E]: tokens that went to each expert, summed over steps and the stage's MoE layers. A token counts once per layer
-    for each of its top k. Empty for a dense model."""
+    """[E]: tokens of each expert, summed over steps and the stage's MoE layers; empty for a dense model. A token counts
+    once per layer for each of its top k."""
     expert_imbalance: list[float] = []
     """One per MoE layer of the stage, in the last step: its busiest expert's tokens over the mean; 1 is even."""
 

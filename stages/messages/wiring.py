@@ -1,4 +1,4 @@
-"""How the workers of a lane meet in an epoch: each opens its sockets, all get one `Wiring` made of what they opened."""
+"""How the workers of a lane meet in an epoch: each opens sockets, then all get the one `Wiring` made of them."""
 
 from __future__ import annotations
 

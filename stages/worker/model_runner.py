@@ -119,7 +119,7 @@ class ModelRunner:
         return budget
 
     def _measure_activations(self) -> int:
-        """Peak bytes, beside weights and cache, of the largest step that the scheduler can make."""
+        """Peak bytes of the largest step, beside weights and cache."""
         num_tokens = self._config.max_num_batched_tokens
         plan = _widest_plan(num_tokens, self._config.max_model_len, self._block_size)
         model = self._loaded()
@@ -145,7 +145,6 @@ class ModelRunner:
         )
 
     def set_group(self, group: TensorGroup) -> None:
-        """The ranks of this stage in a new epoch."""
         assert (group.rank, group.size) == (self._tp.rank, self._tp.size)
         self._tp.group = group
 
@@ -200,7 +199,6 @@ class ModelRunner:
         return result if self._tp.rank == 0 else None
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> list[list[TokenLogprobs]]:
-        """One list per PromptLogprobsSpec, on tp rank 0; the others must call it too."""
         ends = np.cumsum(np.frombuffer(plan.query_lens, np.int32))
         starts = ends - np.frombuffer(plan.query_lens, np.int32)
         reports = []
@@ -233,7 +231,7 @@ class ModelRunner:
     def take_expert_tokens(self) -> list[int]:
         """Tokens that each expert got since the last call, summed over the stage's layers. Waits for the device.
 
-        On tp rank 0; empty on the others, in a dense model and after no step.
+        Empty on tp ranks but 0, and in a dense model.
         """
         tokens, self._expert_tokens = self._expert_tokens, None
         return [] if tokens is None else tokens.tolist()

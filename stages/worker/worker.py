@@ -68,7 +68,6 @@ class Worker:
         return self._channel
 
     def load(self) -> None:
-        """Load this rank's weights."""
         self._enter("weights")
         self._runner.load()
         self._enter("idle")
