@@ -63,16 +63,16 @@ class FakeWorker:
         self._results.close(linger=0)
 
 
-def next_tokens(plan: StepPlan, fed: list[int]) -> list[int]:
-    """fed: what step `plan.placeholder_step` sampled."""
-    tokens = [token if token >= 0 else fed[-1 - token] for token in array("i", plan.token_ids)]
+def next_tokens(plan: StepPlan, sampled_token_ids: list[int]) -> list[int]:
+    """sampled_token_ids: what step `plan.placeholder_step` sampled."""
+    tokens = [token if token >= 0 else sampled_token_ids[-1 - token] for token in array("i", plan.token_ids)]
     lens = array("i", plan.query_lens)
     ends = [sum(lens[: i + 1]) for i in range(len(lens))]
     return [(tokens[end - 1] + 1) % 90 + 5 for end, spec in zip(ends, plan.samples, strict=True) if spec is not None]
 
 
-def result(plan: StepPlan, fed: list[int]) -> StepResult:
-    token_ids = next_tokens(plan, fed)
+def result(plan: StepPlan, sampled_token_ids: list[int]) -> StepResult:
+    token_ids = next_tokens(plan, sampled_token_ids)
     specs = [spec for spec in plan.samples if spec is not None]
     asked = [spec.num_logprobs is not None for spec in specs]
     reports = [report(token_id) if ask else None for token_id, ask in zip(token_ids, asked, strict=True)]

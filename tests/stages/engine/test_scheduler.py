@@ -202,10 +202,10 @@ def test_a_short_prompt_is_not_cut_for_the_sake_of_balance() -> None:
     assert shape(scheduler.schedule()) == [("a", 0, MIN_SHARE_TOKENS)]
 
 
-# ---- planning ahead ----------------------------------------------------------------------------------------
+# ---- async scheduling --------------------------------------------------------------------------------------
 
 
-def test_a_plan_ahead_names_the_tokens_that_it_does_not_know() -> None:
+def test_a_step_scheduled_ahead_has_placeholders_for_the_tokens_that_it_does_not_know() -> None:
     scheduler = make(max_num_batched_tokens=8)
     scheduler.add_request("embedding", prompt(2), params(pooling=PoolingParams()))
     scheduler.add_request("a", prompt(2, 20), params())
@@ -224,7 +224,7 @@ def test_a_plan_ahead_names_the_tokens_that_it_does_not_know() -> None:
     check_scheduler(scheduler)
 
 
-def test_what_was_planned_for_a_sequence_that_has_ended_is_dropped() -> None:
+def test_what_was_scheduled_for_a_sequence_that_has_ended_is_dropped() -> None:
     scheduler = make()
     scheduler.add_request("a", prompt(3), params())
     first, second = scheduler.schedule(), scheduler.schedule()
@@ -235,7 +235,7 @@ def test_what_was_planned_for_a_sequence_that_has_ended_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("rule", [{"frequency_penalty": 0.5}, {"bad_words_token_ids": ((5, 6),)}])
-def test_while_a_request_needs_its_tokens_nothing_is_planned_ahead(rule: dict[str, Any]) -> None:
+def test_while_a_request_needs_its_tokens_async_scheduling_pauses(rule: dict[str, Any]) -> None:
     scheduler = make()
     scheduler.add_request("a", prompt(3), params())
     scheduler.add_request("b", prompt(3, 50), params(max_tokens=2, **rule))
@@ -246,7 +246,7 @@ def test_while_a_request_needs_its_tokens_nothing_is_planned_ahead(rule: dict[st
     assert [shape(scheduler.schedule()) for _ in range(2)] == [[("a", 4, 1)], [("a", 5, 1)]]
 
 
-def test_a_block_whose_last_token_was_planned_ahead_is_found_once_that_is_known() -> None:
+def test_a_block_whose_last_token_was_a_placeholder_is_found_once_that_is_known() -> None:
     scheduler = make()
     scheduler.add_request("a", prompt(3), params())
     flights = [scheduler.schedule(), scheduler.schedule()]  # the second fills the first block
@@ -259,7 +259,7 @@ def test_a_block_whose_last_token_was_planned_ahead_is_found_once_that_is_known(
     check_scheduler(scheduler)
 
 
-def test_the_blocks_of_an_answer_planned_ahead_serve_the_next_turn_to_the_last() -> None:
+def test_the_blocks_of_an_answer_with_placeholders_serve_the_next_turn_to_the_last() -> None:
     scheduler = make()
     scheduler.add_request("a", prompt(6), params(max_tokens=7))
     flights = [scheduler.schedule(), scheduler.schedule()]
@@ -271,7 +271,7 @@ def test_the_blocks_of_an_answer_planned_ahead_serve_the_next_turn_to_the_last()
     assert shape(scheduler.schedule()) == [("b", 12, 2)]
 
 
-def test_who_could_make_room_for_an_older_sequence_is_not_planned_ahead() -> None:
+def test_a_sequence_that_could_make_room_for_an_older_one_gets_no_placeholder() -> None:
     scheduler = make(num_micro_batches=2, block_size=16, num_blocks=4)
     scheduler.add_request("a", prompt(14), params())
     scheduler.add_request("b", prompt(1, 50), params())

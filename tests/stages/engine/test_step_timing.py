@@ -32,7 +32,7 @@ def test_scheduling_and_both_ways_count_where_a_step_waits_for_them() -> None:
     assert (times.model_s, times.step_overhead_s) == (1.75, 1.25)
 
 
-def test_a_plan_ahead_costs_only_what_the_stage_stands_still() -> None:
+def test_a_step_scheduled_ahead_costs_only_what_the_stage_stands_still() -> None:
     times = Sums(1)
     times.scheduled(0.0, 0)
     times.scheduled(0.25, 1)
@@ -41,7 +41,7 @@ def test_a_plan_ahead_costs_only_what_the_stage_stands_still() -> None:
     assert (times.model_s, times.step_overhead_s) == (3.0, 0.25)
 
 
-def test_a_plan_ahead_that_comes_late_costs_what_it_is_late() -> None:
+def test_a_step_scheduled_ahead_that_comes_late_costs_what_it_is_late() -> None:
     times = Sums(1)
     times.scheduled(0.0, 0)
     times.scheduled(1.25, 1)
