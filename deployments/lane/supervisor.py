@@ -140,7 +140,6 @@ class Lane:
                     channel = await self._wire(workers, min(state.num_blocks for state in states))
                 runs = {rank: asyncio.ensure_future(worker.run.remote()) for rank, worker in workers.items()}
                 await asyncio.wrap_future(self._engine.attach(channel, self._epoch, self.num_blocks))
-                await asyncio.wrap_future(self._engine.set_state("serving"))
                 self._serving.set()
                 self._broken_since = None
                 reason = await self._until_broken(states, runs)

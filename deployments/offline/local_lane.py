@@ -57,7 +57,6 @@ class LocalLane:
         )
         self._thread.start()
         engine.attach(channel, EPOCH, self.num_blocks).result()
-        engine.set_state("serving").result()
 
     def close(self) -> None:
         """End both threads; safe to call twice."""

@@ -102,7 +102,6 @@ class ActorLane:
         channel = await wire(self._config, self._context, host, EPOCH, self._workers, self.num_blocks)
         self._watching = asyncio.create_task(self._watch())  # asyncio holds tasks weakly
         await asyncio.wrap_future(self.engine.attach(channel, EPOCH, self.num_blocks))
-        await asyncio.wrap_future(self.engine.set_state("serving"))
 
     async def _watch(self) -> None:
         """Wait until a rank leaves its run loop, which none does while the lane is open."""

@@ -1,7 +1,7 @@
-"""Answers of a given form (JSON schema, regex, choice, grammar), by llguidance, on the leader.
+"""Structured outputs (JSON schema, regex, choice, grammar), by llguidance, on the leader.
 
-The leader knows every token, so a grammar's state is replayed there from the answer so far, whatever became of the
-lane meanwhile; workers get one bit per token id. llguidance needs neither torch nor the model.
+A grammar's state follows from the answer so far, which the leader knows whatever happens to the lane; workers get one
+bit per token id. llguidance needs neither torch nor the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import StructuredOutputsParams
 
-# On one line, as `json.dumps` writes it: where blanks are free, an undecided model spends most of its tokens on them.
+# On one line, as `json.dumps` writes it: where blanks are free, a small model spends most of its tokens on them.
 _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -45,13 +45,12 @@ class Grammar:
         self._eos_only = eos_only
         self._consumed = array("i")
         self.error = ""
-        """Why no token may follow but EOS, although the answer does not have its form; empty if all is well."""
+        """Why only EOS may follow although the answer is incomplete; empty if all is well."""
 
     def mask(self, output_token_ids: Sequence[int]) -> TokenMask:
-        """Which tokens may follow this answer.
+        """Which tokens may follow this answer: EOS among them where it may end, EOS alone once it has to.
 
-        EOS is among them where the answer may end, and alone once it has to. Any answer may be asked for at any
-        time; only the one that grows token by token is cheap.
+        Cheap for an answer that grows token by token.
         """
         output = array("i", output_token_ids)
         num_consumed = len(self._consumed)
@@ -72,7 +71,7 @@ class Grammar:
 
 
 class GrammarFactory:
-    """Makes the grammars of a model's answers. Any thread may use it."""
+    """Makes the grammars of one model. Any thread may use it."""
 
     def __init__(self, model_path: str | Path, eos_token_ids: Iterable[int], vocab_size: int) -> None:
         self._path = Path(model_path) / "tokenizer.json"
@@ -89,7 +88,7 @@ class GrammarFactory:
         return Grammar(matcher, token_mask(self._eos_token_ids))
 
     def _loaded(self) -> llguidance.LLTokenizer:
-        """Read on first use: a second for a large vocabulary, which most lanes never need."""
+        """Read on first use: it takes a second for a large vocabulary, and most lanes never need it."""
         with self._lock:
             if self._tokenizer is None:
                 if not self._path.is_file() or not self._eos_token_ids:
@@ -97,11 +96,11 @@ class GrammarFactory:
                         "structured_outputs", str(self._path.parent), "needs a model with tokenizer.json and EOS ids"
                     )
                 text = self._path.read_text(encoding="utf-8")
-                # A head padded to a round size has more ids than the tokenizer; the other way round they just
-                # never come.
-                smallest = llguidance.LLTokenizer(text, eos_token=self._eos_token_ids, slices=[]).vocab_size
+                # An lm_head padded to a round size has more ids than the tokenizer; ids that only the tokenizer has
+                # are never sampled.
+                min_vocab_size = llguidance.LLTokenizer(text, eos_token=self._eos_token_ids, slices=[]).vocab_size
                 self._tokenizer = llguidance.LLTokenizer(
-                    text, n_vocab=max(self._vocab_size, smallest), eos_token=self._eos_token_ids
+                    text, n_vocab=max(self._vocab_size, min_vocab_size), eos_token=self._eos_token_ids
                 )
             return self._tokenizer
 

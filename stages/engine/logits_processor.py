@@ -1,7 +1,7 @@
 """What a request changes about the logits of its next token, worked out on the leader from the tokens so far.
 
-Penalties, allowed tokens, bad words and grammars are pure functions of prompt and answer, so an answer comes out
-the same alone, in a batch, after preemption and on another lane. No torch: workers get them as LogitsAdjustments.
+All of it is a pure function of prompt and answer, so an answer is the same alone, in a batch, after preemption and on
+another lane. No torch: workers get LogitsAdjustments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EncodeText = Callable[[str], list[int]]
 
 
 class LogitsProcessor:
-    """The rules of one request. `edits` may be asked for any answer so far, in any order."""
+    """Of one request. `adjustments` works for any answer so far, in any order."""
 
     def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], grammar: Grammar | None) -> None:
         self._params = params
@@ -54,11 +54,11 @@ class LogitsProcessor:
 
     @property
     def error(self) -> str:
-        """Why the answer had to end before it had its form; empty as long as all is well."""
+        """Why the answer ends before its grammar is complete; empty if all is well."""
         return "" if self._grammar is None else self._grammar.error
 
-    def edits(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> LogitsAdjustments:
-        """For the token that follows `output_token_ids`; `banned_token_ids` are those that may not come now."""
+    def adjustments(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> LogitsAdjustments:
+        """For the token that follows `output_token_ids`, which may not be one of `banned_token_ids`."""
         if self._has_penalties:
             self._count(output_token_ids)
         return LogitsAdjustments(
@@ -74,26 +74,25 @@ class LogitsProcessor:
         )
 
     def bad_endings(self, output_token_ids: Sequence[int]) -> list[int]:
-        """Token ids that would complete a bad word now."""
-        found = []
+        endings = []
         for word in self._params.bad_words_token_ids:
             num_before = len(word) - 1
             start = len(output_token_ids) - num_before
             if start >= 0 and list(output_token_ids[start:]) == list(word[:num_before]):
-                found.append(word[-1])
-        return found
+                endings.append(word[-1])
+        return endings
 
     def _allowed_now(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> bytes:
-        """All limits as one mask. One that would leave no token does not count: a grammar that has come to its
-        end allows only EOS, whatever min_tokens says; and a grammar is obeyed before allowed_token_ids."""
+        """All limits as one mask. A limit that would leave no token is ignored: a grammar at its end allows only EOS,
+        whatever min_tokens says; and a grammar goes before allowed_token_ids."""
         grammar = None if self._grammar is None else self._grammar.mask(output_token_ids)
         mask = _intersection(grammar, self._allowed)
         if mask is None or not banned_token_ids:
             return b"" if mask is None else mask.tobytes()
         ids = np.array([token_id for token_id in banned_token_ids if token_id < 8 * len(mask)], np.int64)
-        left = mask.copy()
-        np.bitwise_and.at(left, ids >> 3, ~(1 << (ids & 7)).astype(np.uint8))
-        return (left if left.any() else mask).tobytes()
+        not_banned = mask.copy()
+        np.bitwise_and.at(not_banned, ids >> 3, ~(1 << (ids & 7)).astype(np.uint8))
+        return (not_banned if not_banned.any() else mask).tobytes()
 
     def _count(self, output_token_ids: Sequence[int]) -> None:
         if len(output_token_ids) < self._num_counted:
@@ -109,19 +108,19 @@ def bad_words_token_ids(words: Sequence[str], encode: EncodeText) -> tuple[tuple
 
     vLLM's rule (`SamplingParams.update_from_tokenizer`).
     """
-    found: list[tuple[int, ...]] = []
+    variants: list[tuple[int, ...]] = []
     for word in words:
         plain = tuple(encode(word.lstrip()))
         spaced = tuple(encode(" " + word.lstrip()))
         if plain:
-            found.append(plain)
+            variants.append(plain)
         if plain and spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
-            found.append(spaced)
-    return tuple(found)
+            variants.append(spaced)
+    return tuple(variants)
 
 
 def _intersection(first: TokenMask | None, second: TokenMask | None) -> TokenMask | None:
-    """Both masks, or the one that there is; the first where they have nothing in common."""
+    """Both masks, or the one that there is; the first where no token is in both."""
     if first is None or second is None:
         return second if first is None else first
     size = min(len(first), len(second))

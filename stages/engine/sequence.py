@@ -1,4 +1,4 @@
-"""One request as the leader sees it: its tokens, its blocks, and how far its KV is computed."""
+"""One request in a lane: its tokens, its blocks, and how far its KV is computed."""
 
 from __future__ import annotations
 
@@ -19,37 +19,11 @@ class SequenceStatus(Enum):
     """Holds no block: new, preempted, or its lane lost its KV."""
     RUNNING = "running"
     FINISHED = "finished"
-    """Ended or aborted; holds no block and takes no more tokens."""
+    """Ended or aborted; holds no block."""
 
 
 class Sequence:
-    """State of one request for its life in the lane. Owned by the Scheduler: others only read it."""
-
-    __slots__ = (
-        "_rules",
-        "_spec",
-        "arrival",
-        "banned_token_ids",
-        "block_hashes",
-        "block_table",
-        "error",
-        "finish_reason",
-        "max_num_tokens",
-        "num_cached_tokens",
-        "num_computed_tokens",
-        "num_in_flight",
-        "num_prompt_tokens",
-        "num_published_blocks",
-        "params",
-        "prompt_logprobs",
-        "request_id",
-        "seq_id",
-        "status",
-        "stop_token_id",
-        "stop_token_ids",
-        "token_ids",
-        "was_admitted",
-    )
+    """Owned by the scheduler; others only read it."""
 
     def __init__(
         self,
@@ -62,51 +36,43 @@ class Sequence:
         max_model_len: int,
         grammar: Grammar | None = None,
     ) -> None:
-        assert params.seed is not None, "the router draws a seed before a request reaches a leader"
+        assert params.seed is not None, "a request has a seed before it reaches a leader"
         self.seq_id = seq_id
-        self.arrival = seq_id
-        """Place in the queue, kept through preemptions: a smaller number came earlier."""
+        """Its place in the queue, kept through preemptions: a smaller number came earlier."""
         self.request_id = request_id
         self.params = params
         self.token_ids = array("i", prompt_token_ids)
-        """Prompt, then output. Only ever grows."""
+        """Prompt, then output."""
         self.num_prompt_tokens = len(prompt_token_ids)
         self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         """Length at which it ends with "length"."""
         self.block_table = array("i")
-        """Its blocks in token order."""
         self.block_hashes: list[bytes] = []
-        """Chained hash of each full block of known tokens, as far as they were needed."""
+        """Chained hash of each full block of known tokens, as far as needed yet."""
         self.num_published_blocks = 0
-        """Leading blocks of its table that others may find by their content, or that it found itself."""
+        """Leading blocks of its table that others can find by their content, or that it found itself."""
         self.num_computed_tokens = 0
-        """Tokens whose KV is in the cache once every scheduled plan has run (it advances when scheduled). One more
-        than the known tokens when a plan computes a token that an earlier one samples."""
+        """Tokens whose KV is in the cache once all scheduled steps have run; one may be a placeholder."""
         self.num_cached_tokens = 0
         """Prompt tokens that the prefix cache gave at the first admission."""
         self.num_in_flight = 0
-        """Plans in flight that hold this sequence."""
+        """Steps in flight that hold this sequence."""
         self.prompt_logprobs: list[TokenLogprobs] = []
-        """Of the prompt's tokens after the first, as far as they have come; only if the request asked."""
+        """Of the prompt's tokens after the first, as far as they have come, if the request asks for them."""
         self.was_admitted = False
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
         self.error = ""
-        """With finish_reason "error": what went wrong."""
         self.stop_token_id: int | None = None
 
         eos, stop = set(eos_token_ids), set(params.stop_token_ids)
         self.stop_token_ids = frozenset(stop if params.ignore_eos else stop | eos)
         self.banned_token_ids = sorted(stop | eos)
-        """What may not be sampled before min_tokens exist."""
-        self._rules = LogitsProcessor.of(params, prompt_token_ids, grammar)
-        self._spec = (
-            params.temperature,
-            params.top_p,
-            max(params.top_k, 0),
-            params.min_p,
-            params.seed & (2**64 - 1),
-        )
+        """Not sampled before min_tokens exist."""
+        self._logits_processor = LogitsProcessor.of(params, prompt_token_ids, grammar)
+        self.has_logits_processor = self._logits_processor is not None
+        """Its next token depends on its tokens by more than the model: it cannot follow a placeholder."""
+        self._spec = (params.temperature, params.top_p, max(params.top_k, 0), params.min_p, params.seed & (2**64 - 1))
 
     @property
     def num_tokens(self) -> int:
@@ -118,27 +84,22 @@ class Sequence:
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of its prompt are still to come."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Known tokens not scheduled yet."""
-        return max(0, len(self.token_ids) - self.num_computed_tokens)
+        num_tokens = len(self.token_ids) - self.num_computed_tokens
+        return num_tokens if num_tokens > 0 else 0  # max() would take twice as long, in every loop of the scheduler
 
     @property
-    def is_wholly_planned(self) -> bool:
+    def is_wholly_scheduled(self) -> bool:
         """Its known tokens are scheduled, and none beyond them."""
         return len(self.token_ids) == self.num_computed_tokens
 
     @property
-    def has_logits_processor(self) -> bool:
-        """Whether what may come next depends on the tokens so far, so that nothing can be planned without them."""
-        return self._rules is not None
-
-    @property
     def needs_all_hidden(self) -> bool:
-        """Whether the hidden state of every token of its prompt is wanted, not only the last one's."""
+        """Whether the hidden state of every prompt token is wanted, not only the last one's."""
         pooling = self.params.pooling
         return self.needs_prompt_logprobs or (pooling is not None and pooling.pooling == "mean")
 
@@ -156,26 +117,23 @@ class Sequence:
         must_go_on = position - self.num_prompt_tokens < self.params.min_tokens
         banned_token_ids = self.banned_token_ids if must_go_on else []
         edits = None
-        if self._rules is not None:
+        if self._logits_processor is not None:
             output_token_ids = self.token_ids[self.num_prompt_tokens : position]
-            banned_token_ids = banned_token_ids + self._rules.bad_endings(output_token_ids)
-            edits = self._rules.edits(output_token_ids, banned_token_ids)
+            banned_token_ids = banned_token_ids + self._logits_processor.bad_endings(output_token_ids)
+            edits = self._logits_processor.adjustments(output_token_ids, banned_token_ids)
             if edits.allowed:
                 banned_token_ids = []  # the mask says it
         return SampleSpec(*self._spec, position, banned_token_ids, edits, self.params.logprobs)
 
     def take_prompt_logprobs(self, start: int, logprobs: SequenceOf[TokenLogprobs]) -> None:
-        """Log-probabilities of the prompt's tokens from `start` on. Those it has already, from before a
-        preemption, stay.
-        """
+        """Log-probabilities of the prompt's tokens from `start` on. Those from before a preemption stay."""
         self.prompt_logprobs += logprobs[len(self.prompt_logprobs) + 1 - start :]
 
     def append(self, token_id: int) -> None:
-        """Takes the sampled token and sets `finish_reason` if it is the last one."""
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             self.finish_reason, self.stop_token_id = "stop", token_id
-            if self._rules is not None and self._rules.error:
-                self.finish_reason, self.error = "error", self._rules.error
+            if self._logits_processor is not None and self._logits_processor.error:
+                self.finish_reason, self.error = "error", self._logits_processor.error
         elif len(self.token_ids) >= self.max_num_tokens:
             self.finish_reason = "length"

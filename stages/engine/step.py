@@ -16,37 +16,42 @@ class ScheduledSequence(NamedTuple):
 
     sequence: Sequence
     block_table: array[int]
-    """A copy of the sequence's, as far as this step reaches: its own grows on, and goes when it is preempted."""
+    """A copy, as far as this step reaches: the sequence's own one grows, and goes with a preemption."""
     start: int
     num_tokens: int
     is_sampled: bool
-    """The step reaches the last known token or the one after it, so that it samples the next."""
+    """The step reaches the last known token or the placeholder after it."""
     num_prompt_logprobs: int
-    """Tokens that follow one of these in the prompt and whose log-probabilities are wanted."""
+    """How many of these tokens are followed by a prompt token whose log-probability is asked for."""
     placeholder_row: int | None
-    """Not None: its only token is the one of this number among those that the step's feeder samples."""
+    """Not None: its only token is a placeholder, for the token of this row of the step that samples it."""
 
 
 class ScheduledStep:
     """One step as scheduled. `to_plan` may be called at any later time and gives the same plan."""
 
-    __slots__ = ("entries", "placeholder_steps_back", "num_tokens")
+    __slots__ = ("entries", "num_tokens", "placeholder_steps_back", "pooled", "sampled")
 
     def __init__(self) -> None:
         self.entries: list[ScheduledSequence] = []
+        self.sampled: list[Sequence] = []
+        """The sequences that it samples a token for, in plan order."""
+        self.pooled: list[Sequence] = []
+        """The sequences whose embedding it completes, in plan order."""
         self.num_tokens = 0
         self.placeholder_steps_back = 0
-        """The step that samples what this one does not know is as many steps back; 0 where all is known."""
+        """How many steps back its placeholders are sampled; 0 where it knows all its tokens."""
+
+    def append(self, entry: ScheduledSequence) -> None:
+        self.entries.append(entry)
+        self.num_tokens += entry.num_tokens
+        if entry.is_sampled:
+            (self.sampled if entry.sequence.params.pooling is None else self.pooled).append(entry.sequence)
 
     @property
     def has_decodes(self) -> bool:
         """Whether it computes tokens that were sampled before it."""
         return any(entry.start >= entry.sequence.num_prompt_tokens for entry in self.entries)
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that it samples a token for, in plan order."""
-        return [entry.sequence for entry in self.entries if entry.is_sampled and entry.sequence.params.pooling is None]
 
     def to_plan(self, epoch: int, step: int) -> StepPlan:
         max_blocks = max(len(entry.block_table) for entry in self.entries)
@@ -55,26 +60,23 @@ class ScheduledStep:
         tables: list[bytes] = []
         samples: list[SampleSpec | None] = []
         prompt_logprobs, pools = [], []
-        for sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs, placeholder_row in self.entries:
-            end = start + num_tokens
+        for index, entry in enumerate(self.entries):
+            sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs, placeholder_row = entry
             seq_ids.append(sequence.seq_id)
             query_lens.append(num_tokens)
             context_lens.append(start)
             if placeholder_row is None:
-                token_ids.extend(sequence.token_ids[start:end])
+                token_ids.extend(sequence.token_ids[start : start + num_tokens])
             else:
                 token_ids.append(-1 - placeholder_row)
             tables.append(table.tobytes())
             tables.append(_UNUSED * (max_blocks - len(table)))
-            pooling = sequence.params.pooling
-            if pooling is not None:
-                wanted = (pooling.pooling, pooling.normalize, pooling.dimensions or 0)
-                pools.append(PoolSpec(len(samples), *wanted, is_whole=is_sampled))
-            samples.append(sequence.sample_spec(end) if is_sampled and pooling is None else None)
+            is_pooled = sequence.params.pooling is not None
+            if is_pooled:
+                pools.append(_pool_spec(index, entry))
+            samples.append(sequence.sample_spec(start + num_tokens) if is_sampled and not is_pooled else None)
             if num_prompt_logprobs:
-                targets = sequence.token_ids[start + 1 : start + 1 + num_prompt_logprobs].tobytes()
-                assert sequence.params.prompt_logprobs is not None
-                prompt_logprobs.append(PromptLogprobsSpec(len(samples) - 1, targets, sequence.params.prompt_logprobs))
+                prompt_logprobs.append(_prompt_logprobs_spec(index, entry))
         return StepPlan(
             epoch=epoch,
             step=step,
@@ -89,3 +91,16 @@ class ScheduledStep:
             pools=pools,
             placeholder_step=step - self.placeholder_steps_back if self.placeholder_steps_back else -1,
         )
+
+
+def _pool_spec(index: int, entry: ScheduledSequence) -> PoolSpec:
+    pooling = entry.sequence.params.pooling
+    assert pooling is not None
+    return PoolSpec(index, pooling.pooling, pooling.normalize, pooling.dimensions or 0, is_whole=entry.is_sampled)
+
+
+def _prompt_logprobs_spec(index: int, entry: ScheduledSequence) -> PromptLogprobsSpec:
+    sequence, first = entry.sequence, entry.start + 1
+    assert sequence.params.prompt_logprobs is not None
+    target_ids = sequence.token_ids[first : first + entry.num_prompt_logprobs].tobytes()
+    return PromptLogprobsSpec(index, target_ids, sequence.params.prompt_logprobs)

@@ -1,6 +1,6 @@
-"""Step plans to the workers and results back, over ZeroMQ with msgpack: no pickle, one socket pair per epoch.
+"""Step plans to the workers and results back, tokens and stats to the routers: ZeroMQ with msgpack, no pickle.
 
-Every epoch opens fresh sockets, so a message of an older wiring has nowhere to arrive. PUSH/PULL keeps the
+Every epoch opens fresh sockets, so a message of an older epoch has nowhere to arrive. PUSH/PULL keeps the
 order of each sender, blocks nobody and queues what is sent before the peer has connected.
 """
 
@@ -18,7 +18,7 @@ from stagemesh.stages.messages.request import LaneStats, TokenBatch, TokenDelta
 from stagemesh.stages.messages.step import LeaderMessage, SampledTokens, ToWorker, WorkerMessage
 
 ROUTER_IDLE_S = 60.0
-"""A router with no token for this long is forgotten until the next: it may have gone for good."""
+"""A router that gets no token for this long is forgotten until the next one."""
 
 
 class ChannelClosed(RuntimeError):
@@ -26,13 +26,13 @@ class ChannelClosed(RuntimeError):
 
 
 def bind_random_port(socket: zmq.Socket[Any], host: str) -> str:
-    """Bind to a free port of `host` (a private address of this machine) and return the full address."""
+    """Bind to a free port of `host`; returns the address."""
     port = socket.bind_to_random_port(f"tcp://{host}")
     return f"tcp://{host}:{port}"
 
 
 class _PlanSockets:
-    """One PUSH socket to the plan socket of each of some workers; what is sent goes to all of them."""
+    """PUSH sockets to the plan sockets of some workers; every message goes to all of them."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._context = context
@@ -56,12 +56,12 @@ class _PlanSockets:
 
     def close(self) -> None:
         for socket in self._sockets:
-            socket.close(linger=500)  # what was sent just before, a StopRun say, must still go out; nobody waits for it
+            socket.close(linger=500)  # for a StopRun sent just before; nobody waits for it
         self._sockets.clear()
 
 
 class LeaderChannel:
-    """The leader's end: one PUSH socket per worker, one PULL socket for all results. One thread may use it."""
+    """The leader's end: a PUSH socket per worker, one PULL socket for all results. One thread may use it."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
         self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
@@ -70,11 +70,10 @@ class LeaderChannel:
         self.address = bind_random_port(self.results, host)
 
     def connect(self, addresses: list[str]) -> None:
-        """Reach the workers' plan sockets."""
         self._workers.connect(addresses)
 
     def send(self, message: LeaderMessage) -> None:
-        """Queue `message` to every worker; raises ChannelClosed where a queue is full (its worker is gone)."""
+        """To every worker; raises ChannelClosed where a queue is full (its worker is gone)."""
         self._workers.send(message)
 
     def receive(self) -> list[WorkerMessage]:
@@ -94,7 +93,7 @@ class LeaderChannel:
 
 
 class WorkerChannel:
-    """A worker's end: bound before the wiring is known, connected to the others when it is."""
+    """A worker's end: bound before the wiring is known, then connected."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
         self._encoder = msgspec.msgpack.Encoder()
@@ -103,15 +102,13 @@ class WorkerChannel:
         self.address = bind_random_port(self._plans, host)
         self._results = context.socket(zmq.PUSH)
         self._results.setsockopt(zmq.LINGER, 1000)
-        self._fed = _PlanSockets(context)
+        self._first_stage = _PlanSockets(context)
 
     def connect(self, leader_address: str, sampled_tokens_to: Iterable[str] = ()) -> None:
-        """sampled_tokens_to: plan sockets of the workers that `feed` reaches."""
         self._results.connect(leader_address)
-        self._fed.connect(sampled_tokens_to)
+        self._first_stage.connect(sampled_tokens_to)
 
     def receive(self, timeout_ms: int) -> ToWorker | None:
-        """The next message, or None after `timeout_ms` without one."""
         if not self._plans.poll(timeout_ms):
             return None
         return self._decoder.decode(self._plans.recv())
@@ -119,15 +116,15 @@ class WorkerChannel:
     def send(self, message: WorkerMessage) -> None:
         self._results.send(self._encoder.encode(message))
 
-    def feed(self, tokens: SampledTokens) -> None:
-        """Queue `tokens` to every worker that needs them; raises ChannelClosed as LeaderChannel.send does."""
-        self._fed.send(tokens)
+    def send_sampled_tokens(self, tokens: SampledTokens) -> None:
+        """To the workers that fill placeholders; raises ChannelClosed as LeaderChannel.send does."""
+        self._first_stage.send(tokens)
 
     def close(self) -> None:
         """Free the sockets; safe to call twice."""
         self._plans.close(linger=0)
         self._results.close()
-        self._fed.close()
+        self._first_stage.close()
 
 
 @dataclass
@@ -137,7 +134,7 @@ class _Link:
 
 
 class RouterLinks:
-    """A leader's way to the routers: new tokens to the one that asked, stats to all. One thread may use it."""
+    """A leader's sockets to the routers: tokens to one, stats to all. One thread may use it."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, lane: str) -> None:
         self._context = context
@@ -148,7 +145,7 @@ class RouterLinks:
         self.stats_address = bind_random_port(self._stats, host)
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
-        """One message with `deltas`; False when the router's queue is full, which means that it is gone."""
+        """Send `deltas` in one message; False when the router's queue is full, which means that it is gone."""
         if not reply_to:
             return True  # the leader's own warm-up
         link = self._routers.get(reply_to)

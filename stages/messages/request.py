@@ -1,4 +1,4 @@
-"""What travels between routers and leaders: requests, their tokens, and what a lane says of itself."""
+"""What travels between routers and leaders: requests, their tokens, and the stats of a lane."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stagemesh.stages.messages.step import TokenLogprobs
 
 
 class TokenDelta(msgspec.Struct, array_like=True):
-    """New tokens of one request after an engine step, from a leader to the router that asked."""
+    """New tokens of one request after a step."""
 
     request_id: str
     offset: int
@@ -20,9 +20,9 @@ class TokenDelta(msgspec.Struct, array_like=True):
     finish_reason: str | None = None
     """None while running; else "stop" (EOS or a stop id), "length", "abort", "error"."""
     stop_token_id: int | None = None
-    """The explicit stop or EOS id that ended it. It is the last of token_ids."""
+    """The stop or EOS id that ended it, also the last of token_ids."""
     num_cached_tokens: int = 0
-    """Prompt tokens taken from the prefix cache; set on the first delta of a request."""
+    """Prompt tokens taken from the prefix cache."""
     error: str = ""
     """With finish_reason "error": what went wrong."""
     logprobs: list[TokenLogprobs] | None = None
@@ -30,18 +30,18 @@ class TokenDelta(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the prompt's tokens after the first; on the first delta of a request that asked for them."""
     embedding: bytes = b""
-    """float32: the prompt's vector, in the only delta of a request for it, which has no tokens."""
+    """float32: the prompt's vector, if the request is for that; its only delta."""
 
 
 class TokenBatch(msgspec.Struct, array_like=True):
-    """All new tokens of one router's requests after an engine step, or two whose results came at once."""
+    """All new tokens of one router's requests after one turn of the engine's loop."""
 
     lane: str
     deltas: list[TokenDelta]
 
 
 class LaneStats(msgspec.Struct, array_like=True):
-    """A leader's own account of itself, published to the routers when it changes, at most a few times a second."""
+    """The state and load of a lane, published to the routers when it changes, at most ten times a second."""
 
     lane: str
     """The leader's Serve replica id."""
@@ -64,34 +64,32 @@ class LaneStats(msgspec.Struct, array_like=True):
     generation_tokens: int
     num_steps: int
     schedule_s: float
-    """Sum over steps: choosing the batch, building and sending the plan, taking the result in."""
+    """Sum over steps: scheduling, sending the plan, processing the result."""
     step_overhead_s: float
-    """Sum over steps: what each took beside its time inside the model and its waits for other steps. Scheduling is in
-    it as far as a step had to wait for that."""
+    """Sum over steps: what each took beside its time inside the model and its waits for other steps. It includes
+    scheduling as far as a step had to wait for that."""
     model_s: float
     """Sum over steps and stages: inside the model."""
     block_size: int
     expert_tokens: list[int] = []
     """As in WorkerStats, over the life and all stages of the lane."""
     expert_imbalance: float = 0.0
-    """The mean over all mixture layers of the lane, as their stages last reported it; 0 where nobody has."""
+    """The mean over all MoE layers of the lane, as last reported; 0 before a report."""
 
 
 class EngineRequest(msgspec.Struct):
-    """One choice of one prompt, with everything decided: its answer is a pure function of these fields, so it can be
-    computed again anywhere.
-    """
+    """One choice of one prompt. Its answer is a pure function of these fields, so it can be computed again anywhere."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     """With a definite seed, max_tokens that fit the model, and bad words as token ids."""
     reply_to: str = ""
-    """Where its tokens go: the ZeroMQ address of a router's PULL socket, or whatever the lane's TokenSink knows."""
+    """Where its tokens go, in the terms of the lane's TokenSink: the address of a router's PULL socket, say."""
 
 
 class RequestSummary(msgspec.Struct):
-    """What the unary call returns when the request has ended: lets the router check that nothing is missing."""
+    """What `generate` returns when the request has ended, so that the router can check that no token is missing."""
 
     request_id: str
     num_tokens: int

@@ -1,7 +1,6 @@
-"""What travels between a leader and the workers of its lane: step plans and results, msgspec structs sent as msgpack.
+"""What travels between a leader and the workers of its lane: step plans and results.
 
-Integer arrays are little-endian int32 bytes, ready for `torch.frombuffer` / `numpy.frombuffer`; a list of
-Python ints would cost more to decode than a small model's layer costs to run.
+Integer arrays are little-endian int32 bytes for `numpy.frombuffer`, because decoding lists of ints takes too long.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import msgspec
 
 
 class LogitsAdjustments(msgspec.Struct, array_like=True, frozen=True):
-    """What a request changes about the model's logits for one token, in this order. A pure function of the
-    request and the tokens so far; the leader works it out, so that a worker keeps no state for it."""
+    """What a request changes about the logits of one token, in this order."""
 
     allowed: bytes = b""
     """One bit per token id, the lowest first in each byte; ids past its end are not allowed. Empty allows all."""
@@ -29,8 +27,6 @@ class LogitsAdjustments(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
-    """How to choose the next token of one sequence in this step."""
-
     temperature: float
     top_p: float
     top_k: int
@@ -38,13 +34,12 @@ class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
     seed: int
     """Unsigned 64-bit."""
     position: int
-    """Position of the token to be sampled; with `seed` it fixes the randomness."""
+    """Of the token to be sampled; with `seed` it fixes the randomness."""
     banned_token_ids: list[int]
-    """Never chosen in this step (EOS and stop ids while min_tokens is not reached)."""
+    """Never chosen in this step: EOS and stop ids before min_tokens, endings of bad words."""
     edits: LogitsAdjustments | None = None
-    """None for most requests, which cost nothing for it."""
     num_logprobs: int | None = None
-    """How many likeliest tokens to report beside the chosen one; -1 for all, None for no report."""
+    """Likeliest tokens to report beside the chosen one; -1 for all, None for no report."""
 
 
 class PromptLogprobsSpec(msgspec.Struct, array_like=True, frozen=True):
@@ -59,7 +54,7 @@ class PromptLogprobsSpec(msgspec.Struct, array_like=True, frozen=True):
 
 
 class PoolSpec(msgspec.Struct, array_like=True, frozen=True):
-    """Make one vector of a sequence's prompt. A sequence has one in every step of its prompt."""
+    """Make one vector of a prompt; in every step of that prompt."""
 
     sequence: int
     """Its index in the plan."""
@@ -69,7 +64,6 @@ class PoolSpec(msgspec.Struct, array_like=True, frozen=True):
     dimensions: int
     """Leading dimensions to keep; 0 for all."""
     is_whole: bool
-    """The prompt ends in this step, so that the vector is due."""
 
 
 class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
@@ -79,28 +73,27 @@ class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     step: int
     """Rises by one per plan within an epoch."""
     seq_ids: list[int]
-    """[S]; a number that the leader gives a sequence for its life in the lane."""
+    """[S]; each number is a sequence's for its life in the lane."""
     query_lens: bytes
     """int32 [S]: tokens of each sequence in this step; sums to T."""
     context_lens: bytes
     """int32 [S]: tokens whose KV is in the cache before this step."""
     token_ids: bytes
     """int32 [T], flattened in sequence order. Position of a token = context_len + offset in its query.
-    -1 - i stands for the i-th token that step `placeholder_step` samples, which the leader did not know yet."""
+    -1 - i is the placeholder of the i-th token that step `placeholder_step` samples."""
     block_tables: bytes
     """int32 [S, max_blocks] row-major, -1 = unused."""
     max_blocks: int
     samples: list[SampleSpec | None]
-    """[S]; None where the step ends inside the prompt (no token is sampled for that sequence)."""
+    """[S]; None where no token is sampled: the step ends inside the prompt, or the sequence is pooled."""
     prompt_logprobs: list[PromptLogprobsSpec] = []
     pools: list[PoolSpec] = []
     placeholder_step: int = -1
-    """An earlier step, or -1 where all of token_ids are known."""
+    """An earlier step, or -1 where token_ids has no placeholders."""
 
 
 class SampledTokens(msgspec.Struct, array_like=True, tag="tokens"):
-    """From rank 0 of the last stage straight to the ranks of stage 0, for plans that were sent before the leader knew
-    these tokens."""
+    """From rank 0 of the last stage straight to the ranks of stage 0, which fill placeholders with them."""
 
     epoch: int
     step: int
@@ -109,8 +102,6 @@ class SampledTokens(msgspec.Struct, array_like=True, tag="tokens"):
 
 
 class StopRun(msgspec.Struct, array_like=True, tag="stop"):
-    """Ends a worker's run loop cleanly (drain, re-wiring)."""
-
     epoch: int
 
 
@@ -134,7 +125,7 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
     token_ids: list[int]
     """One per sequence of the plan that had a SampleSpec, in plan order."""
     logprobs: list[TokenLogprobs | None] = []
-    """As long as token_ids, None where nobody asked; empty where nobody at all did."""
+    """As long as token_ids, None where the request did not ask; empty where no request did."""
     prompt_logprobs: list[list[TokenLogprobs]] = []
     """One list per PromptLogprobsSpec of the plan."""
     pooled: list[bytes] = []
@@ -142,17 +133,17 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
 
 
 class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
-    """Now and then (about once a second under load) from rank 0 of each stage: what was since the last one."""
+    """From rank 0 of each stage, about once a second under load: what happened since the last one."""
 
     epoch: int
     stage: int
     spans: list[tuple[float, float]]
-    """From, to (`time.time()`) of each step inside the model: its layers, and sampling on the last stage."""
+    """Start and end (`time.time()`) of each step inside the model: its layers, and sampling on the last stage."""
     expert_tokens: list[int] = []
-    """[E] of a mixture of experts: how often a token went to the expert of each number, over all steps and the
-    stage's mixture layers. A token counts once per layer for each of its top k. Empty for a dense model."""
+    """[E]: tokens of each expert, summed over steps and the stage's MoE layers; empty for a dense model. A token counts
+    once per layer for each of its top k."""
     expert_imbalance: list[float] = []
-    """One per mixture layer of the stage, in the last step: its busiest expert's tokens over the mean; 1 is even."""
+    """One per MoE layer of the stage, in the last step: its busiest expert's tokens over the mean; 1 is even."""
 
 
 WorkerMessage = StepResult | WorkerStats

@@ -1,4 +1,4 @@
-"""What all layers share in one step: where its tokens stand, where their KV goes, what they attend to."""
+"""Step plans → batches on the device: token ids, rotary angles, KV slots and block tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stagemesh.stages.messages.step import StepPlan
 
 
 class BatchBuilder:
-    """Turns step plans into batches. It owns the attention workspace, so one batch is alive at a time."""
+    """Owns the attention workspace, so one batch is alive at a time."""
 
     def __init__(
         self,
@@ -37,14 +37,14 @@ class BatchBuilder:
         self._cpu = CpuPagedAttention(*shape, dtype, sliding_window, kv_factor) if device.type == "cpu" else None
 
     def build(self, plan: StepPlan, sampled_token_ids: Sequence[int] = ()) -> ForwardBatch:
-        """sampled_token_ids: what step `plan.placeholder_step` sampled."""
+        """sampled_token_ids: what step `plan.placeholder_step` sampled, for the placeholders."""
         query_lens = np.frombuffer(plan.query_lens, np.int32)
         context_lens = np.frombuffer(plan.context_lens, np.int32)
         token_ids = np.frombuffer(plan.token_ids, np.int32)
         if sampled_token_ids:
-            is_fed = token_ids < 0
+            is_placeholder = token_ids < 0
             token_ids = token_ids.copy()
-            token_ids[is_fed] = np.array(sampled_token_ids, np.int32)[-1 - token_ids[is_fed]]
+            token_ids[is_placeholder] = np.array(sampled_token_ids, np.int32)[-1 - token_ids[is_placeholder]]
         block_tables = np.frombuffer(plan.block_tables, np.int32).reshape(len(query_lens), plan.max_blocks)
 
         sequence_of: Ints = np.arange(len(query_lens))

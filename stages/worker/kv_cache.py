@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: memory for the layers of its stage, handed out in blocks by the leader."""
+"""The paged KV cache of one rank: memory for the layers of its stage, in blocks that the leader allocates."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ class KVCache:
     """`layers[i]`: [num_blocks, *block_shape], the cache of the stage's i-th layer.
 
     With an fp8 dtype (e4m3) values are stored as they are, without a scale, and larger ones as ±448.
-    Zeroed, because a slot that a mask hides must still hold a finite number. Which block belongs to whom is
-    the leader's business; here they are only memory.
+    Zeroed, because a slot that a mask hides must still hold a finite number.
     """
 
     def __init__(
@@ -30,7 +29,7 @@ class KVCache:
 
 
 def host_memory_available() -> int:
-    """Bytes that this process could still take without swapping, also inside a container."""
+    """Bytes that this process can still take without swapping, also inside a container."""
     return min(_machine_available(), _container_available())
 
 

@@ -34,8 +34,8 @@ PROMPT_LOGPROBS_ROWS = 128
 class ModelRunner:
     """Rank `tp_rank` of stage `stage`.
 
-    Life: `load`, `allocate_kv`, `set_group` (again after each re-wiring), then `execute` for every plan, followed
-    by `sample` on the last stage. One caller at a time.
+    Life: `load`, `allocate_kv`, `set_group` (again in each epoch), then for every plan `execute`, and `sample` on the
+    last stage. One caller at a time.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ModelRunner:
         device: torch.device,
         make_method: LinearMethodFactory | None = None,
     ) -> None:
-        """make_method: for the linear layers; by default that of the format which `config` names."""
+        """make_method: for the linear layers; by default that of the config's quantization."""
         self._config = config
         self._make_method = make_method or linear_methods(config.quantization)
         self._device = device
@@ -59,14 +59,14 @@ class ModelRunner:
         self._cache: KVCache | None = None
         self._batches: BatchBuilder | None = None
         self._pooler = Pooler()
-        self._mixtures: list[MoE] = []
+        self._moe_layers: list[MoE] = []
         self._expert_tokens: Tensor | None = None
 
     # -- before the first step ---------------------------------------------------------------------------
 
     @torch.inference_mode()
     def load(self) -> None:
-        """Read this rank's weights from the model folder; ConfigError names what does not fit."""
+        """Read this rank's weights from the model folder; ConfigError names what does not fit the model."""
         model_config = self._config.model
         layers = self._config.plan.layer_ranges[self._stage]
         model = Decoder(
@@ -85,16 +85,16 @@ class ModelRunner:
         self._batches = BatchBuilder(rotary, *shape, self._dtype, self._device, model_config.sliding_window, kv_factor)
         self._model = model
         if self._tp.rank == 0:  # one rank counts for all
-            self._mixtures = list(model.mixtures.values())
+            self._moe_layers = list(model.mixtures.values())
 
     def kv_bytes_per_block(self) -> int:
-        """Of the cache on this rank, over the layers of its stage."""
+        """Over the layers of this stage."""
         model = self._loaded()
         shape = model.kv_block_shape(self._block_size)
         return int(np.prod(shape)) * self._kv_dtype.itemsize * len(model.layers)
 
     def max_kv_blocks(self) -> int:
-        """How many blocks this rank has room for, once its weights are loaded; ConfigError if not even one."""
+        """How many blocks this rank has room for beside its weights; ConfigError if not even one."""
         budget = self._config.kv_cache_memory_bytes
         if budget is None:
             budget = self._cuda_kv_budget()
@@ -106,7 +106,7 @@ class ModelRunner:
         return blocks
 
     def _cuda_kv_budget(self) -> int:
-        """What gpu_memory_utilization leaves beside everything else on the device and the largest step."""
+        """Bytes that gpu_memory_utilization leaves beside what is in use on the device and the largest step."""
         free, total = torch.cuda.mem_get_info(self._device)
         activations = self._measure_activations()
         utilization = self._config.gpu_memory_utilization
@@ -117,7 +117,7 @@ class ModelRunner:
         return budget
 
     def _measure_activations(self) -> int:
-        """Peak bytes, beside weights and cache, of the widest step that the scheduler may make."""
+        """Peak bytes of the largest step, beside weights and cache."""
         num_tokens = self._config.max_num_batched_tokens
         plan = _widest_plan(num_tokens, self._config.max_model_len, self._block_size)
         model = self._loaded()
@@ -135,7 +135,7 @@ class ModelRunner:
         return peak
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """A cache of `num_blocks` blocks in place of the one before; what was cached is lost."""
+        """A new cache of `num_blocks` blocks; the contents of an earlier one are lost."""
         model = self._loaded()
         self._cache = None
         self._cache = KVCache(
@@ -143,22 +143,21 @@ class ModelRunner:
         )
 
     def set_group(self, group: TensorGroup) -> None:
-        """The ranks of this stage, wired for a new epoch."""
         assert (group.rank, group.size) == (self._tp.rank, self._tp.size)
         self._tp.group = group
 
     # -- steps -------------------------------------------------------------------------------------------
 
     def empty_hidden(self, num_tokens: int) -> Tensor:
-        """Room for what the stage before sends: [num_tokens, hidden] in the model's dtype."""
+        """A buffer for the activations of the stage before: [num_tokens, hidden] in the model's dtype."""
         return torch.empty(num_tokens, self._config.model.hidden_size, dtype=self._dtype, device=self._device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, hidden: Tensor | None, sampled_token_ids: Sequence[int] = ()) -> Tensor:
-        """Run the plan's T tokens through the layers of this stage: hidden states [T, hidden].
+        """Run the plan's T tokens through this stage: hidden states [T, hidden].
 
-        The first stage embeds the plan's tokens: it takes None, and what step `plan.placeholder_step` sampled.
-        The others take what the stage before returned.
+        The first stage takes None, and what step `plan.placeholder_step` sampled for the placeholders; the others take
+        what the stage before returned.
         """
         model = self._loaded()
         assert self._cache is not None and self._batches is not None, "allocate_kv() comes first"
@@ -166,17 +165,16 @@ class ModelRunner:
         if hidden is None:
             hidden = model.embed(batch.token_ids)
         hidden = model.forward(hidden, batch, self._cache.layers)
-        if self._mixtures:
-            tokens = torch.stack([mixture.tokens_per_expert for mixture in self._mixtures]).sum(0)
+        if self._moe_layers:
+            tokens = torch.stack([layer.tokens_per_expert for layer in self._moe_layers]).sum(0)
             self._expert_tokens = tokens if self._expert_tokens is None else self._expert_tokens + tokens
         return hidden
 
     @torch.inference_mode()
     def sample(self, plan: StepPlan, hidden: Tensor) -> StepResult | None:
-        """Last stage: the next token of each sequence that the plan has a SampleSpec for, in plan order, and the
-        log-probabilities that it asks for.
+        """Last stage: what StepResult says, on tp rank 0; None on the other ranks, which must call it too.
 
-        `hidden`: what `execute` returned for this plan. A result on tp rank 0, None on the other ranks.
+        hidden: what `execute` returned for this plan.
         """
         result = StepResult(plan.epoch, plan.step, [])
         if plan.prompt_logprobs:
@@ -188,21 +186,20 @@ class ModelRunner:
         specs = [spec for spec in plan.samples if spec is not None]
         logits = self.logits(plan, hidden) if specs else None
         if logits is not None:
-            asked = {row: spec.num_logprobs for row, spec in enumerate(specs) if spec.num_logprobs is not None}
-            unedited = logits[list(asked)] if asked else None
+            counts = {row: spec.num_logprobs for row, spec in enumerate(specs) if spec.num_logprobs is not None}
+            unadjusted = logits[list(counts)] if counts else None
             result.token_ids = sample(logits, specs)
-            if unedited is not None:
-                token_ids = [result.token_ids[row] for row in asked]
-                found = token_logprobs(unedited, token_ids, list(asked.values()))
-                by_row = dict(zip(asked, found, strict=True))
+            if unadjusted is not None:
+                token_ids = [result.token_ids[row] for row in counts]
+                logprobs = token_logprobs(unadjusted, token_ids, list(counts.values()))
+                by_row = dict(zip(counts, logprobs, strict=True))
                 result.logprobs = [by_row.get(row) for row in range(len(specs))]
         return result if self._tp.rank == 0 else None
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> list[list[TokenLogprobs]]:
-        """One list per PromptLogprobsSpec on tp rank 0; nothing of use on the others, which must call it too."""
         ends = np.cumsum(np.frombuffer(plan.query_lens, np.int32))
         starts = ends - np.frombuffer(plan.query_lens, np.int32)
-        found = []
+        reports = []
         for spec in plan.prompt_logprobs:
             start = int(starts[spec.sequence])
             targets = np.frombuffer(spec.target_ids, np.int32).tolist()
@@ -212,17 +209,17 @@ class ModelRunner:
                 logits = self._loaded().logits(hidden[start + first : start + first + len(part)])
                 if logits is not None:
                     report += token_logprobs(logits, part, [spec.num_logprobs] * len(part))
-            found.append(report)
-        return found
+            reports.append(report)
+        return reports
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, hidden: Tensor, rows: Literal["sampled", "all"] = "sampled") -> Tensor | None:
-        """Last stage: [n, vocab_size] on tp rank 0, for the last token of each sampled sequence or for all T."""
+        """Last stage: [n, vocab_size] on tp rank 0, for the last token of each sampled sequence or for all T tokens."""
         if rows == "sampled":
             last = np.cumsum(np.frombuffer(plan.query_lens, np.int32)) - 1
-            wanted = last[[spec is not None for spec in plan.samples]]
-            if len(wanted) < len(hidden):
-                hidden = hidden[torch.from_numpy(wanted).to(self._device)]
+            sampled = last[[spec is not None for spec in plan.samples]]
+            if len(sampled) < len(hidden):
+                hidden = hidden[torch.from_numpy(sampled).to(self._device)]
         return self._loaded().logits(hidden)
 
     def expert_load(self) -> dict[int, list[int]]:
@@ -230,9 +227,9 @@ class ModelRunner:
         return {layer: moe.tokens_per_expert.tolist() for layer, moe in self._loaded().mixtures.items()}
 
     def take_expert_tokens(self) -> list[int]:
-        """Tokens that the experts of each number got in all steps since the last call, summed over the stage's layers.
+        """Tokens that each expert got since the last call, summed over the stage's layers. Waits for the device.
 
-        On tp rank 0; empty on the others, in a dense model and after no step. Waits for the device.
+        Empty on tp ranks but 0, and in a dense model.
         """
         tokens, self._expert_tokens = self._expert_tokens, None
         return [] if tokens is None else tokens.tolist()

@@ -1,4 +1,4 @@
-"""Hidden states of a whole prompt → one vector, however the prompt was cut into steps."""
+"""Hidden states of a whole prompt → one vector, however the prompt is cut into steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from stagemesh.stages.messages.step import PoolSpec, StepPlan
 
 MAX_SUMS = 4096
-"""Running means kept at a time, far more than sequences run; those beyond are of requests given up half-way."""
+"""Running sums kept at a time, far more than sequences run; the oldest beyond are of requests aborted half-way."""
 
 
 class Pooler:
-    """Last stage, tp rank 0. Keeps the running sum of each prompt that is pooled by its mean and is not whole yet."""
+    """Keeps the running sum of each prompt that is pooled by its mean and not whole yet. Last stage, tp rank 0."""
 
     def __init__(self) -> None:
         self._sums: OrderedDict[int, Tensor] = OrderedDict()

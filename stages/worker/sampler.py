@@ -1,12 +1,10 @@
-"""Choosing the next token of every sequence of a step.
+"""Chooses the next token of every sequence of a step.
 
-Randomness is a pure function of (seed, position): one uniform number per row, and the token is where it falls
-in the cumulative distribution, in token-id order, over the tokens that are kept. What a row gets does not
-depend on the rows beside it.
+Randomness is a pure function of (seed, position): a uniform number selects a token from the cumulative distribution, in
+token-id order, over the tokens that are kept. A row does not depend on the rows beside it.
 
-First come the edits that a request makes to its logits (allowed tokens, bias, penalties). Kept then are the
-tokens whose logit reaches a threshold; the limits apply in vLLM's order, each to what the one before left:
-temperature, min_p, top_k, top_p. Tokens that tie with the threshold are kept.
+First come the request's adjustments to its logits (allowed tokens, bias, penalties), then the limits in vLLM's order,
+each on what the one before left: temperature, min_p, top_k, top_p. Tokens that tie with a limit's threshold are kept.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
         logits = logits.float()
     for row, spec in enumerate(specs):
         if spec.edits is not None:
-            _edit(logits[row], spec.edits)
+            _adjust(logits[row], spec.edits)
         if spec.banned_token_ids:
             logits[row, spec.banned_token_ids] = -math.inf
     chosen = _argmax(logits)
@@ -63,7 +61,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[in
     ]
 
 
-def _edit(row: Tensor, edits: LogitsAdjustments) -> None:
+def _adjust(row: Tensor, edits: LogitsAdjustments) -> None:
     """Changes `row`, float32 [vocab], in vLLM's order: allowed tokens, bias, repetition, frequency, presence."""
     if edits.allowed:
         bits = np.unpackbits(np.frombuffer(edits.allowed, np.uint8), count=len(row), bitorder="little")
@@ -98,7 +96,7 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for (seed, position): splitmix64's finalizer over both, 53 bits of it."""
+    """A number in [0, 1) for (seed, position): 53 bits of splitmix64's finalizer over both."""
     return (_mix(_mix(seed & _MASK64) + position * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
 
 
@@ -111,7 +109,7 @@ def _mix(x: int) -> int:
 
 
 def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """[n, vocab] → int64 [n]. In float64: rounding must not decide between a token and its neighbour."""
+    """[n, vocab] → int64 [n]. In float64, so that rounding does not decide between a token and its neighbour."""
     scores = logits.double()
     # The likeliest token's logit becomes 0 before the division, so that a tiny temperature cannot overflow.
     scores.sub_(scores.amax(-1, keepdim=True)).div_(_column([spec.temperature for spec in specs], logits))
@@ -123,13 +121,13 @@ def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     cumulative = weights.cumsum_(-1)
     total = cumulative[:, -1:]
     target = _column([uniform(spec.seed, spec.position) for spec in specs], logits) * total
-    # Rounding may lift the target to the total, behind which there is no token.
+    # Rounding may lift the target to the total, and no token comes after that.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
-# Each limit: scores and the weights that the limits before it left, [n, vocab] → the least score that a row
-# keeps, [n, 1], -inf where the row has no such limit; None when no row has.
+# Each limit: scores and the weights that earlier limits left, [n, vocab] → the least score that a row keeps, [n, 1],
+# -inf where the row has no such limit; None when no row has.
 
 
 def _min_p(scores: Tensor, weights: Tensor, specs: Sequence[SampleSpec]) -> Tensor | None:

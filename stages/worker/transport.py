@@ -1,9 +1,8 @@
 """How activations go from one stage to the next.
 
-The protocol is small on purpose, so that a way to move tensors is one short class: `torch.distributed`
-point-to-point here (NCCL on CUDA, gloo on CPU), Ray's object store in `deployments/lane/object_store.py`.
-Rank r of a stage talks to rank r of its neighbours only: after the last all-reduce of a stage every rank of
-its group holds the same activations.
+A way to move them is one short class: `torch.distributed` point-to-point here (NCCL on CUDA, gloo on CPU), Ray's
+object store in `deployments/lane/object_store.py`. Rank r of a stage talks to rank r of its neighbours only: after
+the last all-reduce of a stage every rank of its group holds the same activations.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ class ActivationTransport(Protocol):
     """Moves `hidden` [T, hidden_size] of one step from a stage to the next."""
 
     def send(self, step: int, hidden: torch.Tensor) -> None:
-        """Hand over `hidden`; it must not be written to afterwards. May return before it has arrived."""
+        """Send `hidden`; it must not be written to afterwards. May return before it has arrived."""
 
     def receive(self, step: int, into: torch.Tensor) -> torch.Tensor:
-        """Wait for the activations of `step`; `into` has the right shape, dtype and device and may be used."""
+        """Wait for the activations of `step`; `into` has their shape, dtype and device and may hold them."""
 
     def close(self) -> None:
-        """Forget everything in flight; safe to call twice."""
+        """Drop everything in flight; safe to call twice."""
 
 
 class DistTransport:
-    """`torch.distributed` point-to-point. Steps arrive in the order of sending, so the number is not sent."""
+    """`torch.distributed` point-to-point. Steps arrive in the order of sending, so their numbers are not sent."""
 
     def __init__(self, previous_rank: int | None, next_rank: int | None) -> None:
         self._previous_rank = previous_rank

@@ -1,6 +1,5 @@
-"""One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop.
+"""One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop. No Ray.
 
-Free of Ray: `deployments/lane/worker_actor.py` puts it into an actor, the tests into plain threads and processes.
 Life: `load` and `profile` once, then for every epoch `open` → `connect` → `run`. `stop` and `progress` may be called
 from another thread at any time; everything else comes from one caller at a time.
 """
@@ -54,10 +53,21 @@ class Worker:
         self._num_blocks = 0
         self._stop = threading.Event()
         self._epoch = 0
+        self._messages: deque[StepPlan | StopRun] = deque()
+        """Received and not run yet."""
+        # On stage 0: of the latest steps, more than can be in flight.
+        self._sampled_tokens: deque[SampledTokens] = deque(maxlen=self._plan.pp_size + 2)
+        self._spans: list[tuple[float, float]] = []
+        self._stats_sent_at = 0.0
         self._progress = (0, "created", time.monotonic())
 
+    @property
+    def channel(self) -> WorkerChannel:
+        """Of the epoch."""
+        assert self._channel is not None, "open() comes first"
+        return self._channel
+
     def load(self) -> None:
-        """Load this rank's weights."""
         self._enter("weights")
         self._runner.load()
         self._enter("idle")
@@ -65,14 +75,19 @@ class Worker:
     def profile(self) -> int:
         """How many KV blocks this rank has room for beside its weights."""
         self._enter("KV profile")
-        blocks = self._runner.max_kv_blocks()
+        num_blocks = self._runner.max_kv_blocks()
         self._enter("idle")
-        return blocks
+        return num_blocks
+
+    # -- wiring ------------------------------------------------------------------------------------------
 
     def open(self, epoch: int) -> Endpoints:
         """Open this epoch's sockets. Ends what is left of an earlier epoch."""
         self._disconnect()
         self._epoch = epoch
+        self._messages.clear()
+        self._sampled_tokens.clear()
+        self._spans.clear()
         self._stop.clear()
         self._channel = WorkerChannel(self._context, self._host)
         port = None
@@ -82,16 +97,16 @@ class Worker:
         return Endpoints(self._channel.address, port)
 
     def connect(self, wiring: Wiring, make_transport: Callable[[], ActivationTransport] | None = None) -> None:
-        """Join the lane: process groups, transport, KV cache. Every rank of the lane must call it at once.
+        """Join the lane: process groups, transport, KV cache. All ranks of the lane must call it at the same time.
 
-        `make_transport` replaces the default point-to-point transport. Raises what `torch.distributed` raises
-        when a peer does not come within `startup_timeout_s`.
+        `make_transport` replaces point-to-point. Raises what `torch.distributed` raises when a peer is missing.
         """
-        assert self._channel is not None and wiring.epoch == self._epoch, "open() comes first"
+        assert wiring.epoch == self._epoch, "open() comes first"
         self._enter("rendezvous")
         samples = self._is_last and self._tp_rank == 0
-        mine = self._channel.address  # its own tokens it keeps
-        self._channel.connect(wiring.results_to, [to for to in wiring.sampled_tokens_to if samples and to != mine])
+        own_address = self.channel.address  # its own tokens it keeps
+        sampled_tokens_to = [to for to in wiring.sampled_tokens_to if samples and to != own_address]
+        self.channel.connect(wiring.results_to, sampled_tokens_to)
         self._runner.set_group(self._init_process_groups(wiring))
         self._enter("kv cache")
         if wiring.num_blocks != self._num_blocks:
@@ -126,40 +141,17 @@ class Worker:
         )
         if self._plan.tp_size == 1:
             return SingleRank()
-        mine = None
-        for stage in range(self._plan.pp_size):
-            ranks = list(range(stage * self._plan.tp_size, (stage + 1) * self._plan.tp_size))
-            group = dist.new_group(ranks)
-            if stage == self._stage:
-                mine = group
-        return DistGroup(mine)
-
-    def run(self) -> None:
-        """Run plans until StopRun or `stop`. Raises when a peer is lost; the epoch is over either way."""
-        assert self._channel is not None
-        loop = _RunLoop(self)
-        try:
-            loop.run()
-        finally:
-            self._disconnect()
-            self._enter("idle")
-
-    def stop(self, epoch: int) -> None:
-        """End the run of `epoch` (not of a later one) as soon as its current step is over."""
-        if epoch == self._epoch:
-            self._stop.set()
+        tp_size = self._plan.tp_size
+        # Every rank makes the groups of all stages, as torch.distributed asks for.
+        groups = [
+            dist.new_group(list(range(stage * tp_size, (stage + 1) * tp_size))) for stage in range(self._plan.pp_size)
+        ]
+        return DistGroup(groups[self._stage])
 
     def close(self) -> None:
         """Free the sockets; safe to call twice. `run` must have ended."""
         self._disconnect()
         self._context.term()
-
-    def progress(self) -> Progress:
-        step, phase, since = self._progress
-        return Progress(self._stage, self._tp_rank, self._epoch, step, phase, time.monotonic() - since)
-
-    def _enter(self, phase: str, step: int = 0) -> None:
-        self._progress = (step, phase, time.monotonic())
 
     def _disconnect(self) -> None:
         self._transport.close()
@@ -171,109 +163,111 @@ class Worker:
             dist.destroy_process_group()
         self._store = None
 
+    def _enter(self, phase: str, step: int = 0) -> None:
+        self._progress = (step, phase, time.monotonic())
 
-class _RunLoop:
-    """The loop of one epoch: plan in, activations in, forward, activations or tokens out."""
-
-    def __init__(self, worker: Worker) -> None:
-        assert worker._channel is not None
-        self._epoch = worker._epoch
-        self._worker = worker
-        self._channel = worker._channel
-        self._runner = worker._runner
-        self._transport = worker._transport
-        self._is_first = worker._is_first
-        self._is_last = worker._is_last
-        self._is_rank0 = worker._tp_rank == 0
-        self._messages: deque[StepPlan | StopRun] = deque()
-        """Arrived and not taken up yet."""
-        self._sampled: deque[SampledTokens] = deque(maxlen=worker._plan.pp_size + 2)
-        """On stage 0: of the latest steps, more than can be in flight."""
-        self._spans: list[tuple[float, float]] = []
-        self._stats_sent = time.monotonic()
+    # -- the run loop ------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        with torch.inference_mode():
-            while not self._worker._stop.is_set():
-                if self._messages:
-                    message = self._messages.popleft()
-                    if isinstance(message, StopRun):
-                        return
-                    self._step(message)
-                elif not self._poll_messages():
-                    self._send_stats()
+        """Run plans until StopRun or `stop`. Raises when a peer is lost; the epoch is over either way."""
+        self._stats_sent_at = time.monotonic()
+        try:
+            with torch.inference_mode():
+                while not self._stop.is_set():
+                    if self._messages:
+                        message = self._messages.popleft()
+                        if isinstance(message, StopRun):
+                            return
+                        self._step(message)
+                    elif not self._poll_messages():
+                        self._send_stats()
+        finally:
+            self._disconnect()
+            self._enter("idle")
 
     def _poll_messages(self) -> bool:
         """Take in the next message; False if there was none for a while."""
-        message = self._channel.receive(POLL_MS)
+        message = self.channel.receive(POLL_MS)
         if message is None:
             return False
         if message.epoch == self._epoch:
             if isinstance(message, SampledTokens):
-                self._sampled.append(message)
+                self._sampled_tokens.append(message)
             else:
                 self._messages.append(message)
         return True
 
     def _step(self, plan: StepPlan) -> None:
+        """Activations in, forward, activations or tokens out."""
         hidden = None
         if not self._is_first:
-            self._worker._enter("activations", plan.step)
+            self._enter("activations", plan.step)
             hidden = self._transport.receive(plan.step, self._runner.empty_hidden(len(plan.token_ids) // 4))
         sampled_token_ids = self._wait_for_sampled_tokens(plan)
         if sampled_token_ids is None:
             return
-        self._worker._enter("model", plan.step)
+        self._enter("model", plan.step)
         started = time.time()
         hidden = self._runner.execute(plan, hidden, sampled_token_ids)
         result = self._runner.sample(plan, hidden) if self._is_last else None
         self._spans.append((started, time.time()))
-        self._worker._enter("hand over", plan.step)
+        self._enter("hand over", plan.step)
         if not self._is_last:
             self._transport.send(plan.step, hidden)
         elif result is not None:
             self._send_result(result)
-        self._worker._enter("idle", plan.step)
-        if time.monotonic() - self._stats_sent > STATS_PERIOD_S:
+        self._enter("idle", plan.step)
+        if time.monotonic() - self._stats_sent_at > STATS_PERIOD_S:
             self._send_stats()
 
-    def _send_result(self, result: StepResult) -> None:
-        if result.token_ids:
-            tokens = SampledTokens(result.epoch, result.step, result.token_ids)
-            self._channel.feed(tokens)  # first, because a stage may wait for it
-            if self._is_first:
-                self._sampled.append(tokens)
-        self._channel.send(result)
-
     def _wait_for_sampled_tokens(self, plan: StepPlan) -> list[int] | None:
-        """What step `plan.placeholder_step` sampled, if this stage needs it; None when the worker is stopped meanwhile.
+        """The tokens for the plan's placeholders, on stage 0; None when the worker is stopped meanwhile.
 
-        Without a deadline of its own: the leader has one for that step, and stops whoever waits for it.
+        Has no deadline of its own: the leader stops this worker when the step that samples them is overdue.
         """
         if not self._is_first or plan.placeholder_step < 0:
             return []
-        self._worker._enter("tokens", plan.step)
-        while not self._worker._stop.is_set():
-            for tokens in self._sampled:
+        self._enter("tokens", plan.step)
+        while not self._stop.is_set():
+            for tokens in self._sampled_tokens:
                 if tokens.step == plan.placeholder_step:
                     return tokens.token_ids
             self._poll_messages()
         return None
 
+    def _send_result(self, result: StepResult) -> None:
+        if result.token_ids:
+            tokens = SampledTokens(result.epoch, result.step, result.token_ids)
+            self.channel.send_sampled_tokens(tokens)  # first, because stage 0 may wait for it
+            if self._is_first:
+                self._sampled_tokens.append(tokens)
+        self.channel.send(result)
+
     def _send_stats(self) -> None:
-        self._stats_sent = time.monotonic()
+        self._stats_sent_at = time.monotonic()
         spans, self._spans = self._spans, []
-        if not spans or not self._is_rank0:
+        if not spans or self._tp_rank > 0:
             return
-        stats = WorkerStats(self._epoch, self._worker._stage, spans, self._runner.take_expert_tokens())
+        stats = WorkerStats(self._epoch, self._stage, spans, self._runner.take_expert_tokens())
         if stats.expert_tokens:
             loads = self._runner.expert_load().values()
             stats.expert_imbalance = [max(load) * len(load) / sum(load) for load in loads]
-        self._channel.send(stats)
+        self.channel.send(stats)
+
+    # -- for other threads -------------------------------------------------------------------------------
+
+    def stop(self, epoch: int) -> None:
+        """End the run of `epoch` (not of a later one) as soon as its current step is over."""
+        if epoch == self._epoch:
+            self._stop.set()
+
+    def progress(self) -> Progress:
+        step, phase, since = self._progress
+        return Progress(self._stage, self._tp_rank, self._epoch, step, phase, time.monotonic() - since)
 
 
 def pick_device(kind: str, tp_rank: int) -> torch.device:
-    """The device of a rank: CUDA device 0, because Ray shows each worker only its own, or the CPU."""
+    """The device of a rank. On CUDA number 0 where CUDA_VISIBLE_DEVICES is set: Ray shows a worker only its own."""
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError("device=cuda: this worker sees no CUDA device")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.grammar import Grammar
-from stagemesh.stages.engine.scheduler import Scheduler, SequenceUpdate
-from stagemesh.stages.messages.step import SampleSpec, TokenLogprobs
+from stagemesh.stages.engine.scheduler import Scheduler
+from stagemesh.stages.messages.request import TokenDelta
+from stagemesh.stages.messages.step import SampleSpec, StepResult, TokenLogprobs
 from stagemesh.stages.worker.sampler import sample, token_logprobs
 
 
@@ -33,14 +34,15 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
 
-    def take(self, update: SequenceUpdate) -> None:
-        self.token_ids += update.token_ids
-        self.finish_reason = update.finish_reason
-        self.error = update.error
-        self.logprobs += update.logprobs or []
-        if update.prompt_logprobs is not None:
+    def take(self, delta: TokenDelta) -> None:
+        assert delta.offset == len(self.token_ids)
+        self.token_ids += delta.token_ids
+        self.finish_reason = delta.finish_reason
+        self.error = delta.error
+        self.logprobs += delta.logprobs or []
+        if delta.prompt_logprobs is not None:
             assert self.prompt_logprobs is None, "the prompt is reported once"
-            self.prompt_logprobs = update.prompt_logprobs
+            self.prompt_logprobs = delta.prompt_logprobs
 
 
 class ToyLane:
@@ -92,16 +94,17 @@ class ToyLane:
             for i, spec in enumerate(specs)
         ]
         prompt_reports = []
-        for asked in plan.prompt_logprobs:
-            entry = step.entries[asked.sequence]
-            targets = torch.frombuffer(bytearray(asked.target_ids), dtype=torch.int32).tolist()
-            found = []
+        for prompt_spec in plan.prompt_logprobs:
+            entry = step.entries[prompt_spec.sequence]
+            targets = torch.frombuffer(bytearray(prompt_spec.target_ids), dtype=torch.int32).tolist()
+            report = []
             for i, target in enumerate(targets):
                 row = toy_logits(entry.sequence.token_ids[: entry.start + i + 1], self.vocab_size)
-                found += token_logprobs(row[None], [target], [asked.num_logprobs])
-            prompt_reports.append(found)
-        for update in self.scheduler.process_result(step, token_ids, reports, prompt_reports):
-            self.answers[update.request_id].take(update)
+                report += token_logprobs(row[None], [target], [prompt_spec.num_logprobs])
+            prompt_reports.append(report)
+        result = StepResult(0, number, token_ids, reports, prompt_reports)
+        for delta in self.scheduler.process_result(step, result):
+            self.answers[delta.request_id].take(delta)
 
 
 def answer_alone(lane: ToyLane, prompt: list[int], params: SamplingParams, grammar: Grammar | None = None) -> Answer:

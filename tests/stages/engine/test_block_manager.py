@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from stagemesh.config.prefix import block_hashes
 from stagemesh.stages.engine.block_manager import BlockManager
+from stagemesh.stages.engine.integrity import check_blocks, check_contents
 
 HASHES = block_hashes(range(64), block_size=4)
 
@@ -26,7 +27,7 @@ def test_a_new_pool_is_all_free() -> None:
     blocks = BlockManager(8, 4)
     assert blocks.num_free_blocks == 8
     assert blocks.can_allocate(8) and not blocks.can_allocate(9)
-    blocks.check_integrity([])
+    check_blocks(blocks, [])
 
 
 def test_allocated_blocks_are_distinct_and_come_back() -> None:
@@ -34,9 +35,9 @@ def test_allocated_blocks_are_distinct_and_come_back() -> None:
     first, second = blocks.allocate(3), blocks.allocate(5)
     assert sorted(first + second) == list(range(8))
     assert blocks.num_free_blocks == 0
-    blocks.check_integrity([first, second])
+    check_blocks(blocks, [first, second])
     blocks.release(first)
-    blocks.check_integrity([second])
+    check_blocks(blocks, [second])
     blocks.release(second)
     assert blocks.num_free_blocks == 8
 
@@ -48,9 +49,9 @@ def test_a_published_prefix_is_shared_without_a_copy() -> None:
     assert shared == first[:2]
     second = blocks.allocate(1, shared)
     assert second[:2] == first[:2] and second[2] not in first
-    blocks.check_integrity([first, second])
+    check_blocks(blocks, [first, second])
     blocks.release(first)
-    blocks.check_integrity([second])
+    check_blocks(blocks, [second])
     assert blocks.num_free_blocks == 5
 
 
@@ -69,7 +70,7 @@ def test_released_blocks_are_found_again_until_they_are_evicted() -> None:
     assert blocks.match_prefix(HASHES[:3]) == table
     again = blocks.allocate(0, table)
     assert again == table and blocks.num_free_blocks == 1
-    blocks.check_integrity([again])
+    check_blocks(blocks, [again])
 
 
 def test_revived_blocks_count_against_the_free_ones() -> None:
@@ -100,7 +101,7 @@ def test_evicted_blocks_are_never_shared() -> None:
     blocks.release(filled(blocks, 2))
     table = blocks.allocate(2)
     assert blocks.match_prefix(HASHES[:2]) == []
-    blocks.check_integrity([table])
+    check_blocks(blocks, [table])
 
 
 def test_of_two_blocks_with_one_content_the_first_is_kept() -> None:
@@ -110,7 +111,7 @@ def test_of_two_blocks_with_one_content_the_first_is_kept() -> None:
     blocks.release(second)
     assert blocks.match_prefix(HASHES[:1]) == first
     blocks.release(first)
-    blocks.check_integrity([])
+    check_blocks(blocks, [])
 
 
 def test_forgotten_contents_are_not_found_and_leak_nothing() -> None:
@@ -120,7 +121,7 @@ def test_forgotten_contents_are_not_found_and_leak_nothing() -> None:
     blocks.reset_prefix_cache()
     assert blocks.match_prefix(HASHES) == []
     assert blocks.num_free_blocks == 3
-    blocks.check_integrity([held])
+    check_blocks(blocks, [held])
 
 
 @settings(max_examples=100, deadline=None)
@@ -142,7 +143,7 @@ def test_any_order_of_operations_keeps_the_books_straight(operations: list[tuple
             blocks.release(tables.pop(number % len(tables)))
         elif operation == "forget":
             blocks.reset_prefix_cache()
-        blocks.check_integrity(tables)
+        check_blocks(blocks, tables)
         held = {block for table in tables for block in table}
         assert blocks.num_free_blocks == blocks.num_blocks - len(held)
 
@@ -153,7 +154,7 @@ def _busy() -> tuple[BlockManager, list[list[int]]]:
     first = filled(blocks, 2)
     second = blocks.allocate(1, first[:1])
     blocks.release(filled(blocks, 2, first=4))
-    blocks.check_integrity([first, second])
+    check_blocks(blocks, [first, second])
     return blocks, [first, second]
 
 
@@ -187,17 +188,17 @@ def test_check_integrity_finds(corruption: str) -> None:
     blocks, tables = _busy()
     CORRUPTIONS[corruption](blocks, tables)
     with pytest.raises(AssertionError):
-        blocks.check_integrity(tables)
+        check_blocks(blocks, tables)
 
 
 def test_check_contents_finds_a_wrong_hash_and_an_unfinished_block_that_is_shared() -> None:
     blocks, (first, second) = _busy()
-    blocks.check_contents(first, HASHES[:2], [])
-    blocks.check_contents(first[:1], HASHES[:1], second[1:])
+    check_contents(blocks, first, HASHES[:2], [])
+    check_contents(blocks, first[:1], HASHES[:1], second[1:])
     with pytest.raises(AssertionError, match="something else"):
-        blocks.check_contents(first, HASHES[1:3], [])
+        check_contents(blocks, first, HASHES[1:3], [])
     with pytest.raises(AssertionError, match="before it is full"):
-        blocks.check_contents([], [], first)
+        check_contents(blocks, [], [], first)
     blocks.reset_prefix_cache()
     with pytest.raises(AssertionError, match="shared before"):
-        blocks.check_contents([], [], first)
+        check_contents(blocks, [], [], first)

@@ -63,16 +63,16 @@ class FakeWorker:
         self._results.close(linger=0)
 
 
-def next_tokens(plan: StepPlan, fed: list[int]) -> list[int]:
-    """fed: what step `plan.placeholder_step` sampled."""
-    tokens = [token if token >= 0 else fed[-1 - token] for token in array("i", plan.token_ids)]
+def next_tokens(plan: StepPlan, sampled_token_ids: list[int]) -> list[int]:
+    """sampled_token_ids: what step `plan.placeholder_step` sampled."""
+    tokens = [token if token >= 0 else sampled_token_ids[-1 - token] for token in array("i", plan.token_ids)]
     lens = array("i", plan.query_lens)
     ends = [sum(lens[: i + 1]) for i in range(len(lens))]
     return [(tokens[end - 1] + 1) % 90 + 5 for end, spec in zip(ends, plan.samples, strict=True) if spec is not None]
 
 
-def result(plan: StepPlan, fed: list[int]) -> StepResult:
-    token_ids = next_tokens(plan, fed)
+def result(plan: StepPlan, sampled_token_ids: list[int]) -> StepResult:
+    token_ids = next_tokens(plan, sampled_token_ids)
     specs = [spec for spec in plan.samples if spec is not None]
     asked = [spec.num_logprobs is not None for spec in specs]
     reports = [report(token_id) if ask else None for token_id, ask in zip(token_ids, asked, strict=True)]
@@ -140,7 +140,6 @@ class Bench:
         self.workers.append(worker)
         channel.connect([worker.address])
         self.engine.attach(channel, epoch, 64).result(5)
-        self.engine.set_state("serving").result(5)
         return worker
 
 
@@ -253,14 +252,14 @@ def test_the_expert_load_of_a_lane_is_that_of_all_its_stages_and_steps(bench: Be
     bench.wire(1)
     assert bench.engine.stats().result(5).expert_tokens == [], "a dense model has none"
     for _ in range(2):
-        bench.engine.call(lambda: bench.engine._wired.times.planned(0.0, 0))
+        bench.engine.call(lambda: bench.engine._epoch.step_times.scheduled(0.0, 0))
     for stats in (
         WorkerStats(1, 0, [(0.0, 0.1)], [1, 2, 3], [1.5, 2.5]),
         WorkerStats(1, 1, [(0.1, 0.2)], [10, 20, 30], [2.0]),
         WorkerStats(1, 1, [(0.3, 0.4)]),  # a stage without a mixture, or no step since
         WorkerStats(1, 0, [(0.2, 0.3)], [100, 200, 300], [1.0, 1.5]),
     ):
-        bench.engine.call(lambda stats=stats: bench.engine._take_stats(bench.engine._wired, stats))
+        bench.engine.call(lambda stats=stats: bench.engine._stats.add_worker(stats, bench.engine._epoch.step_times))
     stats = bench.engine.stats().result(5)
     assert stats.expert_tokens == [111, 222, 333]
     assert stats.expert_imbalance == 1.5
@@ -281,20 +280,20 @@ def test_the_time_of_steps_is_told_apart(bench: Bench) -> None:
 class Recorder(StepTimes):
     def __init__(self) -> None:
         super().__init__(1)
-        self.needs: list[int] = []
+        self.steps_back: list[int] = []
 
-    def planned(self, at: float, needs: int) -> None:
-        self.needs.append(needs)
-        super().planned(at, needs)
+    def scheduled(self, at: float, steps_back: int) -> None:
+        self.steps_back.append(steps_back)
+        super().scheduled(at, steps_back)
 
 
-@pytest.mark.parametrize("rule", [{}, {"frequency_penalty": 0.5}], ids=["planned ahead", "waits for its tokens"])
+@pytest.mark.parametrize("rule", [{}, {"frequency_penalty": 0.5}], ids=["async scheduling", "waits for its tokens"])
 def test_a_step_is_timed_from_the_step_whose_tokens_it_needs(bench: Bench, rule: dict[str, float]) -> None:
     bench.wire(1)
     recorder = Recorder()
-    bench.engine.call(lambda: setattr(bench.engine._wired, "times", recorder)).result(5)
+    bench.engine.call(lambda: setattr(bench.engine._epoch, "step_times", recorder)).result(5)
     bench.engine.generate(EngineRequest("r", [7], msgspec.structs.replace(params(4), **rule), "router")).result(10)
-    assert recorder.needs == [0, 1, 1, 1]
+    assert recorder.steps_back == [0, 1, 1, 1]
 
 
 def test_a_step_has_its_time_from_when_it_is_the_oldest(bench: Bench) -> None:

@@ -54,18 +54,18 @@ def test_penalties_count_the_answer_and_repetition_also_the_prompt() -> None:
     rules = LogitsProcessor.of(params(repetition_penalty=1.2, frequency_penalty=0.5), [7, 7, 3])
     assert rules is not None
     output = [4, 9, 4]
-    edits = rules.edits(output, [])
+    edits = rules.adjustments(output, [])
     assert edits.prompt_ids == ints(3, 7)
     counts = Counter(output)
     assert edits.output_ids == ints(*counts) and edits.output_counts == ints(*counts.values())
-    assert rules.edits([4], []).output_counts == ints(1), "asked again for a shorter answer"
-    assert rules.edits(output, []) == edits
+    assert rules.adjustments([4], []).output_counts == ints(1), "asked again for a shorter answer"
+    assert rules.adjustments(output, []) == edits
 
 
 def test_frequency_penalty_does_not_count_the_prompt() -> None:
     rules = LogitsProcessor.of(params(frequency_penalty=0.5), [7, 7, 3])
     assert rules is not None
-    assert rules.edits([], []).output_ids == rules.edits([], []).prompt_ids == b""
+    assert rules.adjustments([], []).output_ids == rules.adjustments([], []).prompt_ids == b""
 
 
 def test_only_allowed_token_ids_come() -> None:
@@ -150,7 +150,7 @@ def test_an_answer_is_the_same_alone_and_in_any_company(changes: dict[str, Any],
         crowd.add(str(i), *mixed(i))
     answers = crowd.run()
     assert [answers[str(i)].token_ids for i in range(32)] == alone
-    assert (crowd.scheduler.num_preemptions > 0) == ("num_blocks" in changes)
+    assert (crowd.scheduler.stats().num_preemptions > 0) == ("num_blocks" in changes)
 
 
 def test_an_answer_is_the_same_after_the_lane_lost_its_cache(alone: list[list[int]]) -> None:

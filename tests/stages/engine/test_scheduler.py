@@ -11,10 +11,12 @@ import pytest
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.stages.engine.scheduler import MIN_SHARE_TOKENS, Scheduler, SequenceUpdate
+from stagemesh.stages.engine.integrity import check_scheduler
+from stagemesh.stages.engine.scheduler import MIN_SHARE_TOKENS, Scheduler
 from stagemesh.stages.engine.sequence import SequenceStatus
 from stagemesh.stages.engine.step import ScheduledStep
-from stagemesh.stages.messages.step import StepPlan
+from stagemesh.stages.messages.request import TokenDelta
+from stagemesh.stages.messages.step import StepPlan, StepResult
 
 EOS = 2
 STOP = 3
@@ -47,13 +49,13 @@ def shape(step: ScheduledStep | None) -> list[tuple[str, int, int]]:
     return [(entry.sequence.request_id, entry.start, entry.num_tokens) for entry in step.entries]
 
 
-def answer(scheduler: Scheduler, step: ScheduledStep | None, token_id: int = WORD) -> list[SequenceUpdate]:
+def answer(scheduler: Scheduler, step: ScheduledStep | None, token_id: int = WORD) -> list[TokenDelta]:
     assert step is not None
     num_sampled = sum(entry.is_sampled for entry in step.entries)
-    return scheduler.process_result(step, [token_id] * num_sampled)
+    return scheduler.process_result(step, StepResult(0, 0, [token_id] * num_sampled))
 
 
-def run(scheduler: Scheduler, token_id: int = WORD) -> list[SequenceUpdate]:
+def run(scheduler: Scheduler, token_id: int = WORD) -> list[TokenDelta]:
     """One step from start to end."""
     return answer(scheduler, scheduler.schedule(), token_id)
 
@@ -63,7 +65,7 @@ def run_to_end(scheduler: Scheduler) -> None:
         if not scheduler.has_work:
             return
         run(scheduler)
-        scheduler.check_integrity()
+        check_scheduler(scheduler)
     raise AssertionError("never ends")
 
 
@@ -111,7 +113,7 @@ def test_no_more_than_max_num_seqs_run() -> None:
     for name in "abc":
         scheduler.add_request(name, prompt(2), params(max_tokens=2))
     assert [name for name, _, _ in shape(scheduler.schedule())] == ["a", "b"]
-    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
+    assert (scheduler.stats().num_running, scheduler.stats().num_waiting) == (2, 1)
 
 
 # ---- batching ----------------------------------------------------------------------------------------------
@@ -200,10 +202,10 @@ def test_a_short_prompt_is_not_cut_for_the_sake_of_balance() -> None:
     assert shape(scheduler.schedule()) == [("a", 0, MIN_SHARE_TOKENS)]
 
 
-# ---- planning ahead ----------------------------------------------------------------------------------------
+# ---- async scheduling --------------------------------------------------------------------------------------
 
 
-def test_a_plan_ahead_names_the_tokens_that_it_does_not_know() -> None:
+def test_a_step_scheduled_ahead_has_placeholders_for_the_tokens_that_it_does_not_know() -> None:
     scheduler = make(max_num_batched_tokens=8)
     scheduler.add_request("embedding", prompt(2), params(pooling=PoolingParams()))
     scheduler.add_request("a", prompt(2, 20), params())
@@ -217,23 +219,23 @@ def test_a_plan_ahead_names_the_tokens_that_it_does_not_know() -> None:
     assert (ints(plan.token_ids), plan.placeholder_step) == ([-1, -2, 60, 61], 6)
     assert [spec.position for spec in plan.samples if spec is not None] == [3, 3, 2]
     assert first.to_plan(1, 6).placeholder_step == -1
-    scheduler.process_result(first, [WORD, WORD], pooled=[b""])
+    scheduler.process_result(first, StepResult(1, 6, [WORD, WORD], pooled=[b""]))
     assert second.to_plan(1, 7) == plan
-    scheduler.check_integrity()
+    check_scheduler(scheduler)
 
 
-def test_what_was_planned_for_a_sequence_that_has_ended_is_dropped() -> None:
+def test_what_was_scheduled_for_a_sequence_that_has_ended_is_dropped() -> None:
     scheduler = make()
     scheduler.add_request("a", prompt(3), params())
     first, second = scheduler.schedule(), scheduler.schedule()
     assert answer(scheduler, first, EOS)[0].finish_reason == "stop"
-    assert scheduler.num_free_blocks == scheduler.num_blocks
+    assert scheduler.stats().num_free_blocks == scheduler.blocks.num_blocks
     assert answer(scheduler, second) == []
     assert not scheduler.has_work
 
 
 @pytest.mark.parametrize("rule", [{"frequency_penalty": 0.5}, {"bad_words_token_ids": ((5, 6),)}])
-def test_while_a_request_needs_its_tokens_nothing_is_planned_ahead(rule: dict[str, Any]) -> None:
+def test_while_a_request_needs_its_tokens_async_scheduling_pauses(rule: dict[str, Any]) -> None:
     scheduler = make()
     scheduler.add_request("a", prompt(3), params())
     scheduler.add_request("b", prompt(3, 50), params(max_tokens=2, **rule))
@@ -244,32 +246,32 @@ def test_while_a_request_needs_its_tokens_nothing_is_planned_ahead(rule: dict[st
     assert [shape(scheduler.schedule()) for _ in range(2)] == [[("a", 4, 1)], [("a", 5, 1)]]
 
 
-def test_a_block_whose_last_token_was_planned_ahead_is_found_once_that_is_known() -> None:
+def test_a_block_whose_last_token_was_a_placeholder_is_found_once_that_is_known() -> None:
     scheduler = make()
     scheduler.add_request("a", prompt(3), params())
     flights = [scheduler.schedule(), scheduler.schedule()]  # the second fills the first block
-    scheduler.check_integrity()
+    check_scheduler(scheduler)
     answer(scheduler, flights.pop(0))
     flights.append(scheduler.schedule())
     scheduler.add_request("b", [*prompt(3), WORD, 50], params())
     answer(scheduler, flights.pop(0))
     assert shape(scheduler.schedule()) == [("a", 5, 1), ("b", 4, 1)]
-    scheduler.check_integrity()
+    check_scheduler(scheduler)
 
 
-def test_the_blocks_of_an_answer_planned_ahead_serve_the_next_turn_to_the_last() -> None:
+def test_the_blocks_of_an_answer_with_placeholders_serve_the_next_turn_to_the_last() -> None:
     scheduler = make()
     scheduler.add_request("a", prompt(6), params(max_tokens=7))
     flights = [scheduler.schedule(), scheduler.schedule()]
     while scheduler.has_work:
         answer(scheduler, flights.pop(0))
         flights += [step for step in [scheduler.schedule()] if step is not None]
-        scheduler.check_integrity()
+        check_scheduler(scheduler)
     scheduler.add_request("b", [*prompt(6), *[WORD] * 7, 55], params())
     assert shape(scheduler.schedule()) == [("b", 12, 2)]
 
 
-def test_who_could_make_room_for_an_older_sequence_is_not_planned_ahead() -> None:
+def test_a_sequence_that_could_make_room_for_an_older_one_gets_no_placeholder() -> None:
     scheduler = make(num_micro_batches=2, block_size=16, num_blocks=4)
     scheduler.add_request("a", prompt(14), params())
     scheduler.add_request("b", prompt(1, 50), params())
@@ -286,7 +288,7 @@ def test_who_could_make_room_for_an_older_sequence_is_not_planned_ahead() -> Non
     assert scheduler.schedule() is None, "b is in flight still, but goes on no more"
     answer(scheduler, flights.pop(0))
     assert shape(scheduler.schedule()) == [("a", 16, 1)]
-    assert scheduler.num_preemptions == 1
+    assert scheduler.stats().num_preemptions == 1
 
 
 # ---- prefix cache ------------------------------------------------------------------------------------------
@@ -299,7 +301,7 @@ def test_a_later_request_takes_the_common_blocks_from_the_cache() -> None:
     scheduler.add_request("b", prompt(10), params(max_tokens=1))
     assert shape(step := scheduler.schedule()) == [("b", 8, 2)]
     assert answer(scheduler, step)[0].num_cached_tokens == 8
-    assert (scheduler.prefix_queries, scheduler.prefix_hits) == (20, 8)
+    assert (scheduler.stats().prefix_queries, scheduler.stats().prefix_hits) == (20, 8)
 
 
 def test_the_last_prompt_token_is_computed_even_if_all_blocks_are_cached() -> None:
@@ -346,7 +348,7 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
         scheduler.add_request(name, prompt(9), params(max_tokens=1))
         assert shape(step := scheduler.schedule()) == [(name, 0, 9)]
         answer(scheduler, step)
-    assert scheduler.prefix_queries == 0
+    assert scheduler.stats().prefix_queries == 0
 
 
 # ---- preemption --------------------------------------------------------------------------------------------
@@ -360,8 +362,8 @@ def test_when_blocks_run_out_the_latest_request_is_preempted_and_keeps_its_token
     while scheduler.has_work:
         for update in run(scheduler):
             tokens[update.request_id] += update.token_ids
-        scheduler.check_integrity()
-    assert scheduler.num_preemptions == 1
+        check_scheduler(scheduler)
+    assert scheduler.stats().num_preemptions == 1
     assert tokens == {"a": [WORD] * 12, "b": [WORD] * 12}
 
 
@@ -370,7 +372,7 @@ def test_a_newcomer_waits_until_every_running_sequence_could_grow_by_a_block() -
     scheduler.add_request("a", prompt(9), params(max_tokens=2))
     run(scheduler)
     scheduler.add_request("b", prompt(5, 50), params(max_tokens=2))
-    assert scheduler.num_free_blocks == 2
+    assert scheduler.stats().num_free_blocks == 2
     assert shape(step := scheduler.schedule()) == [("a", 9, 1)]
     answer(scheduler, step)
     assert shape(scheduler.schedule()) == [("b", 0, 5)]
@@ -380,9 +382,9 @@ def test_a_preempted_request_goes_before_those_that_have_not_run() -> None:
     scheduler = make(num_blocks=4, max_model_len=17, max_num_seqs=2)
     for first, name in enumerate("abc"):
         scheduler.add_request(name, prompt(3, 50 * first), params(max_tokens=12))
-    while scheduler.num_preemptions == 0:
+    while scheduler.stats().num_preemptions == 0:
         run(scheduler)
-    assert [sequence.request_id for sequence in scheduler._waiting] == ["b", "c"]
+    assert [sequence.request_id for sequence in scheduler.queues.waiting] == ["b", "c"]
 
 
 def test_the_oldest_waits_for_a_step_in_flight_rather_than_throw_its_work_away() -> None:
@@ -392,7 +394,7 @@ def test_the_oldest_waits_for_a_step_in_flight_rather_than_throw_its_work_away()
     run(scheduler)
     flights = [scheduler.schedule(), scheduler.schedule()]
     num_waits = 0
-    while scheduler.num_preemptions == 0:
+    while scheduler.stats().num_preemptions == 0:
         answer(scheduler, flights.pop(0))
         if step := scheduler.schedule():
             flights.append(step)
@@ -401,7 +403,7 @@ def test_the_oldest_waits_for_a_step_in_flight_rather_than_throw_its_work_away()
         for step in flights:
             assert step is not None
             assert all(entry.sequence.status is SequenceStatus.RUNNING for entry in step.entries)
-        scheduler.check_integrity()
+        check_scheduler(scheduler)
     assert num_waits == 1
     for step in flights:
         answer(scheduler, step)
@@ -417,7 +419,7 @@ def test_max_tokens_ends_with_length() -> None:
     assert run(scheduler)[0].finish_reason is None
     assert run(scheduler)[0].finish_reason == "length"
     assert not scheduler.has_work
-    assert scheduler.num_free_blocks == scheduler.num_blocks
+    assert scheduler.stats().num_free_blocks == scheduler.blocks.num_blocks
 
 
 def test_max_model_len_ends_with_length() -> None:
@@ -462,12 +464,12 @@ def test_abort_frees_blocks_at_once_and_drops_the_late_result() -> None:
     scheduler.add_request("b", prompt(9, 50), params())
     step = scheduler.schedule()
     scheduler.abort_request("a")
-    assert scheduler.num_free_blocks == scheduler.num_blocks - 3
+    assert scheduler.stats().num_free_blocks == scheduler.blocks.num_blocks - 3
     assert [update.request_id for update in answer(scheduler, step)] == ["b"]
     scheduler.abort_request("b")
     scheduler.abort_request("never heard of")
     assert not scheduler.has_work
-    scheduler.check_integrity()
+    check_scheduler(scheduler)
 
 
 def test_a_late_result_does_not_reach_a_new_request_with_the_same_id() -> None:
@@ -489,9 +491,9 @@ def test_after_a_loss_of_the_kv_everything_is_computed_again_from_the_tokens() -
     scheduler.schedule()
     scheduler.add_request("c", prompt(2), params(max_tokens=5))
     scheduler.preempt_all()
-    scheduler.check_integrity()
-    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_in_flight) == (0, 3, 0)
-    assert scheduler.num_free_blocks == scheduler.num_blocks
+    check_scheduler(scheduler)
+    assert (scheduler.stats().num_running, scheduler.stats().num_waiting, len(scheduler._in_flight)) == (0, 3, 0)
+    assert scheduler.stats().num_free_blocks == scheduler.blocks.num_blocks
     assert shape(scheduler.schedule()) == [("a", 0, 10), ("b", 0, 10), ("c", 0, 2)]
 
 
@@ -538,7 +540,7 @@ def test_counts_follow_the_tokens() -> None:
     scheduler = make(max_num_batched_tokens=6)
     scheduler.add_request("a", prompt(8), params(max_tokens=2))
     scheduler.add_request("b", prompt(5, 50), params(max_tokens=2))
-    assert scheduler.counts() == {
+    assert scheduler.stats()._asdict() == {
         "num_running": 0,
         "num_waiting": 2,
         "queued_prefill_tokens": 13,
@@ -552,13 +554,13 @@ def test_counts_follow_the_tokens() -> None:
         "generation_tokens": 0,
     }
     run(scheduler)
-    counts = scheduler.counts()
-    assert (counts["queued_prefill_tokens"], counts["running_kv_tokens"]) == (7, 6)
-    assert (counts["prompt_tokens"], counts["num_free_blocks"]) == (8, 62)
+    stats = scheduler.stats()
+    assert (stats.queued_prefill_tokens, stats.running_kv_tokens) == (7, 6)
+    assert (stats.prompt_tokens, stats.num_free_blocks) == (8, 62)
     run_to_end(scheduler)
-    counts = scheduler.counts()
-    assert (counts["prompt_tokens"], counts["generation_tokens"]) == (13, 4)
-    assert counts["num_free_blocks"] == 64
+    stats = scheduler.stats()
+    assert (stats.prompt_tokens, stats.generation_tokens) == (13, 4)
+    assert stats.num_free_blocks == 64
 
 
 # ---- the integrity check can fail --------------------------------------------------------------------------
@@ -570,12 +572,12 @@ def _busy() -> Scheduler:
         scheduler.add_request(name, prompt(9, 50 * first), params())
     run(scheduler)
     scheduler.schedule()
-    scheduler.check_integrity()
+    check_scheduler(scheduler)
     return scheduler
 
 
 def _set(name: str, value: Any, index: int = 0) -> Callable[[Scheduler], None]:
-    return lambda scheduler: setattr(scheduler._running[index], name, value)
+    return lambda scheduler: setattr(scheduler.queues.running[index], name, value)
 
 
 CORRUPTIONS: dict[str, Callable[[Scheduler], Any]] = {
@@ -586,22 +588,22 @@ CORRUPTIONS: dict[str, Callable[[Scheduler], Any]] = {
     "a wrong number of plans in flight": _set("num_in_flight", 2),
     "a running sequence that says it waits": _set("status", SequenceStatus.WAITING),
     "a sequence past its end": _set("max_num_tokens", 3),
-    "running out of order": lambda s: s._running.reverse(),
-    "waiting out of order": lambda s: s._waiting.reverse(),
-    "a sequence in two queues": lambda s: s._waiting.appendleft(s._running[0]),
-    "a waiting sequence that is lost": lambda s: s._waiting.pop(),
-    "a running sequence that is lost": lambda s: s._running.pop(),
+    "running out of order": lambda s: s.queues.running.reverse(),
+    "waiting out of order": lambda s: s.queues.waiting.reverse(),
+    "a sequence in two queues": lambda s: s.queues.waiting.appendleft(s.queues.running[0]),
+    "a waiting sequence that is lost": lambda s: s.queues.waiting.pop(),
+    "a running sequence that is lost": lambda s: s.queues.running.pop(),
     "a finished sequence that is kept": lambda s: s._sequences.update(z=s._sequences["a"]),
-    "a waiting sequence that holds blocks": lambda s: s._waiting[0].block_table.append(0),
-    "two sequences with one unfinished block": lambda s: s._running[0].block_table.__setitem__(
-        2, s._running[1].block_table[2]
+    "a waiting sequence that holds blocks": lambda s: s.queues.waiting[0].block_table.append(0),
+    "two sequences with one unfinished block": lambda s: s.queues.running[0].block_table.__setitem__(
+        2, s.queues.running[1].block_table[2]
     ),
-    "a block under another content's hash": lambda s: s._running[0].block_hashes.reverse(),
+    "a block under another content's hash": lambda s: s.queues.running[0].block_hashes.reverse(),
     "a step in flight that is lost": lambda s: s._in_flight.clear(),
-    "too many running": lambda s: setattr(s, "max_num_seqs", 1),
+    "too many running": lambda s: setattr(s.queues, "max_num_seqs", 1),
     "too many in flight": lambda s: setattr(s, "num_micro_batches", -1),
     "a block published before it is full": _set("num_published_blocks", 3),
-    "filled blocks that are not published": lambda s: s._filled.update({b"x": 1}),
+    "filled blocks that are not published": lambda s: s.queues._filled.update({b"x": 1}),
     "a leaked block": lambda s: s.blocks.allocate(1),
 }
 
@@ -611,4 +613,4 @@ def test_check_integrity_finds(corruption: str) -> None:
     scheduler = _busy()
     CORRUPTIONS[corruption](scheduler)
     with pytest.raises(AssertionError):
-        scheduler.check_integrity()
+        check_scheduler(scheduler)

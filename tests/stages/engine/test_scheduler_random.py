@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from stagemesh.config.sampling import SamplingParams
+from stagemesh.stages.engine.integrity import check_scheduler
 from stagemesh.stages.engine.scheduler import Scheduler
 from stagemesh.stages.engine.step import ScheduledStep
-from stagemesh.stages.messages.step import SampleSpec, StepPlan
+from stagemesh.stages.messages.step import SampleSpec, StepPlan, StepResult
 
 EOS = 0
 NUM_TOKENS = 5
@@ -103,10 +104,10 @@ class FakeLane:
         return [name for name, request in self.requests.items() if request.finish_reason is None]
 
     def abort(self, request_id: str) -> None:
-        free_before = self.scheduler.num_free_blocks
+        free_before = self.scheduler.blocks.num_free_blocks
         self.scheduler.abort_request(request_id)
         self.requests[request_id].finish_reason = "abort"
-        assert self.scheduler.num_free_blocks >= free_before
+        assert self.scheduler.blocks.num_free_blocks >= free_before
 
     def schedule(self) -> bool:
         idle = not self.flights
@@ -133,7 +134,7 @@ class FakeLane:
             self.run_next_plan()
         flight = self.flights.popleft()
         assert flight.result is not None
-        for update in self.scheduler.process_result(flight.step, flight.result):
+        for update in self.scheduler.process_result(flight.step, StepResult(1, flight.plan.step, flight.result)):
             request = self.requests[update.request_id]
             assert request.finish_reason is None, "a late result of a request that has ended"
             request.answer += update.token_ids
@@ -152,24 +153,25 @@ class FakeLane:
     def drain(self) -> None:
         for _ in range(10_000):
             while self.schedule():
-                self.scheduler.check_integrity()
+                check_scheduler(self.scheduler)
             self.deliver()
-            self.scheduler.check_integrity()
+            check_scheduler(self.scheduler)
             if not self.scheduler.has_work and not self.flights:
                 break
         assert not self.unfinished
-        assert self.scheduler.num_free_blocks == self.scheduler.num_blocks, "leaked blocks"
-        assert self.scheduler.num_running == self.scheduler.num_waiting == self.scheduler.num_in_flight == 0
-        assert self.scheduler.queued_prefill_tokens == self.scheduler.running_kv_tokens == 0
+        stats = self.scheduler.stats()
+        assert stats.num_free_blocks == stats.num_blocks, "leaked blocks"
+        assert stats.num_running == stats.num_waiting == len(self.scheduler._in_flight) == 0
+        assert stats.queued_prefill_tokens == stats.running_kv_tokens == 0
 
     def _check_limits(self, plan: StepPlan) -> None:
         query_lens = np.frombuffer(plan.query_lens, np.int32)
         assert 0 < query_lens.sum() <= self.scheduler.max_num_batched_tokens
         assert query_lens.min() > 0
-        assert len(plan.seq_ids) == len(set(plan.seq_ids)) <= self.scheduler.max_num_seqs
-        assert self.scheduler.num_running <= self.scheduler.max_num_seqs
+        assert len(plan.seq_ids) == len(set(plan.seq_ids)) <= self.scheduler.queues.max_num_seqs
+        assert self.scheduler.stats().num_running <= self.scheduler.queues.max_num_seqs
         assert len(self.flights) <= self.scheduler.num_micro_batches
-        ahead = self._planned_ahead(plan)
+        ahead = self._placeholders(plan)
         for flight in self.flights:
             sampled = [s for s, spec in zip(flight.plan.seq_ids, flight.plan.samples, strict=True) if spec]
             rows = {seq_id: row for row, seq_id in enumerate(sampled) if seq_id in plan.seq_ids}
@@ -178,7 +180,7 @@ class FakeLane:
             )
         assert not ahead or plan.placeholder_step in [flight.plan.step for flight in self.flights]
 
-    def _planned_ahead(self, plan: StepPlan) -> dict[int, int]:
+    def _placeholders(self, plan: StepPlan) -> dict[int, int]:
         """Sequences of the plan whose token is left open → its row in what the feeding step samples."""
         token_ids = np.frombuffer(plan.token_ids, np.int32)
         ends = np.cumsum(np.frombuffer(plan.query_lens, np.int32))
@@ -213,7 +215,7 @@ class FakeLane:
             for position, token in enumerate(tokens):
                 prefix = fingerprint(prefix, token)
                 block = int(tables[index, position // block_size])
-                assert 0 <= block < self.scheduler.num_blocks
+                assert 0 <= block < self.scheduler.blocks.num_blocks
                 slot = block * block_size + position % block_size
                 if position < start:
                     assert self.kv.get(slot) == prefix, f"slot {slot} does not hold position {position}"
@@ -259,7 +261,7 @@ def draw_lane(rng: random.Random) -> FakeLane:
 
 def add_random_request(lane: FakeLane, rng: random.Random) -> None:
     scheduler = lane.scheduler
-    most = min(scheduler.max_model_len, scheduler.num_blocks * scheduler.block_size + 1)
+    most = min(scheduler.max_model_len, scheduler.blocks.num_blocks * scheduler.block_size + 1)
     num_prompt = rng.randint(1, rng.randint(1, most - 1))
     shared = [rng.randrange(2)] * rng.randint(0, num_prompt)
     prompt = shared + [rng.randrange(NUM_TOKENS) for _ in range(num_prompt - len(shared))]
@@ -284,7 +286,7 @@ def test_random_traffic_is_answered_in_full_from_the_right_blocks(seed: int) -> 
             lane.run_next_plan()
         else:
             lane.deliver()
-        lane.scheduler.check_integrity()
+        check_scheduler(lane.scheduler)
     lane.drain()
 
 
@@ -297,8 +299,8 @@ def test_random_traffic_meets_preemption_eviction_and_sharing() -> None:
         for _ in range(20):
             add_random_request(lane, rng)
         lane.drain()
-        num_preemptions += lane.scheduler.num_preemptions
-        num_hits += lane.scheduler.prefix_hits
+        num_preemptions += lane.scheduler.stats().num_preemptions
+        num_hits += lane.scheduler.stats().prefix_hits
         num_stopped += sum(request.finish_reason == "stop" for request in lane.requests.values())
         num_ahead += lane.num_ahead
     assert num_ahead > 300
@@ -376,7 +378,7 @@ class LaneMachine(RuleBasedStateMachine):
     @invariant()
     def books_are_straight(self) -> None:
         if hasattr(self, "lane"):
-            self.lane.scheduler.check_integrity()
+            check_scheduler(self.lane.scheduler)
 
     def teardown(self) -> None:
         if hasattr(self, "lane"):

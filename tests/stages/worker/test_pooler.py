@@ -53,7 +53,7 @@ class Lane:
         found = {}
         while (step := self.scheduler.schedule()) is not None:
             result = self.ranks.run(step.to_plan(1, 0))
-            for update in self.scheduler.process_result(step, result.token_ids, pooled=result.pooled):
+            for update in self.scheduler.process_result(step, result):
                 assert update.token_ids == [] and update.finish_reason == "stop"
                 found[int(update.request_id)] = np.frombuffer(update.embedding, np.float32)
         assert not self.scheduler.has_work
@@ -87,7 +87,9 @@ def test_a_cached_prefix_changes_no_vector(folder: Path, pooling: Any) -> None:
     params = PoolingParams(pooling=pooling)
     first, second = (lane.embed([PROMPTS[3]], params)[0] for _ in range(2))
     np.testing.assert_allclose(first, second, atol=1e-5)
-    assert (lane.scheduler.prefix_hits > 0) == (pooling == "last"), "a mean needs the hidden state of every token"
+    assert (lane.scheduler.stats().prefix_hits > 0) == (pooling == "last"), (
+        "a mean needs the hidden state of every token"
+    )
 
 
 def test_a_prompt_may_fill_the_whole_model(folder: Path) -> None:

@@ -101,7 +101,7 @@ def decode(*token_ids: int, step: int = 1, placeholder_step: int = -1) -> StepPl
     return msgspec.structs.replace(make_plan(*parts, step=step), placeholder_step=placeholder_step)
 
 
-def test_a_plan_ahead_computes_what_a_plan_with_the_tokens_does(bench: Bench) -> None:
+def test_a_plan_with_placeholders_computes_what_a_plan_with_the_tokens_does(bench: Bench) -> None:
     bench.send(prefill())
     first = bench.result().token_ids
     bench.send(decode(*first))

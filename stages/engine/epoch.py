@@ -1,0 +1,73 @@
+"""One wiring of a lane: the channel to its workers, and the steps in flight on it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from stagemesh.stages.engine.step import ScheduledStep
+from stagemesh.stages.engine.step_timing import StepTimes
+from stagemesh.stages.messages.channel import LeaderChannel
+from stagemesh.stages.messages.step import StepResult, StopRun, WorkerMessage
+
+
+@dataclass
+class _InFlight:
+    step: ScheduledStep
+    number: int
+    due_from: float
+    """When it was sent, or when it became the oldest."""
+
+
+class Epoch:
+    """From `Engine.attach` until a step fails or the lane is wired anew. Owns `channel`."""
+
+    def __init__(self, number: int, channel: LeaderChannel, num_stages: int, step_timeout_s: float) -> None:
+        self.number = number
+        self.channel = channel
+        self.step_times = StepTimes(num_stages)
+        self._step_timeout_s = step_timeout_s
+        self._next_step = 0
+        self._in_flight: deque[_InFlight] = deque()
+
+    def send(self, step: ScheduledStep, scheduled_at: float) -> None:
+        """Send the step's plan to every worker. scheduled_at: `time.time()` when its scheduling began."""
+        self.channel.send(step.to_plan(self.number, self._next_step))
+        steps_back = step.placeholder_steps_back
+        if not steps_back and step.has_decodes:  # its tokens came, at the latest, with the last result
+            steps_back = len(self._in_flight) + 1
+        self.step_times.scheduled(scheduled_at, steps_back)
+        self._in_flight.append(_InFlight(step, self._next_step, time.monotonic()))
+        self._next_step += 1
+
+    def receive(self) -> list[WorkerMessage]:
+        """What the workers have sent, without messages of an older epoch; never waits."""
+        return [message for message in self.channel.receive() if message.epoch == self.number]
+
+    def finish_step(self, result: StepResult) -> ScheduledStep:
+        """The oldest step in flight, which `result` has to be of."""
+        oldest = self._in_flight.popleft()
+        if oldest.number != result.step:
+            raise RuntimeError(f"result of step {result.step} came while step {oldest.number} was due")
+        if self._in_flight:
+            self._in_flight[0].due_from = time.monotonic()
+        return oldest.step
+
+    @property
+    def deadline(self) -> float | None:
+        """`time.monotonic()` when the oldest step in flight is overdue."""
+        return self._in_flight[0].due_from + self._step_timeout_s if self._in_flight else None
+
+    def check_deadline(self) -> None:
+        """Raises TimeoutError when a step is overdue."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            number = self._in_flight[0].number
+            raise TimeoutError(f"step {number} had no result within step_timeout_s={self._step_timeout_s:g}")
+
+    def close(self) -> None:
+        """Tell the workers to stop, and free the sockets. Raises ChannelClosed where one is out of reach."""
+        try:
+            self.channel.send(StopRun(self.number))
+        finally:
+            self.channel.close()
