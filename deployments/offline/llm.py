@@ -40,6 +40,7 @@ from stagemesh.deployments.offline.outputs import (
 )
 from stagemesh.deployments.openai.embeddings import vector_of
 from stagemesh.stages.engine.engine import Engine, TokenSink
+from stagemesh.stages.engine.lane import Lane
 from stagemesh.stages.engine.logits_processor import bad_words_token_ids
 from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenDelta
 from stagemesh.stages.text.tokenizer import Tokenizer
@@ -78,14 +79,8 @@ class LaneFailed(RuntimeError):
     """The lane can run no further step. The message names the rank and the cause."""
 
 
-class OfflineLane(Protocol):
-    """One lane, ready to generate."""
-
+class OfflineLane(Lane, Protocol):
     engine: Engine
-    num_blocks: int
-
-    def close(self) -> None:
-        """End everything that was started; safe to call twice."""
 
 
 class LLM:
@@ -383,10 +378,13 @@ def _start_lane(config: EngineConfig, inbox: _Inbox) -> OfflineLane:
     if config.plan.tp_size * config.plan.pp_size == 1:
         from stagemesh.deployments.offline.local_lane import LocalLane
 
-        return LocalLane(config, inbox, on_failure)
-    from stagemesh.deployments.offline.ray_lane import ActorLane
+        lane: OfflineLane = LocalLane(config, inbox, on_failure)
+    else:
+        from stagemesh.deployments.offline.ray_lane import RayLane
 
-    return ActorLane(config, inbox, on_failure)
+        lane = RayLane(config, inbox, on_failure)
+    lane.start()
+    return lane
 
 
 def _close_from_anywhere(lane: OfflineLane) -> None:

@@ -24,6 +24,7 @@ import zmq
 from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.stages.engine.grammar import GrammarFactory
+from stagemesh.stages.engine.lane import StepTimeout
 from stagemesh.stages.engine.scheduler import COUNTS, Scheduler, SequenceUpdate
 from stagemesh.stages.engine.step import ScheduledStep
 from stagemesh.stages.engine.step_timing import StepTimes
@@ -88,10 +89,10 @@ class _Wired:
 
 
 class Engine:
-    """Runs one lane. `on_failure(epoch, reason)` is called from the engine's thread when a step fails."""
+    """Runs one lane. `on_failure(epoch, error)` is called from the engine's thread when a step fails."""
 
     def __init__(
-        self, config: EngineConfig, lane: str, sink: TokenSink, on_failure: Callable[[int, str], None]
+        self, config: EngineConfig, lane: str, sink: TokenSink, on_failure: Callable[[int, Exception], None]
     ) -> None:
         self._config = config
         self._lane = lane
@@ -229,14 +230,14 @@ class Engine:
         try:
             part()
         except Exception as error:
-            if not isinstance(error, (ChannelClosed, TimeoutError)):
+            if not isinstance(error, (ChannelClosed, StepTimeout)):
                 logger.exception("lane %s: a step failed", self._lane)
-            self._fail(f"{type(error).__name__}: {error}")
+            self._fail(error)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, error: Exception) -> None:
         epoch = self._epoch
         self._detach("healing")
-        self._on_failure(epoch, reason)
+        self._on_failure(epoch, error)
 
     def _wait(self) -> None:
         poller = zmq.Poller()
@@ -355,7 +356,7 @@ class Engine:
         oldest = self._wired.in_flight[0]
         if time.monotonic() > self._due_at(oldest):
             limit = self._config.step_timeout_s
-            raise TimeoutError(f"step {oldest.number} had no result within step_timeout_s={limit:g}")
+            raise StepTimeout(f"step {oldest.number} had no result within step_timeout_s={limit:g}")
 
     def _due_at(self, flight: _InFlight) -> float:
         return flight.due_from + self._config.step_timeout_s
@@ -375,6 +376,7 @@ class Engine:
             )
         self._wired = _Wired(channel, epoch, StepTimes(self._config.plan.pp_size))
         self._epoch = epoch
+        self._set_state("serving")
         self._stats_due = True
 
     def _detach(self, state: str) -> None:
