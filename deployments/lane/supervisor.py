@@ -22,13 +22,13 @@ logger = logging.getLogger("ray.serve")
 
 RETRY_PAUSE_S = 0.3
 STOP_TIMEOUT_S = 5.0
-"""A survivor of a broken epoch that has not left its run loop by then is taken for hung, and killed."""
+"""A rank that has not left the run loop of a broken epoch by then is taken for hung, and killed."""
 
 
 class LaneSupervisor:
-    """Keeps a worker group of every stage and the engine of the lane, and wires them again whenever one is lost.
+    """The engine of a lane and a worker group of every stage, wired anew whenever one is lost.
 
-    Lives in the leader's event loop. Requests go to `engine` directly; during a heal they wait there.
+    Lives in the leader's event loop. Requests go to `engine`, and wait there while the lane heals.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class LaneSupervisor:
         self._loop.call_soon_threadsafe(note)
 
     async def _until_broken(self, states: list[GroupState], runs: dict[Rank, asyncio.Task[None]]) -> str:
-        """Wait until a group changes, a run loop ends or a step fails; says which."""
+        """Wait until a group changes, a run loop ends or a step fails; returns the reason."""
         for run in runs.values():
             run.add_done_callback(lambda _: self._changed.set())
 
@@ -204,8 +204,7 @@ class LaneSupervisor:
                 run.exception()  # asyncio warns of one that nobody has looked at
 
     async def _kill_stuck(self, workers: dict[Rank, Any]) -> None:
-        """Kill the ranks that do not answer, else the one that has been in the model for longest: the others wait for
-        its activations or its part of a sum."""
+        """Kill the ranks that do not answer, else the one longest in the model: the others wait for its tensors."""
         answers = await progress(workers)
         for answer in filter(None, answers.values()):
             logger.error("lane %s: %s", self._lane, answer)
