@@ -87,8 +87,8 @@ class LaneLoads:
             return
         lane.state, lane.epoch = stats.state, stats.epoch
         lane.reported_tokens = stats.queued_prefill_tokens + stats.running_kv_tokens
-        # A period is far longer than a message travels, so these include what was sent before the previous ones. The rest
-        # may count twice for a period, which does less harm than not at all.
+        # A period is far longer than a message travels, so these include what was sent before the previous ones. The
+        # rest may count twice for a period, which does less harm than not at all.
         lane.unsure_tokens, lane.sent_tokens = lane.sent_tokens, 0
         lane.num_reports += 1
 

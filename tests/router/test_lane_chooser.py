@@ -222,4 +222,4 @@ def test_the_memory_of_prefixes_is_bounded() -> None:
     router = chooser(*LANES, max_remembered=50)
     for seed in range(100):
         once(router, text(seed))
-    assert len(router._memory) == 50
+    assert len(router._prefixes) == 50
