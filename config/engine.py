@@ -115,27 +115,6 @@ class EngineArgs(Settings):
         return tuple(value) if isinstance(value, list) else value
 
 
-_AS_ASKED = (
-    "download_dir",
-    "kv_cache_dtype",
-    "seed",
-    "generation_config",
-    "data_parallel_size",
-    "autoscaling_config",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "block_size",
-    "enable_prefix_caching",
-    "gpu_memory_utilization",
-    "num_cpus_per_worker",
-    "num_router_replicas",
-    "startup_timeout_s",
-    "step_timeout_s",
-    "drain_timeout_s",
-)
-"""Fields of EngineArgs that need no resolving."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Everything decided: made once by `resolve`, then sent to every process.
@@ -212,25 +191,26 @@ class EngineConfig:
         )
         device = _device(args)
         names = args.served_model_name or args.model
-        config = cls(
-            **{name: getattr(args, name) for name in _AS_ASKED},
-            model=model,
-            model_name=args.model,
-            model_path=str(folder),
-            commit=folder.name if local_folder(args.model) is None else None,
-            served_model_names=(names,) if isinstance(names, str) else tuple(names),
-            plan=plan,
-            dtype=model.torch_dtype if args.dtype == "auto" else args.dtype,
-            quantization=resolve_quantization(args.quantization, model.quantization),
-            device=device,
-            transport=_transport(args, device),
-            max_model_len=args.max_model_len or model.max_position_embeddings,
-            kv_cache_memory_bytes=(
-                CPU_KV_CACHE_BYTES
-                if args.kv_cache_memory_bytes is None and device == "cpu"
-                else args.kv_cache_memory_bytes
-            ),
-        )
+        # Whatever EngineArgs has too, and nothing below replaces, is as asked.
+        values: dict[str, Any] = {
+            name: getattr(args, name) for name in cls.__slots__ if name in EngineArgs.model_fields
+        }
+        values |= {
+            "model": model,
+            "model_name": args.model,
+            "model_path": str(folder),
+            "commit": folder.name if local_folder(args.model) is None else None,
+            "served_model_names": (names,) if isinstance(names, str) else tuple(names),
+            "plan": plan,
+            "dtype": model.torch_dtype if args.dtype == "auto" else args.dtype,
+            "quantization": resolve_quantization(args.quantization, model.quantization),
+            "device": device,
+            "transport": _transport(args, device),
+            "max_model_len": args.max_model_len or model.max_position_embeddings,
+        }
+        if args.kv_cache_memory_bytes is None and device == "cpu":
+            values["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+        config = cls(**values)
         _check_limits(config)
         _check_lanes(args)
         checkpoint_files(folder)

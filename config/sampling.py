@@ -109,44 +109,37 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._tidy()
-        _check("n", self.n, self.n >= 1, "must be at least 1")
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "must be at least 1")
-        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "must be at least 0")
-        _check(
-            "min_tokens",
-            self.min_tokens,
-            self.min_tokens <= self.max_tokens,
-            f"must not exceed max_tokens={self.max_tokens}",
-        )
-        _check(
-            "temperature",
-            self.temperature,
-            math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0,
-            "must be within [0, 100]",
-        )
-        _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "must be within (0, 1]")
-        _check("top_k", self.top_k, self.top_k >= -1, "must be at least 1, or 0 or -1 for off")
-        _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "must be within [0, 1]")
-        if self.seed is not None:
-            _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "must fit 64 bits")
+        self._check("n", self.n >= 1, "must be at least 1")
+        self._check("max_tokens", self.max_tokens >= 1, "must be at least 1")
+        self._check("min_tokens", self.min_tokens >= 0, "must be at least 0")
+        self._check("min_tokens", self.min_tokens <= self.max_tokens, f"must not exceed max_tokens={self.max_tokens}")
+        is_finite = math.isfinite(self.temperature)
+        self._check("temperature", is_finite and 0.0 <= self.temperature <= 100.0, "must be within [0, 100]")
+        self._check("top_p", 0.0 < self.top_p <= 1.0, "must be within (0, 1]")
+        self._check("top_k", self.top_k >= -1, "must be at least 1, or 0 or -1 for off")
+        self._check("min_p", 0.0 <= self.min_p <= 1.0, "must be within [0, 1]")
+        self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "must fit 64 bits")
         for text in self.stop:
             _check("stop", text, len(text) > 0, "must not hold an empty string")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), -2.0 <= getattr(self, name) <= 2.0, "must be within [-2, 2]")
-        positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0
-        _check("repetition_penalty", self.repetition_penalty, positive, "must be above 0")
+            self._check(name, -2.0 <= getattr(self, name) <= 2.0, "must be within [-2, 2]")
+        is_positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0
+        self._check("repetition_penalty", is_positive, "must be above 0")
         for token_id, bias in self.logit_bias.items():
             _check("logit_bias", {token_id: bias}, token_id >= 0 and not math.isnan(bias), "is no token id and bias")
         bounded = {token_id: max(-100.0, min(100.0, bias)) for token_id, bias in self.logit_bias.items()}
         msgspec.structs.force_setattr(self, "logit_bias", bounded)
         if self.allowed_token_ids is not None:
             ok = len(self.allowed_token_ids) > 0 and min(self.allowed_token_ids) >= 0
-            _check("allowed_token_ids", self.allowed_token_ids, ok, "must hold at least one token id, none negative")
+            self._check("allowed_token_ids", ok, "must hold at least one token id, none negative")
         for word in self.bad_words:
-            _check("bad_words", word, word.strip() != "", "must not hold an empty string")
+            self._check("bad_words", word.strip() != "", "must not hold an empty string")
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(self, name)
-            _check(name, number, number is None or number >= -1, "must be at least 0, or -1 for all")
+            self._check(name, number is None or number >= -1, "must be at least 0, or -1 for all")
+
+    def _check(self, field: str, ok: bool, reason: str) -> None:
+        _check(field, getattr(self, field), ok, reason)
 
     def _tidy(self) -> None:
         """Convert lists, single strings and None, which scripts for vLLM pass, to the types of the fields."""
