@@ -1,4 +1,4 @@
-"""What every settings class shares: frozen, no unknown keys, and errors that a user can act on."""
+"""The base of settings classes: frozen, no unknown keys, errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (
 
 
 class Settings(pydantic.BaseModel):
-    """A frozen set of values from outside. One ConfigError lists everything that is wrong with them.
+    """Values from outside. One ConfigError lists everything that is wrong with them.
 
-    The text under a field is its documentation: the command line shows it as the help of the flag.
+    The command line shows the text under a field as the help of its flag.
     """
 
     model_config = pydantic.ConfigDict(
@@ -36,7 +36,7 @@ class Settings(pydantic.BaseModel):
         extra="forbid",
         strict=True,  # YAML and JSON have types; "2" is not 2 and true is not 1
         use_attribute_docstrings=True,
-        protected_namespaces=(),  # pydantic would keep names that begin with `model_` for itself
+        protected_namespaces=(),  # else pydantic warns of names that begin with `model_`
     )
 
     def __init__(self, **values: Any) -> None:
@@ -54,7 +54,7 @@ class Settings(pydantic.BaseModel):
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a field takes, in words, e.g. "an integer, at least 1, or null"."""
+    """The values of a field in words, e.g. "an integer, at least 1, or null"."""
     options = _options(field.annotation)
     bounds = [
         f"{word} {getattr(bound, attribute):g}"
@@ -68,7 +68,7 @@ def allowed(field: FieldInfo) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the nearest known name, or the list of them when none is near."""
+    """ "; did you mean 'x'?" for the nearest known name; lists them all when none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""What a user may ask of the engine (`EngineArgs`), and what it comes to for one model (`EngineConfig`)."""
+"""What a user asks of the engine (`EngineArgs`), and what that means for one model (`EngineConfig`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stagemesh.config.quantization import Quantization, QuantizationName, resolv
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 CPU_KV_CACHE_BYTES = 256 * 2**20
-"""Per rank. Everything else on the machine shares its memory, so the CPU's default is small and fixed."""
+"""Per rank; small, because a CPU's memory is everybody's."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -82,8 +82,8 @@ class EngineArgs(Settings):
     activation_transport: Literal["auto", "nccl", "gloo", "object_store"] = "auto"
     """How activations go from stage to stage; auto is nccl on cuda and gloo on cpu."""
     num_cpus_per_worker: float = Field(default=0.1, ge=0)
-    """CPUs that Ray sets aside for each process of a lane and for each router. Bookkeeping, not a limit: at
-    0.1 two lanes of 2x2 (4 replicas and 8 ranks) and a router count 1.3, so they fit a machine of 2 cores."""
+    """CPUs that Ray reserves for each process of a lane and for each router: a count, not a limit. At 0.1 two lanes of
+    2x2 (4 replicas, 8 ranks) and a router count 1.3, which fits a machine of 2 cores."""
     num_router_replicas: int = Field(default=1, ge=1)
     """Processes that take requests, tokenize and choose lanes."""
 
@@ -115,43 +115,22 @@ class EngineArgs(Settings):
         return tuple(value) if isinstance(value, list) else value
 
 
-_AS_ASKED = (
-    "download_dir",
-    "kv_cache_dtype",
-    "seed",
-    "generation_config",
-    "data_parallel_size",
-    "autoscaling_config",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "block_size",
-    "enable_prefix_caching",
-    "gpu_memory_utilization",
-    "num_cpus_per_worker",
-    "num_router_replicas",
-    "startup_timeout_s",
-    "step_timeout_s",
-    "drain_timeout_s",
-)
-"""Fields of EngineArgs that need no resolving."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Everything decided, nothing left to guess: made once by `resolve`, then sent to every process.
+    """Everything decided: made once by `resolve`, then sent to every process.
 
-    Fields named as in EngineArgs and without a text here mean the same.
+    A field without a text here means what it means in EngineArgs.
     """
 
     model: ModelConfig
     model_name: str
-    """The folder or hub id, as asked."""
+    """`EngineArgs.model`."""
     model_path: str
-    """Absolute folder, where the config was resolved."""
+    """Absolute folder on the machine that resolved the config."""
     commit: str | None = None
-    """Of a model from the hub: every machine must use the same."""
+    """Of a model from the hub, so that every machine uses the same."""
     served_model_names: tuple[str, ...]
-    """At least one; the first is the one that answers carry."""
+    """At least one; responses carry the first."""
     plan: ParallelPlan
     dtype: DType
     quantization: Quantization | None
@@ -179,7 +158,7 @@ class EngineConfig:
     drain_timeout_s: float
 
     def local_model_path(self) -> Path:
-        """The model's folder on this machine, which need not be the one that resolved the config."""
+        """The model's folder on this machine, downloaded if need be."""
         if self.commit is None or Path(self.model_path).is_dir():
             return Path(self.model_path)
         return hub.fetch(self.model_name, self.commit, self.download_dir)
@@ -194,16 +173,13 @@ class EngineConfig:
 
     @property
     def peer_timeout_s(self) -> float:
-        """Seconds that a rank waits for another: for the step in which that is, and the next, each of which the leader
-        times. The leader speaks first, because it can say who is stuck."""
+        """Seconds that a rank waits for another: longer than the leader's deadline for this step and the next, so that
+        the leader reports the stuck rank first."""
         return 2 * self.step_timeout_s + 5
 
     @classmethod
     def resolve(cls, args: EngineArgs) -> EngineConfig:
-        """Read the model's folder and check everything that can be checked before a process starts.
-
-        Raises ConfigError with the first thing that cannot work.
-        """
+        """Read the model's folder and check what can be checked before a process starts. Raises ConfigError."""
         folder = find_model(args.model, args.revision, args.download_dir)
         model = ModelConfig.from_folder(folder)
         plan = ParallelPlan.resolve(
@@ -215,25 +191,26 @@ class EngineConfig:
         )
         device = _device(args)
         names = args.served_model_name or args.model
-        config = cls(
-            **{name: getattr(args, name) for name in _AS_ASKED},
-            model=model,
-            model_name=args.model,
-            model_path=str(folder),
-            commit=folder.name if local_folder(args.model) is None else None,
-            served_model_names=(names,) if isinstance(names, str) else tuple(names),
-            plan=plan,
-            dtype=model.torch_dtype if args.dtype == "auto" else args.dtype,
-            quantization=resolve_quantization(args.quantization, model.quantization),
-            device=device,
-            transport=_transport(args, device),
-            max_model_len=args.max_model_len or model.max_position_embeddings,
-            kv_cache_memory_bytes=(
-                CPU_KV_CACHE_BYTES
-                if args.kv_cache_memory_bytes is None and device == "cpu"
-                else args.kv_cache_memory_bytes
-            ),
-        )
+        # Whatever EngineArgs has too, and nothing below replaces, is as asked.
+        values: dict[str, Any] = {
+            name: getattr(args, name) for name in cls.__slots__ if name in EngineArgs.model_fields
+        }
+        values |= {
+            "model": model,
+            "model_name": args.model,
+            "model_path": str(folder),
+            "commit": folder.name if local_folder(args.model) is None else None,
+            "served_model_names": (names,) if isinstance(names, str) else tuple(names),
+            "plan": plan,
+            "dtype": model.torch_dtype if args.dtype == "auto" else args.dtype,
+            "quantization": resolve_quantization(args.quantization, model.quantization),
+            "device": device,
+            "transport": _transport(args, device),
+            "max_model_len": args.max_model_len or model.max_position_embeddings,
+        }
+        if args.kv_cache_memory_bytes is None and device == "cpu":
+            values["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+        config = cls(**values)
         _check_limits(config)
         _check_lanes(args)
         checkpoint_files(folder)
@@ -241,30 +218,30 @@ class EngineConfig:
 
 
 def find_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The absolute folder that `model` names; a model of the hub is downloaded if need be."""
+    """The absolute folder of `model`, downloaded from the hub if need be. Raises ConfigError."""
     folder = local_folder(model)
     if folder is None and hub.is_repo_id(model):
         return hub.fetch(model, revision, download_dir)
     if folder is None:
-        looked = " and ".join(map(str, _places(model)))
-        raise ConfigError("model", model, f"is not a folder (looked for {looked}) nor a hub id such as org/name")
+        places = " and ".join(map(str, _places(model)))
+        raise ConfigError("model", model, f"is not a folder (looked for {places}) nor a hub id such as org/name")
     if revision is not None:
         raise ConfigError("revision", revision, f"only a model of the hub has revisions; {folder} is a folder")
     return folder
 
 
 def local_folder(model: str) -> Path | None:
-    """The absolute folder of that name, if there is one."""
+    """The absolute folder `model`, if there is one."""
     return next((place.resolve() for place in _places(model) if place.is_dir()), None)
 
 
 def _places(model: str) -> list[Path]:
-    # The second place makes config/models/demo work from anywhere, also on a worker with another directory.
+    # The second makes config/models/demo work from any directory, a worker's too.
     return list(dict.fromkeys((Path.cwd() / Path(model).expanduser(), PACKAGE_ROOT / model)))
 
 
 def _device(args: EngineArgs) -> Literal["cpu", "cuda"]:
-    """Without importing torch: the GPU's device file, and a torch that was not built for the CPU only."""
+    """cuda where the GPU has a device file and torch is not a CPU build; torch is not imported."""
     if args.device != "auto":
         return args.device
     if not any(Path("/dev").glob("nvidia[0-9]*")):

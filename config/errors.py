@@ -1,4 +1,4 @@
-"""The one exception for anything a user asked for that cannot be done."""
+"""The exception for whatever a user asked for that cannot be done."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A value that a user gave is refused.
+    """A user's value is refused. The message is for the user: it names the field, the value and what is allowed.
 
-    The message names the field, the value and what would be allowed, so it can be shown to the user as it is.
-    HTTP answers 400 with it, gRPC INVALID_ARGUMENT; at start-up it ends the process before anything starts.
+    HTTP answers 400 with it, gRPC INVALID_ARGUMENT; at start-up it ends the process.
     """
 
     def __init__(self, field: str, value: Any, reason: str) -> None:
@@ -22,5 +21,5 @@ class ConfigError(ValueError):
         super().__init__(f"{field}={shown}: {reason}" if field else reason)
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, Any, str]]:
-        # Exceptions are rebuilt from `args` when they cross a process; this one has three.
+        # Pickle would rebuild it from `args`, which holds the message alone.
         return type(self), (self.field, self.value, self.reason)

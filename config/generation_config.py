@@ -1,4 +1,4 @@
-"""Sampling defaults that a model's maker gives with it, in generation_config.json."""
+"""A model's own sampling defaults, from its generation_config.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class _GenerationJson(Settings):
-    """The keys that vLLM takes over, and no others: it does not look at `do_sample` either."""
+    """The keys that vLLM takes over; it ignores `do_sample` too."""
 
     model_config = pydantic.ConfigDict(extra="ignore")
 
@@ -30,20 +30,20 @@ class _GenerationJson(Settings):
 
 
 def default_sampling(config: EngineConfig) -> dict[str, Any]:
-    """Fields of SamplingParams with the model's own defaults, those alone that its generation_config.json names.
+    """The fields of SamplingParams that the file names; empty with generation_config="vllm".
 
-    Empty with generation_config="vllm". Raises ConfigError that names the key and the file.
+    Raises ConfigError naming the key and the file.
     """
     path = config.local_model_path() / "generation_config.json"
     if config.generation_config == "vllm" or not path.exists():
         return {}
     try:
-        given = _GenerationJson.parse(json.loads(path.read_text(encoding="utf-8"))).model_dump(exclude_none=True)
-        if "max_new_tokens" in given:
-            given["max_tokens"] = given.pop("max_new_tokens")
-        SamplingParams(**given)
+        defaults = _GenerationJson.parse(json.loads(path.read_text(encoding="utf-8"))).model_dump(exclude_none=True)
+        if "max_new_tokens" in defaults:
+            defaults["max_tokens"] = defaults.pop("max_new_tokens")
+        SamplingParams(**defaults)
     except ConfigError as error:
         raise ConfigError(error.field, error.value, f"{error.reason} (in {path})") from None
-    if given:
-        logger.info("defaults of this model (generation_config='vllm' leaves them out): %s", given)
-    return given
+    if defaults:
+        logger.info("defaults of this model (generation_config='vllm' leaves them out): %s", defaults)
+    return defaults

@@ -1,8 +1,7 @@
 """Models of the Hugging Face hub: from "org/name" to a folder on this machine.
 
-What the cache holds is used as it is, without a word over the network, so a model that was fetched once starts
-offline; `revision` says which state of the repository is meant. Only safetensors are fetched: a pickle may run any
-code when it is read. One process of a machine downloads, the others wait for it.
+A model in the cache is used without asking the network. Only safetensors are fetched: a pickle may run any code when
+it is read. One process of a machine downloads, the others wait for it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from stagemesh.config.errors import ConfigError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SETTINGS = ("*.json", "*.jinja")
-"""What is needed beside the weights."""
+"""The files beside the weights."""
 
 
 def is_repo_id(model: str) -> bool:
@@ -27,10 +26,9 @@ def is_repo_id(model: str) -> bool:
 
 
 def fetch(repo_id: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """The folder that holds `repo_id` at `revision` (a branch, tag or commit; None = main), downloaded if need be.
+    """The folder with `repo_id` at `revision` (a branch, tag or commit; None = main), downloaded if need be.
 
-    The folder's name is the commit. cache_dir: None = the hub library's own (HF_HOME, HF_HUB_CACHE). Raises
-    ConfigError naming what is missing, refused or out of reach.
+    Its name is the commit. cache_dir: None = the hub library's own (HF_HOME, HF_HUB_CACHE). Raises ConfigError.
     """
     from filelock import FileLock
     from huggingface_hub import constants
@@ -40,12 +38,12 @@ def fetch(repo_id: str, revision: str | None = None, cache_dir: str | None = Non
     locks = Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"stagemesh--{repo_id.replace('/', '--')}.lock"):
-        # Whoever held the lock before may have fetched this very model.
+        # Another process may have fetched it while this one waited for the lock.
         return _cached(repo_id, revision, cache_dir) or _download(repo_id, revision, cache_dir)
 
 
 def _cached(repo_id: str, revision: str | None, cache_dir: str | None) -> Path | None:
-    """The folder in the cache, if everything is there and whole."""
+    """The folder in the cache, if it is complete."""
     folder = _cached_folder(repo_id, revision, cache_dir)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
@@ -114,7 +112,7 @@ def _check_format(repo_id: str, names: Iterable[str]) -> None:
 
 
 def _weight_files(folder: Path) -> set[str]:
-    """Those that the checkpoint consists of; a repository may hold the same weights in other formats as well."""
+    """The files of the checkpoint; a repository may hold the weights in other formats too."""
     if not (folder / INDEX_FILE).exists():
         return {SINGLE_FILE}
     try:

@@ -12,14 +12,14 @@ Pooling = Literal["last", "mean"]
 
 
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of one embedding. Checked on construction; a bad value raises ConfigError."""
+    """Settings of one embedding. Raises ConfigError."""
 
     pooling: Pooling = "last"
-    """The last token's hidden state, or the mean over all tokens; both behind the model's final norm."""
+    """The last token's hidden state or the mean over all tokens, after the model's final norm."""
     normalize: bool = True
     """Scale the vector to length 1."""
     dimensions: int | None = None
-    """Keep only this many leading dimensions, for models trained for it (Matryoshka); normalised after the cut."""
+    """Keep the first so many dimensions, for models trained for it (Matryoshka); normalised after the cut."""
 
     def __post_init__(self) -> None:
         if self.pooling not in get_args(Pooling):

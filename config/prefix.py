@@ -1,6 +1,6 @@
-"""Names for blocks of a prompt: the chained hash that the leader's prefix cache and the routers share.
+"""The chained hash of a prompt's blocks, for the leader's prefix cache and for the routers.
 
-It sits here because both `stages` and `router` need exactly the same one, and neither imports the other.
+It is here because `stages` and `router` both need it and neither imports the other.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ ROOT = b"stagemesh"
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, parent: bytes = ROOT) -> list[bytes]:
-    """Hash of every full block of `token_ids`, each over its parent's hash and its own tokens.
+    """Hash (16 bytes, xxh3) of every full block, over its parent's hash and its own tokens.
 
-    Equal hashes mean equal token prefixes: 16 bytes of xxh3 make an accidental collision a non-event
-    (2^-64 at four billion blocks). A trailing partial block has no hash.
+    Equal hashes mean equal prefixes: a collision has a chance of 2^-64 at four billion blocks. A trailing partial block
+    has no hash.
     """
     tokens = memoryview(array("I", token_ids)).cast("B")
     stride = 4 * block_size

@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen: vLLM's `SamplingParams` names and meanings."""
+"""How the tokens of a request are chosen: vLLM's `SamplingParams`, names and meanings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
 
 NO_LIMIT = 2**31 - 1
-"""max_tokens beyond any model's length."""
+"""Of max_tokens: longer than any model's context."""
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
-    """What form an answer must have: exactly one of the fields, named as in vLLM."""
+    """The form of an answer: exactly one of the fields, named as in vLLM."""
 
     json: str | dict[str, Any] | None = None
     """A JSON schema, as text or as an object."""
@@ -34,34 +34,33 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "choice", tuple(self.choice))
         if self.json_object is False:
             msgspec.structs.force_setattr(self, "json_object", None)
-        given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
-        _check("structured_outputs", given, len(given) == 1, "must have exactly one of its fields")
+        names = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
+        _check("structured_outputs", names, len(names) == 1, "must have exactly one of its fields")
         if self.choice is not None:
             ok = len(self.choice) > 0 and all(isinstance(text, str) and text for text in self.choice)
             _check("structured_outputs.choice", self.choice, ok, "must hold at least one text, none empty")
 
     @property
     def json_schema(self) -> str:
-        """The JSON schema as text. Only where `json` is given."""
+        """`json` as text; call it only where that is set."""
         return self.json if isinstance(self.json, str) else json.dumps(self.json)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling settings of one request. Checked on construction; a bad value raises ConfigError.
+    """Settings of one request. Raises ConfigError.
 
-    Randomness is a pure function of (seed, position), so a seeded answer survives preemption and migration.
-    `seed=None` means the caller does not care; the router then draws one, so that even such a request can
-    be moved to another lane without a change in its answer.
+    Randomness is a pure function of (seed, position), so an answer does not change when it is computed again. A request
+    without a seed gets one before it reaches a lane.
     """
 
     n: int = 1
-    """Answers per prompt. Each is a sequence of its own in a lane, choice i with seed + i (`seed_of_choice`)."""
+    """Answers per prompt. Each is a sequence of its own, choice i with seed + i (`seed_of_choice`)."""
     max_tokens: int = 16
-    """Most tokens to generate, at least 1. The engine also stops at max_model_len; None leaves it to that alone."""
+    """Most tokens to generate, at least 1; None = up to max_model_len, where the engine stops in any case."""
     min_tokens: int = 0
     """Stop token ids and EOS are masked out until this many tokens exist."""
     temperature: float = 1.0
-    """0 is greedy. Range 0..2 and beyond is accepted up to 100."""
+    """In [0, 100]; 0 is greedy."""
     top_p: float = 1.0
     """Nucleus mass, in (0, 1]."""
     top_k: int = 0
@@ -71,86 +70,79 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     """Any 64-bit integer."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer; matched on text by whoever detokenizes, not by the engine."""
+    """Strings that end the answer; found in the text after detokenization, not by the engine."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the answer, beside the model's own EOS ids."""
+    """Token ids that end the answer, beside the model's EOS ids."""
     ignore_eos: bool = False
-    """Go on past the model's EOS ids (explicit stop_token_ids still stop)."""
+    """Go on past the model's EOS ids; stop_token_ids still stop."""
     include_stop_str_in_output: bool = False
-    """The text that ended the answer, a stop string or a stop token's, is part of it."""
+    """Keep the stop string, or the stop token's text, in the answer."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
     presence_penalty: float = 0.0
-    """Taken off the logit of each token that the answer already holds, in [-2, 2]."""
+    """Subtracted from the logit of each token in the answer, in [-2, 2]."""
     frequency_penalty: float = 0.0
-    """Taken off a token's logit once for each time that the answer holds it, in [-2, 2]."""
+    """Subtracted from a token's logit once for each time it is in the answer, in [-2, 2]."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that prompt or answer hold; above 0, 1 is off."""
+    """Divides positive and multiplies negative logits of tokens in prompt or answer; above 0, 1 is off."""
     logit_bias: dict[int, float] = {}
-    """Added to the logits of these token ids; cut to [-100, 100] as in vLLM."""
+    """Added to the logits of these token ids; clipped to [-100, 100] as in vLLM."""
     allowed_token_ids: tuple[int, ...] | None = None
-    """The only token ids that may come; None for all."""
+    """The only token ids that may be generated; None = all."""
     bad_words: tuple[str, ...] = ()
-    """Texts whose last token is never generated right after the tokens before it."""
+    """Texts whose last token is never generated right after their other tokens."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    """`bad_words` as token ids, filled in by whoever tokenizes the prompt (`stages.logit_rules`)."""
+    """`bad_words` as token ids; filled in where the prompt is tokenized."""
     logprobs: int | None = None
-    """Log-probabilities of each generated token and of this many likeliest ones; -1 for all. They are those of
-    the model itself, before penalties, masks and temperature."""
+    """Log-probabilities of each generated token and of this many likeliest ones, -1 for all: the model's, before
+    penalties, masks and temperature."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens after the first, whose KV is then never taken from the prefix cache."""
+    """The same for the prompt's tokens after the first; the prefix cache is then not read."""
     structured_outputs: StructuredOutputsParams | None = None
-    """The form that the answer must have."""
+    """The form of the answer."""
     pooling: PoolingParams | None = None
-    """The prompt's vector is wanted, and no token: set by `embed`, never by a generating request."""
+    """Set in a request for the prompt's vector, which generates no token."""
 
     def seed_of_choice(self, i: int) -> int | None:
-        """Seed of the i-th of n answers: counted up, so that they differ; None stays None."""
+        """Seed of the i-th of n answers; None stays None."""
         return None if self.seed is None else (self.seed + i) % 2**64
 
     def __post_init__(self) -> None:
         self._tidy()
-        _check("n", self.n, self.n >= 1, "must be at least 1")
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "must be at least 1")
-        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "must be at least 0")
-        _check(
-            "min_tokens",
-            self.min_tokens,
-            self.min_tokens <= self.max_tokens,
-            f"must not exceed max_tokens={self.max_tokens}",
-        )
-        _check(
-            "temperature",
-            self.temperature,
-            math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0,
-            "must be within [0, 100]",
-        )
-        _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "must be within (0, 1]")
-        _check("top_k", self.top_k, self.top_k >= -1, "must be at least 1, or 0 or -1 for off")
-        _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "must be within [0, 1]")
-        if self.seed is not None:
-            _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "must fit 64 bits")
+        self._check("n", self.n >= 1, "must be at least 1")
+        self._check("max_tokens", self.max_tokens >= 1, "must be at least 1")
+        self._check("min_tokens", self.min_tokens >= 0, "must be at least 0")
+        self._check("min_tokens", self.min_tokens <= self.max_tokens, f"must not exceed max_tokens={self.max_tokens}")
+        is_finite = math.isfinite(self.temperature)
+        self._check("temperature", is_finite and 0.0 <= self.temperature <= 100.0, "must be within [0, 100]")
+        self._check("top_p", 0.0 < self.top_p <= 1.0, "must be within (0, 1]")
+        self._check("top_k", self.top_k >= -1, "must be at least 1, or 0 or -1 for off")
+        self._check("min_p", 0.0 <= self.min_p <= 1.0, "must be within [0, 1]")
+        self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "must fit 64 bits")
         for text in self.stop:
             _check("stop", text, len(text) > 0, "must not hold an empty string")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), -2.0 <= getattr(self, name) <= 2.0, "must be within [-2, 2]")
-        positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0
-        _check("repetition_penalty", self.repetition_penalty, positive, "must be above 0")
+            self._check(name, -2.0 <= getattr(self, name) <= 2.0, "must be within [-2, 2]")
+        is_positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0
+        self._check("repetition_penalty", is_positive, "must be above 0")
         for token_id, bias in self.logit_bias.items():
             _check("logit_bias", {token_id: bias}, token_id >= 0 and not math.isnan(bias), "is no token id and bias")
         bounded = {token_id: max(-100.0, min(100.0, bias)) for token_id, bias in self.logit_bias.items()}
         msgspec.structs.force_setattr(self, "logit_bias", bounded)
         if self.allowed_token_ids is not None:
             ok = len(self.allowed_token_ids) > 0 and min(self.allowed_token_ids) >= 0
-            _check("allowed_token_ids", self.allowed_token_ids, ok, "must hold at least one token id, none negative")
+            self._check("allowed_token_ids", ok, "must hold at least one token id, none negative")
         for word in self.bad_words:
-            _check("bad_words", word, word.strip() != "", "must not hold an empty string")
+            self._check("bad_words", word.strip() != "", "must not hold an empty string")
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(self, name)
-            _check(name, number, number is None or number >= -1, "must be at least 0, or -1 for all")
+            self._check(name, number is None or number >= -1, "must be at least 0, or -1 for all")
+
+    def _check(self, field: str, ok: bool, reason: str) -> None:
+        _check(field, getattr(self, field), ok, reason)
 
     def _tidy(self) -> None:
-        """Lists, single strings and None, which scripts written for vLLM pass, become what the fields say."""
+        """Convert lists, single strings and None, which scripts for vLLM pass, to the types of the fields."""
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, name)
             if isinstance(value, str):

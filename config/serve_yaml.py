@@ -1,4 +1,4 @@
-"""The Serve config file around our `args`: written for `stagemesh serve`, read by whoever starts one."""
+"""The Serve config file around `args`: written by `stagemesh serve`, read by `stagemesh run`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stagemesh.config.errors import ConfigError
 IMPORT_PATH = "stagemesh.deployments.app:build"
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # How long a router that stops can still be reached. HAProxy hears of it within a second; the default of
-    # 30 is meant for load balancers elsewhere, and would make every stop take half a minute.
+    # How long a router that stops can still be reached. HAProxy notices within a second; the default of 30 s is for
+    # load balancers elsewhere.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
 GRPC_SERVICERS = [
@@ -25,7 +25,7 @@ GRPC_SERVICERS = [
 
 
 def render(args: Mapping[str, Any], *, host: str, port: int, grpc_port: int) -> str:
-    """The YAML that serves one application with `args`; what `config/demo.yaml` explains line by line."""
+    """The YAML of one application with `args`. `config/demo.yaml` explains its lines."""
     if port == grpc_port:
         raise ConfigError("grpc_port", grpc_port, "must differ from port")
     content = {
@@ -40,7 +40,7 @@ def render(args: Mapping[str, Any], *, host: str, port: int, grpc_port: int) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeFile:
-    """What a launcher must know of a Serve config file."""
+    """The part of a Serve config file that a launcher needs."""
 
     host: str
     port: int
@@ -52,7 +52,7 @@ class ServeFile:
 
     @classmethod
     def read(cls, path: str | Path) -> ServeFile:
-        """Raises ConfigError when the file cannot be read or holds no stagemesh application."""
+        """Raises ConfigError when the file cannot be read or has no stagemesh application."""
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:

@@ -17,9 +17,9 @@ from stagemesh.deployments.lane.worker_group import rank_resources
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 UNLIMITED_REQUESTS = 100_000
-"""Serve's own limits on open calls are out of the way: the scheduler queues and the router bounds."""
+"""Of Serve's limit on open calls: the scheduler queues, and the router bounds."""
 HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
-"""A dead replica is noticed, and its successor started, within this period; Serve's own is 10 s."""
+"""A dead replica is noticed within the period; Serve's default is 10 s."""
 STAGE_AUTOSCALING = {
     "target_ongoing_requests": 1,  # one lease per replica
     "metrics_interval_s": 0.5,
@@ -27,19 +27,15 @@ STAGE_AUTOSCALING = {
     "upscale_delay_s": 0.0,
     "downscale_delay_s": 10.0,
 }
-"""How the pools of later stages follow the number of leaders."""
+"""The pools of later stages follow the number of leaders."""
 
 
 def build(args: dict[str, Any]) -> Application:
     """The `import_path` of every Serve YAML. Raises ConfigError before anything starts."""
     config = EngineConfig.resolve(EngineArgs.parse(args))
-    # What is wrong with these is better told here than by every router.
+    # Read here too, so that what is wrong with them is said once and not by every router.
     Tokenizer.from_folder(config.model_path)
     default_sampling(config)
-    autoscaling = config.autoscaling_config
-    lanes: dict[str, Any] = (
-        {"num_replicas": config.data_parallel_size} if autoscaling is None else {"autoscaling_config": autoscaling}
-    )
     later_stages = [_stage(config, stage) for stage in range(1, config.plan.pp_size)]
     leader = (
         serve.deployment(Leader)
@@ -51,7 +47,7 @@ def build(args: dict[str, Any]) -> Application:
             ),
             graceful_shutdown_timeout_s=config.drain_timeout_s,
             **HEALTH,
-            **lanes,
+            **_num_replicas(config, config.autoscaling_config),
             **_resources(config),
         )
         .bind(config, *later_stages)
@@ -71,35 +67,30 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _stage(config: EngineConfig, stage: int) -> Application:
-    autoscaling = config.autoscaling_config
-    pool: dict[str, Any] = (
-        {"num_replicas": config.data_parallel_size}
-        if autoscaling is None
-        else {
-            "autoscaling_config": {
-                **STAGE_AUTOSCALING,
-                "min_replicas": autoscaling.get("min_replicas", 1),
-                "max_replicas": autoscaling.get("max_replicas", 1),
-            }
-        }
-    )
+    lanes = config.autoscaling_config or {}
+    limits = {name: lanes.get(name, 1) for name in ("min_replicas", "max_replicas")}
     return (
         serve.deployment(Stage)
         .options(
             name=f"stage-{stage}",
             max_ongoing_requests=1,
-            # An idle replica has nothing to drain; a leased one is wanted until its leader lets go.
-            graceful_shutdown_timeout_s=config.drain_timeout_s,
+            graceful_shutdown_timeout_s=config.drain_timeout_s,  # a leased replica is needed while its leader drains
             **HEALTH,
-            **pool,
+            **_num_replicas(config, {**STAGE_AUTOSCALING, **limits}),
             **_resources(config),
         )
         .bind(config, stage)
     )
 
 
+def _num_replicas(config: EngineConfig, autoscaling: dict[str, Any] | None) -> dict[str, Any]:
+    if config.autoscaling_config is None:
+        return {"num_replicas": config.data_parallel_size}
+    return {"autoscaling_config": autoscaling}
+
+
 def _resources(config: EngineConfig) -> dict[str, Any]:
-    """A placement group per replica: bundle 0 for the replica, one per rank of its TP group, on one node."""
+    """A placement group per replica, on one node: bundle 0 for the replica, one for each of its ranks."""
     num_cpus = config.num_cpus_per_worker
     return {
         "ray_actor_options": {"num_cpus": num_cpus},

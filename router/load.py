@@ -1,6 +1,6 @@
-"""How loaded each lane is, in tokens: what its leader last said, plus what this router has sent it since.
+"""The load of each lane in tokens: what its leader last reported, plus what this router has sent it since.
 
-Tokens and not requests, because a request of 30 000 tokens is not as heavy as one of 30.
+Tokens and not requests: a request may have 30 tokens or 30 000.
 """
 
 from __future__ import annotations
@@ -11,30 +11,29 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BOUND_FACTOR = 1.25
-"""A lane above this times the mean passes its keys on (Mirrokni et al., arXiv:1608.01350)."""
+"""A lane with more than this times the mean load is skipped (Mirrokni et al., arXiv:1608.01350)."""
 
 SLACK_TOKENS = 512
 """See `load_bound`."""
 
 MAX_OPEN_REQUESTS = 1 << 16
-"""Requests that can still be taken back when they end early; for older ones the next stats do it."""
+"""Requests whose load is dropped when they end early; that of older ones goes with the next stats."""
 
 
 def load_bound(loads: Iterable[int], num_prompt_tokens: int) -> float:
     """Load in tokens up to which a lane takes a request: 1.25 x the mean plus a slack.
 
-    The slack is the request's own prompt, or SLACK_TOKENS if that is more. A mean alone would be nonsense
-    at low load: of two lanes the only busy one is always at twice the mean. Moving on costs a computation
-    of the whole prompt in a cold lane, so a lane has to be ahead of the others by more than that before it
-    is left; and below SLACK_TOKENS (a fraction of one step's batch) a difference is noise between two
-    stats. The lane with the least load is never above the bound, so there is always one to go to.
+    The slack is the request's own prompt, at least SLACK_TOKENS. Without one, the only busy lane of two is always at
+    twice the mean. Another lane must compute the whole prompt, so the difference in load has to be larger than that;
+    below SLACK_TOKENS, a fraction of one step's batch, it is noise. The lane with the least load is never above the
+    bound.
     """
     loads = list(loads)
     return BOUND_FACTOR * sum(loads) / max(len(loads), 1) + max(num_prompt_tokens, SLACK_TOKENS)
 
 
 class Stats(Protocol):
-    """The part of a leader's LaneStats that is read here."""
+    """The fields of a leader's LaneStats that count here."""
 
     @property
     def lane(self) -> str: ...
@@ -50,16 +49,16 @@ class Stats(Protocol):
 
 @dataclass(slots=True)
 class LaneLoad:
-    """One lane as this router sees it. A lane that has not spoken yet is taken for serving and empty."""
+    """What this router knows of a lane. Without a report it counts as serving and empty."""
 
     state: str = "serving"
     epoch: int = 0
     reported_tokens: int = 0
     num_reports: int = 0
     sent_tokens: int = 0
-    """Sent since the last stats."""
+    """Sent since the last report."""
     unsure_tokens: int = 0
-    """Sent between the last two stats: the last may have been written before they arrived."""
+    """Sent between the last two reports; the last may have been written before they arrived."""
 
     @property
     def tokens(self) -> int:
@@ -67,35 +66,34 @@ class LaneLoad:
 
 
 class LaneLoads:
-    """Loads of the lanes that run now.
+    """Loads of the lanes that run now. Memory: per lane, and for at most MAX_OPEN_REQUESTS. Not thread-safe.
 
-    Requests count from the moment they are sent, so that a burst between two stats is spread as well.
-    Memory: one record per lane and per open request, at most MAX_OPEN_REQUESTS. Not thread-safe.
+    A request counts as soon as it is sent, so that a burst between two reports is spread too.
     """
 
     def __init__(self) -> None:
         self.lanes: dict[str, LaneLoad] = {}
-        # request id → lane, stats heard when it was sent, tokens
+        # request id → lane, its num_reports when the request was sent, tokens
         self._open: OrderedDict[str, tuple[LaneLoad, int, int]] = OrderedDict()
 
     def set_lanes(self, names: Iterable[str]) -> None:
-        """The lanes that run now; what is known of the others is forgotten."""
+        """Replace the set of lanes by those that run now."""
         self.lanes = {name: self.lanes.get(name) or LaneLoad() for name in names}
 
     def update(self, stats: Stats) -> None:
-        """Takes a leader's word. A lane that is not among those running is ignored."""
+        """Take a leader's report; one from a lane that is not in the set is ignored."""
         lane = self.lanes.get(stats.lane)
         if lane is None:
             return
         lane.state, lane.epoch = stats.state, stats.epoch
         lane.reported_tokens = stats.queued_prefill_tokens + stats.running_kv_tokens
-        # What was sent before the previous stats came is surely in these, as the leaders' period is far
-        # longer than a message's way. Counting it twice for a period does less harm than not at all.
+        # A period is far longer than a message travels, so these include what was sent before the previous ones. The
+        # rest may count twice for a period, which does less harm than not at all.
         lane.unsure_tokens, lane.sent_tokens = lane.sent_tokens, 0
         lane.num_reports += 1
 
     def sent(self, request_id: str, name: str, num_tokens: int) -> None:
-        """Counts a request for a lane; a request sent again counts for the last lane only."""
+        """Count a request for a lane, in place of a lane that it was sent to before."""
         self.finished(request_id)
         lane = self.lanes[name]
         lane.sent_tokens += num_tokens
@@ -104,7 +102,7 @@ class LaneLoads:
             self._open.popitem(last=False)
 
     def finished(self, request_id: str) -> None:
-        """The request is over: drops its load that no stats include yet. Ignores an unknown id."""
+        """Drop the request's load that no report includes yet. An unknown id is no error."""
         if request_id not in self._open:
             return
         lane, num_reports, num_tokens = self._open.pop(request_id)

@@ -1,4 +1,4 @@
-"""The part of a prompt that decides its lane."""
+"""The key of a prompt: a hash of its first tokens, by which the ring finds its lane."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from collections.abc import Sequence
 import xxhash
 
 MAX_KEY_TOKENS = 256
-"""Long enough to tell system prompts and documents apart that begin alike; short enough that a long common
-prefix followed by different questions has one key. More would be lost on it: computing 256 tokens costs about
-one step, so prompts that share less have little to gain from meeting in one lane."""
+"""Long enough to tell apart system prompts that begin alike, short enough that different questions about one document
+have one key. So many tokens take about one step to compute: prompts that share fewer gain little from one lane."""
 
 
 def key_length(num_tokens: int) -> int:
-    """Tokens of a prompt that make its key: 256, or the largest power of two that a shorter prompt reaches.
+    """Tokens of a prompt that make its key: 256, or the largest power of two that a shorter prompt has.
 
-    At least the first half of a short prompt, then, but not all of it: the same text with two different
-    questions at its end should still meet, and a growing conversation changes its key only now and then.
+    So the key of a short prompt covers at least its first half: a text has one key with different questions at its end,
+    and a growing conversation changes its key rarely.
     """
     if num_tokens >= MAX_KEY_TOKENS:
         return MAX_KEY_TOKENS
@@ -25,6 +24,6 @@ def key_length(num_tokens: int) -> int:
 
 
 def prefix_key(prompt_token_ids: Sequence[int]) -> int:
-    """64 bits that any router computes alike for prompts that begin alike."""
+    """64 bits, equal in all routers and for all prompts that begin alike."""
     prefix = prompt_token_ids[: key_length(len(prompt_token_ids))]
     return xxhash.xxh3_64_intdigest(memoryview(array("I", prefix)).cast("B"))

@@ -1,8 +1,8 @@
-"""A consistent-hash ring: which lane a key belongs to, agreed on by every router without a word between them.
+"""A consistent-hash ring (Karger et al. 1997): the lane that a key belongs to, the same in every router.
 
-Each lane owns many points on a circle of 64-bit numbers; a key belongs to the first point clockwise. A lane
-that joins or leaves moves only the keys of its own points (Karger et al. 1997), and an overloaded lane's
-keys go on to many different lanes, because each of its points has another neighbour.
+Each lane has many points on a circle of 64-bit numbers; a key belongs to the first point clockwise. A lane that joins
+or leaves moves the keys of its own points only, and an overloaded lane's keys go to many lanes, because each of its
+points has another neighbour.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from itertools import chain
 import xxhash
 
 POINTS_PER_LANE = 128
-"""The shares of the lanes then differ by about 1/sqrt(128), 9 %; the ring of 100 lanes is 12 800 points."""
+"""The lanes' shares differ by about 1/sqrt(128), 9 %."""
 
 
 class HashRing:
-    """An immutable ring over a set of lane names. The order in which they are given does not matter."""
+    """An immutable ring over a set of lane names, in any order."""
 
     def __init__(self, lanes: Iterable[str]) -> None:
         lanes = set(lanes)
@@ -32,11 +32,11 @@ class HashRing:
         self._owners = [lane for _, lane in points]
 
     def lanes_from(self, key: int) -> list[str]:
-        """Every lane once, in the order in which a walk clockwise from `key` first meets it."""
+        """Every lane once, in the order of their first points clockwise from `key`."""
         start = bisect_left(self._places, key)
-        met: dict[str, None] = {}
+        lanes: dict[str, None] = {}
         for place in chain(range(start, len(self._owners)), range(start)):
-            met[self._owners[place]] = None
-            if len(met) == self._num_lanes:
+            lanes[self._owners[place]] = None
+            if len(lanes) == self._num_lanes:
                 break
-        return list(met)
+        return list(lanes)

@@ -1,5 +1,6 @@
-"""`serve run` with what it leaves to its user: settings and ports checked beforehand, a first request to try
-once it is ready, and nothing left behind. Imports neither Ray nor torch, so that mistakes are told at once.
+"""`serve run` with settings and ports checked first, a request to try when it is ready, and nothing left behind.
+
+Imports neither Ray nor torch, which take seconds, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from stagemesh.deployments.cli.processes import adopt_orphans, end_descendants, 
 
 POLL_PERIOD_S = 0.3
 STOP_TIMEOUT_S = 120.0
-"""How long Serve may take to drain and stop before it is ended the hard way."""
+"""How long Serve may take to drain and stop before it is killed."""
 END_GRACE_S = 5.0
 
 
 def launch(path: Path) -> int:
-    """Run a Serve config file until it ends or a signal stops us; returns the exit status.
+    """Run a Serve config file until it ends or a signal stops it; returns the exit status.
 
-    Ctrl-C, SIGTERM and SIGHUP stop Serve gracefully, a second one at once. Raises ConfigError before anything
-    starts when the settings cannot work or a port is taken.
+    SIGINT, SIGTERM and SIGHUP stop Serve gracefully, a second one at once. Raises ConfigError before anything starts
+    when the settings cannot work or a port is taken.
     """
     file = ServeFile.read(path)
     config = EngineConfig.resolve(EngineArgs.parse(file.args))
@@ -39,7 +40,7 @@ def launch(path: Path) -> int:
         check_port("grpc_options.port", file.host, file.grpc_port)
     signals = _count_signals()
     adopt_orphans()
-    # Its own session: Ctrl-C in a terminal reaches us alone, and Serve hears of it from us, once.
+    # In a session of its own, so that a terminal's Ctrl-C reaches it once, from here.
     serve = subprocess.Popen([_serve_command(), "run", str(path)], start_new_session=True)
     try:
         is_ready = False
@@ -54,13 +55,13 @@ def launch(path: Path) -> int:
         while serve.poll() is None and len(signals) < 2 and time.monotonic() < deadline:
             time.sleep(POLL_PERIOD_S)
     finally:
-        # Serve's HAProxy outlives a Serve that was stopped hard; it would keep the port and answer clients.
+        # HAProxy outlives a Serve that was killed, keeps the port and answers clients.
         end_descendants(END_GRACE_S)
     return 0 if signals else serve.wait()
 
 
 def check_port(field: str, host: str, port: int) -> None:
-    """Raises ConfigError that says who listens on `port` already."""
+    """Raises ConfigError naming the process that listens on `port`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT is no obstacle
@@ -80,10 +81,10 @@ def check_port(field: str, host: str, port: int) -> None:
 
 
 def _count_signals() -> list[int]:
-    """The stop signals that have come, in a list that grows.
+    """A list that grows with every stop signal.
 
-    Must come before the child: it starts with the default of a signal that we handle, but would inherit that
-    one is ignored, as SIGINT is in what a shell starts in the background, and Serve could not be stopped.
+    Call it before the child starts: a child inherits an ignored signal, as SIGINT is in a shell's background jobs, and
+    Serve could not be stopped; a handled one is reset to its default.
     """
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -92,7 +93,7 @@ def _count_signals() -> list[int]:
 
 
 def _serve_command() -> str:
-    """Ray Serve's command of the same environment, whether or not that is on the PATH."""
+    """The command `serve` beside this Python, else the one on the PATH."""
     beside = Path(sys.executable).with_name("serve")
     command = str(beside) if beside.exists() else shutil.which("serve")
     if command is None:

@@ -1,7 +1,6 @@
-"""The command line: `stagemesh serve MODEL --flags`, `stagemesh run FILE` for a Serve config file, and
-`stagemesh quantize MODEL --to FORMAT --out DIR`.
+"""The command line: `stagemesh serve MODEL --flags`, `stagemesh run FILE`, `stagemesh quantize MODEL …`.
 
-The flags of `serve` are the fields of EngineArgs: names, defaults and help exist once, in config/engine.py.
+The flags of `serve` are the fields of EngineArgs, with their names, defaults and help from config/engine.py.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SHORT_FLAGS = {
 }
 """As in vLLM."""
 MANY_VALUED = {"served_model_name"}
-"""Flags that may be given several times."""
+"""Flags that may be repeated."""
 WITH_UNIT = {"kv_cache_memory_bytes"}
 """Numbers that may be written with a unit."""
 
@@ -39,7 +38,7 @@ cli = typer.Typer(add_completion=False, no_args_is_help=True, help="Large langua
 
 
 def main() -> None:
-    """Entry point. A ConfigError is the user's to read: its message, no traceback, exit status 2."""
+    """Run the command line. A ConfigError is shown as its message, with exit status 2."""
     try:
         cli()
     except ConfigError as error:
@@ -64,8 +63,8 @@ def serve(
 ) -> None:
     """Serve MODEL: write a Serve config file and run it."""
     _refuse_unknown(context, [model, *context.args])
-    given = {name: value for name, value in flags.items() if value is not None}
-    content = render(engine_args(model, given), host=host, port=port, grpc_port=grpc_port)
+    set_flags = {name: value for name, value in flags.items() if value is not None}
+    content = render(engine_args(model, set_flags), host=host, port=port, grpc_port=grpc_port)
     if print_config:
         print(content, end="")
         return
@@ -76,7 +75,7 @@ def serve(
 
 
 def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """The `args` of the YAML for what was given on the command line. Raises ConfigError."""
+    """The `args` of the YAML for a command line. Raises ConfigError."""
     args = {"model": model} | flags
     if "autoscaling_config" in args:
         try:
@@ -84,7 +83,7 @@ def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError("autoscaling_config", args["autoscaling_config"], f"is not JSON: {error}") from None
     EngineArgs.parse(args)
-    # Replicas have another working directory, and clients should not have to know ours.
+    # Replicas run in another working directory; clients know the model by the name used here.
     args.setdefault("served_model_name", model)
     if (folder := local_folder(model)) is not None or not is_repo_id(model):
         args["model"] = str(folder or find_model(model))
@@ -92,7 +91,7 @@ def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _option(name: str) -> inspect.Parameter:
-    """One field of EngineArgs as an option. None means not given, so that only what was given is written."""
+    """A field of EngineArgs as an option; None = not set, and then not written to the YAML."""
     field = EngineArgs.model_fields[name]
     flag = "--" + name.replace("_", "-")
     kinds: set[Any] = set(get_args(field.annotation)) or {field.annotation}
@@ -115,7 +114,7 @@ def _option(name: str) -> inspect.Parameter:
 
 
 def _refuse_unknown(context: typer.Context, words: list[str]) -> None:
-    """A flag that is not ours ends among the positional words; typer's own error names too many others."""
+    """Raises ConfigError for an unknown flag, which typer leaves among the positional words."""
     flags = [flag for option in context.command.params for flag in option.opts]
     for word in words:
         if word.startswith("-"):
@@ -126,10 +125,10 @@ def _refuse_unknown(context: typer.Context, words: list[str]) -> None:
 
 
 def _with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the **flags of `command` by the fields of EngineArgs, where typer looks for options."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+    """Replace the **flags of `command` by the fields of EngineArgs, in the signature that typer reads."""
+    fixed = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
     options = [_option(name) for name in EngineArgs.model_fields if name != "model"]
-    signature = inspect.Signature([*own, *options])
+    signature = inspect.Signature([*fixed, *options])
     command.__signature__ = signature  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return command

@@ -1,4 +1,4 @@
-"""The processes below this one, and who holds a port. Read from Linux's /proc; elsewhere nothing is found."""
+"""The processes below this one, and the one that holds a port, from Linux's /proc. Elsewhere it finds none."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Process(NamedTuple):
 
 
 def adopt_orphans() -> None:
-    """From now on, a process below this one whose parent dies becomes our child, not init's."""
+    """From now on, a process below this one becomes its child, not init's, when its parent dies."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def descendants() -> list[int]:
-    """Pids of all living processes below this one."""
+    """Pids of the living processes below this one."""
     children = defaultdict(list)
     for pid in _pids():
         with contextlib.suppress(OSError, ValueError):
@@ -36,25 +36,25 @@ def descendants() -> list[int]:
             state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
             if state != "Z":
                 children[int(parent)].append(pid)
-    found, todo = [], [os.getpid()]
-    while todo:
-        below = children[todo.pop()]
-        found += below
-        todo += below
-    return found
+    pids, parents = [], [os.getpid()]
+    while parents:
+        below = children[parents.pop()]
+        pids += below
+        parents += below
+    return pids
 
 
 def end_descendants(grace_s: float) -> None:
-    """Ask every process below this one to end, and kill those that have not after `grace_s` seconds."""
+    """Terminate every process below this one; kill those that live `grace_s` seconds later."""
     _signal(descendants(), signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    while (left := descendants()) and time.monotonic() < deadline:
+    while (alive := descendants()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    _signal(left, signal.SIGKILL)
+    _signal(alive, signal.SIGKILL)
 
 
 def holder_of_port(port: int) -> Process | None:
-    """Who listens on a TCP port of this machine; None when it cannot be seen (another user's process)."""
+    """The process that listens on a TCP port of this machine; None for another user's."""
     sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     for pid in _pids():
         with contextlib.suppress(OSError):

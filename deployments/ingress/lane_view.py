@@ -15,7 +15,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from stagemesh.router.lane_chooser import Choice, LaneChooser, NoLane
+from stagemesh.router.lane_chooser import LaneChoice, LaneChooser, NoLane
 from stagemesh.router.load import MAX_OPEN_REQUESTS
 from stagemesh.stages.messages.request import EngineRequest, LaneStats
 
@@ -39,7 +39,7 @@ class LaneView:
         self._chooser = LaneChooser()
         self._addresses: dict[str, str] = {}
         self._heard: dict[str, Heard] = {}
-        self._choices: dict[str, Choice] = {}
+        self._choices: dict[str, LaneChoice] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listeners: dict[str, asyncio.Task[None]] = {}
         self._context = zmq.asyncio.Context()
@@ -78,7 +78,7 @@ class LaneView:
             self._choices.pop(request_id, None)
             self._chooser.finished(request_id)
 
-    def explain(self, request_id: str) -> Choice | None:
+    def explain(self, request_id: str) -> LaneChoice | None:
         """Why a running request went where it went."""
         with self._lock:
             return self._choices.get(request_id)

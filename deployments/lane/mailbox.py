@@ -1,4 +1,4 @@
-"""Where a worker finds the activations that other actors deliver to it."""
+"""Activations that other actors deliver to a worker."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 Raw = npt.NDArray[np.uint8]
-"""The bytes of a tensor; read-only when they come from the object store."""
+"""Bytes of a tensor; read-only when they come from the object store."""
 
 NO_EPOCH = -1
 
 
 class Mailbox:
-    """Activations that have arrived, by step; one reader (the run loop), any number of writers."""
+    """What has arrived, by step. One reader (the run loop), any number of writers."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -23,14 +23,14 @@ class Mailbox:
         self._arrived: dict[int, Raw] = {}
 
     def open(self, epoch: int) -> None:
-        """Forget older epochs; what still comes from them is dropped."""
+        """Drop what came, and what still comes, from older epochs."""
         with self._condition:
             self._epoch = epoch
             self._arrived.clear()
             self._condition.notify_all()
 
     def end(self, epoch: int) -> None:
-        """Nothing more is wanted of `epoch`: who waits for it is woken. A later epoch goes on."""
+        """Wake a reader that waits for `epoch`. Does nothing in a later epoch."""
         with self._condition:
             if epoch == self._epoch:
                 self.open(NO_EPOCH)
@@ -42,12 +42,12 @@ class Mailbox:
                 self._condition.notify_all()
 
     def take(self, epoch: int, step: int, timeout_s: float) -> Raw:
-        """Wait for the activations of `step`. TimeoutError names what did not come; RuntimeError: the epoch is over."""
+        """Wait for the activations of `step`. Raises TimeoutError, or RuntimeError when the epoch is over."""
         deadline = time.monotonic() + timeout_s
         with self._condition:
             while epoch == self._epoch and step not in self._arrived:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._condition.wait(left):
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0 or not self._condition.wait(remaining_s):
                     raise TimeoutError(f"no activations for step {step} from the stage before within {timeout_s:g} s")
             if epoch != self._epoch:
                 raise RuntimeError(f"epoch {epoch} is over")

@@ -1,7 +1,7 @@
 """Activations through Ray's object store: works wherever Ray does, slower than point-to-point.
 
-The sender passes the tensor as an argument of an actor call to the same rank of the next stage; Ray puts
-anything large into the object store. Calls may run in any order, so every delivery carries its step.
+A tensor is the argument of an actor call to the same rank of the next stage. Calls may run in any order, so each
+carries its step.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class ObjectStoreTransport:
         self._timeout_s = timeout_s
 
     def send(self, step: int, hidden: torch.Tensor) -> None:
-        # As bytes, because numpy has no bfloat16. A copy is made by the serializer.
+        # As bytes, because numpy has no bfloat16. Ray's serializer copies them.
         raw = hidden.cpu().contiguous().view(torch.uint8).numpy()
         assert self._next_worker is not None
         self._next_worker.deliver.remote(self._epoch, step, raw)
 
     def receive(self, step: int, into: torch.Tensor) -> torch.Tensor:
         raw = self._mailbox.take(self._epoch, step, self._timeout_s)
-        # Arrays out of the object store are read-only: copy into our own buffer.
+        # A copy, because arrays out of the object store are read-only and torch warns of those.
         into.view(torch.uint8).copy_(torch.from_numpy(raw.copy()))
         return into
 

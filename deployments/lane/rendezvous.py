@@ -1,4 +1,4 @@
-"""Calls to several ranks at once, with a deadline that names who is late and in which phase."""
+"""Calls to all ranks of a lane at once, with a deadline that names who is late, and the start of an epoch with them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import ray
 import zmq
 
 from stagemesh.config.engine import EngineConfig
+from stagemesh.stages.engine.engine import Engine
 from stagemesh.stages.messages.channel import LeaderChannel
-from stagemesh.stages.messages.wiring import Progress, Wiring
+from stagemesh.stages.messages.wiring import Progress, make_wiring
 
 logger = logging.getLogger("ray.serve")
 
@@ -21,6 +23,8 @@ Rank = tuple[int, int]
 """(stage, tp_rank)"""
 Answer = TypeVar("Answer")
 PROGRESS_TIMEOUT_S = 2.0
+MAX_ERROR_CHARS = 600
+"""The end of a remote traceback says what went wrong; the rest is in that process's log."""
 
 
 class PhaseError(RuntimeError):
@@ -36,10 +40,43 @@ class PhaseError(RuntimeError):
         return type(self), (self.phase, self.failures)
 
 
-async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Answer]], timeout_s: float) -> dict[Rank, Answer]:
-    """Wait for one answer per rank. As soon as one fails, or at the deadline, raises PhaseError.
+async def start_epoch(
+    config: EngineConfig,
+    context: zmq.Context[zmq.Socket[bytes]],
+    engine: Engine,
+    epoch: int,
+    workers: Mapping[Rank, Any],
+    num_blocks: int,
+) -> dict[Rank, asyncio.Task[None]]:
+    """Let all ranks meet, start their run loops, and attach the engine: the lane serves when this returns.
 
-    Where one rank's failure makes the others wait for ever, the first failure is the one worth naming.
+    workers: the ShardWorker actors of every rank, all loaded and none running. Returns the run loop of each: it ends
+    when the rank leaves the epoch, with an error if it lost a peer or failed. Raises PhaseError.
+    """
+    timeout_s = config.startup_timeout_s
+    opened = {rank: worker.open.remote(epoch) for rank, worker in workers.items()}
+    endpoints = await gather_ranks("open", opened, timeout_s)
+    channel = LeaderChannel(context, ray.util.get_node_ip_address())
+    try:
+        wiring = make_wiring(epoch, endpoints, channel.address, num_blocks)
+        connected = {
+            (stage, tp_rank): worker.connect.remote(wiring, workers.get((stage + 1, tp_rank)))
+            for (stage, tp_rank), worker in workers.items()
+        }
+        await gather_ranks("rendezvous", connected, timeout_s)
+    except BaseException:
+        channel.close()
+        raise
+    channel.connect([endpoints[rank].plan_address for rank in workers])
+    runs = {rank: asyncio.ensure_future(worker.run.remote()) for rank, worker in workers.items()}
+    await asyncio.wrap_future(engine.attach(channel, epoch, num_blocks))
+    return runs
+
+
+async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Answer]], timeout_s: float) -> dict[Rank, Answer]:
+    """Wait for one answer per rank. Raises PhaseError at the first failure, or at the deadline.
+
+    The first, because one rank's failure makes the others wait for it.
     """
     tasks = {rank: asyncio.ensure_future(call) for rank, call in calls.items()}
     _, pending = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -48,7 +85,7 @@ async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Answer]], time
         if task in pending:
             task.cancel()
         elif (error := task.exception()) is not None:
-            failures[rank] = f"{type(error).__name__}: {_first_lines(str(error))}"
+            failures[rank] = f"{type(error).__name__}: {_ending(str(error).strip())}"
     if not failures:
         failures = {rank: f"no answer within {timeout_s:g} s" for rank, task in tasks.items() if task in pending}
     if failures:
@@ -58,19 +95,13 @@ async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Answer]], time
 
 async def progress(workers: Mapping[Rank, Any]) -> dict[Rank, Progress | None]:
     """What every ShardWorker is doing; None for one that does not answer within PROGRESS_TIMEOUT_S."""
-    asked = {rank: asyncio.ensure_future(worker.progress.remote()) for rank, worker in workers.items()}
-    await asyncio.wait(asked.values(), timeout=PROGRESS_TIMEOUT_S)
+    calls = {rank: asyncio.ensure_future(worker.progress.remote()) for rank, worker in workers.items()}
+    await asyncio.wait(calls.values(), timeout=PROGRESS_TIMEOUT_S)
     answers = {}
-    for rank, task in asked.items():
-        answers[rank] = task.result() if task.done() and task.exception() is None else None
-        task.cancel()
+    for rank, call in calls.items():
+        answers[rank] = call.result() if call.done() and call.exception() is None else None
+        call.cancel()
     return answers
-
-
-def _first_lines(text: str, limit: int = 600) -> str:
-    """The end of a remote traceback says what went wrong; the rest is in that process's log."""
-    text = text.strip()
-    return text if len(text) <= limit else "…" + text[-limit:]
 
 
 @contextmanager
@@ -81,43 +112,5 @@ def timed(who: str, phase: str) -> Iterator[None]:
     logger.info("%s: %s took %.2f s", who, phase, time.monotonic() - started)
 
 
-async def wire(
-    config: EngineConfig,
-    context: zmq.Context[zmq.Socket[bytes]],
-    host: str,
-    epoch: int,
-    workers: Mapping[Rank, Any],
-    num_blocks: int,
-) -> LeaderChannel:
-    """Open sockets on every rank, then let all of them meet; returns the leader's connected end.
-
-    workers: the ShardWorker actors, all of them loaded and none running. Raises PhaseError.
-    """
-    timeout_s = config.startup_timeout_s
-    endpoints = await gather_ranks(
-        "open", {rank: worker.open.remote(epoch) for rank, worker in workers.items()}, timeout_s
-    )
-    channel = LeaderChannel(context, host)
-    first = endpoints[0, 0]
-    wiring = Wiring(
-        epoch=epoch,
-        store_host=first.plan_address.removeprefix("tcp://").rpartition(":")[0],
-        store_port=first.store_port or 0,
-        results_to=channel.address,
-        sampled_tokens_to=tuple(endpoints[0, tp_rank].plan_address for tp_rank in range(config.plan.tp_size)),
-        num_blocks=num_blocks,
-    )
-    try:
-        await gather_ranks(
-            "rendezvous",
-            {
-                (stage, tp_rank): worker.connect.remote(wiring, workers.get((stage + 1, tp_rank)))
-                for (stage, tp_rank), worker in workers.items()
-            },
-            timeout_s,
-        )
-    except PhaseError:
-        channel.close()
-        raise
-    channel.connect([endpoints[rank].plan_address for rank in workers])
-    return channel
+def _ending(text: str) -> str:
+    return text if len(text) <= MAX_ERROR_CHARS else "…" + text[-MAX_ERROR_CHARS:]

@@ -1,11 +1,11 @@
-"""Wiring a lane: leases for the later stages, one epoch after another, healing when anything breaks."""
+"""A lane that stays whole: leases for the later stages, one epoch after another, healing when anything breaks."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import ray
@@ -13,20 +13,23 @@ import zmq
 from ray.serve.handle import DeploymentHandle
 
 from stagemesh.config.engine import EngineConfig
-from stagemesh.deployments.lane.rendezvous import PhaseError, Rank, progress, timed, wire
-from stagemesh.deployments.lane.worker_group import GroupState, WorkerGroup
-from stagemesh.stages.engine.engine import Engine
-from stagemesh.stages.messages.channel import LeaderChannel
+from stagemesh.deployments.lane.rendezvous import PhaseError, Rank, progress, start_epoch, timed
+from stagemesh.deployments.lane.worker_group import GroupState, WorkerGroup, workers_by_rank
+from stagemesh.stages.engine.engine import Engine, TokenSink
+from stagemesh.stages.engine.lane import StepTimeout
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_PAUSE_S = 0.3
 STOP_TIMEOUT_S = 5.0
-"""A survivor of a broken epoch that has not left its run loop by then is taken for hung, and killed."""
+"""A rank that has not left the run loop of a broken epoch by then is taken for hung, and killed."""
 
 
-class Lane:
-    """The supervisor of one lane: keeps a group of every stage, wires them, heals. Lives in the leader."""
+class LaneSupervisor:
+    """The engine of a lane and a worker group of every stage, wired anew whenever one is lost.
+
+    Lives in the leader's event loop. Requests go to `engine`, and wait there while the lane heals.
+    """
 
     def __init__(
         self,
@@ -34,33 +37,37 @@ class Lane:
         lane: str,
         context: zmq.Context[zmq.Socket[bytes]],
         own_group: WorkerGroup,
-        later_stages: list[DeploymentHandle[Any]],
-        engine: Engine,
+        later_stages: Sequence[DeploymentHandle[Any]],
+        sink: TokenSink,
     ) -> None:
+        """own_group: that of stage 0, which stays the caller's. context: not ended here."""
         self._config = config
         self._lane = lane
         self._context = context
-        self._engine = engine
         self._own_group = own_group
         self._later_stages = later_stages
-        self._host = ray.util.get_node_ip_address()
         self._states = [GroupState(0, reason="not leased yet") for _ in range(1 + len(later_stages))]
+        self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        self._failure: str | None = None
-        self._epoch = 0
         self._serving = asyncio.Event()
+        self._epoch = 0
+        self._failure: Exception | None = None
+        """Why the engine gave up the epoch that runs now."""
         self._broken_since: float | None = None
         self._last_error = ""
         self._tasks: list[asyncio.Task[None]] = []
         self.num_blocks = 0
+        self.engine = Engine(config, lane, sink, self._step_failed)
 
     async def start(self) -> None:
-        """Lease, wire, and return when the lane runs; TimeoutError says what it still waited for, RuntimeError why
-        it never will."""
+        """Lease, wire, and return when the lane serves.
+
+        TimeoutError says what it still waited for, RuntimeError why it never will serve.
+        """
         self._broken_since = time.monotonic()
         self._tasks = [asyncio.create_task(self._follow(0, self._own_group.states()))]
         for stage, handle in enumerate(self._later_stages, start=1):
-            self._tasks.append(asyncio.create_task(self._hold(stage, handle)))
+            self._tasks.append(asyncio.create_task(self._keep_lease(stage, handle)))
         self._tasks.append(asyncio.create_task(self._supervise()))
         timeout_s = 2 * self._config.startup_timeout_s
         serving = asyncio.create_task(self._serving.wait())
@@ -72,13 +79,8 @@ class Lane:
         if not serving.done():
             raise TimeoutError(f"lane {self._lane} was not whole within {timeout_s:g} s: {self._waiting_for()}")
 
-    def step_failed(self, epoch: int, reason: str) -> None:
-        """The engine saw a step fail (called in this loop's thread)."""
-        if epoch == self._epoch:
-            self._failure = reason
-            self._changed.set()
-
     def check_health(self) -> None:
+        """Raises RuntimeError where the lane cannot heal, or has not for three start-up deadlines."""
         for task in self._tasks:  # they run for as long as the lane does
             if task.done() and not task.cancelled():
                 raise RuntimeError(f"lane {self._lane} lost its supervisor: {task.exception()!r}")
@@ -89,10 +91,11 @@ class Lane:
             raise RuntimeError(f"lane {self._lane} has been broken for {broken_s:.0f} s: {self._waiting_for()}")
 
     def close(self) -> None:
-        """End the leases; safe to call twice."""
+        """End the leases and the engine; safe to call twice."""
         for task in self._tasks:
             task.cancel()
         self._tasks.clear()
+        self.engine.close()
 
     # -- the groups of the lane --------------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ class Lane:
         async for state in states:
             self._set_state(stage, state)
 
-    async def _hold(self, stage: int, handle: DeploymentHandle[Any]) -> None:
+    async def _keep_lease(self, stage: int, handle: DeploymentHandle[Any]) -> None:
         """Hold a replica of `stage`; when its lease ends, hold another."""
         leader = ray.get_runtime_context().current_actor
         while True:
@@ -111,7 +114,7 @@ class Lane:
             except asyncio.CancelledError:
                 stream.cancel()
                 raise
-            except Exception as error:  # whatever ends a lease, the answer is another one
+            except Exception as error:  # whatever ends a lease, another is needed
                 reason = f"the lease broke: {type(error).__name__}"
             logger.warning("lane %s: stage %d: %s", self._lane, stage, reason)
             self._set_state(stage, GroupState(-1, reason=reason))
@@ -127,19 +130,16 @@ class Lane:
         while True:
             await self._until(lambda: all(state.is_up for state in self._states))
             states = list(self._states)
-            workers = {
-                (stage, tp_rank): worker
-                for stage, state in enumerate(states)
-                for tp_rank, worker in enumerate(state.workers)
-            }
+            workers = workers_by_rank(states)
+            # Fixed by the first epoch: the scheduler's block tables outlive it.
+            num_blocks = self.num_blocks or min(state.num_blocks for state in states)
             self._failure = None
             self._epoch += 1
             runs: dict[Rank, asyncio.Task[None]] = {}
             try:
                 with timed(f"lane {self._lane}", f"rendezvous of epoch {self._epoch}"):
-                    channel = await self._wire(workers, min(state.num_blocks for state in states))
-                runs = {rank: asyncio.ensure_future(worker.run.remote()) for rank, worker in workers.items()}
-                await asyncio.wrap_future(self._engine.attach(channel, self._epoch, self.num_blocks))
+                    runs = await start_epoch(self._config, self._context, self.engine, self._epoch, workers, num_blocks)
+                self.num_blocks = num_blocks
                 self._serving.set()
                 self._broken_since = None
                 reason = await self._until_broken(states, runs)
@@ -149,68 +149,69 @@ class Lane:
             self._serving.clear()
             self._broken_since = self._broken_since or time.monotonic()
             logger.warning("lane %s: epoch %d is over: %s", self._lane, self._epoch, reason)
-            await asyncio.wrap_future(self._engine.detach("healing"))
+            await asyncio.wrap_future(self.engine.detach("healing"))
             await self._stop(workers, runs)
             await asyncio.sleep(RETRY_PAUSE_S)
 
-    async def _wire(self, workers: dict[Rank, Any], num_blocks: int) -> LeaderChannel:
-        # The number of blocks is fixed by the first wiring: the scheduler's tables outlive an epoch.
-        num_blocks = self.num_blocks or num_blocks
-        channel = await wire(self._config, self._context, self._host, self._epoch, workers, num_blocks)
-        self.num_blocks = num_blocks
-        return channel
+    def _step_failed(self, epoch: int, error: Exception) -> None:
+        """Called in the engine's thread."""
+
+        def note() -> None:
+            if epoch == self._epoch:
+                self._failure = error
+                self._changed.set()
+
+        self._loop.call_soon_threadsafe(note)
 
     async def _until_broken(self, states: list[GroupState], runs: dict[Rank, asyncio.Task[None]]) -> str:
-        """Wait until a group changes, a run loop ends or a step fails; says which."""
-        for task in runs.values():
-            task.add_done_callback(lambda _: self._changed.set())
+        """Wait until a group changes, a run loop ends or a step fails; returns the reason."""
+        for run in runs.values():
+            run.add_done_callback(lambda _: self._changed.set())
 
         def broken() -> bool:
             return (
                 self._failure is not None
                 or any(old is not new for old, new in zip(states, self._states, strict=True))
-                or any(task.done() for task in runs.values())
+                or any(run.done() for run in runs.values())
             )
 
         await self._until(broken)
-        reasons = [
-            f"stage {stage}: {state.reason}"
-            for stage, state in enumerate(self._states)
-            if not state.is_up and state is not states[stage]
-        ]
-        for (stage, tp_rank), task in runs.items():
-            if task.done() and (error := task.exception()) is not None:
+        reasons = [f"{type(self._failure).__name__}: {self._failure}"] if self._failure else []
+        for stage, state in enumerate(self._states):
+            if not state.is_up and state is not states[stage]:
+                reasons.append(f"stage {stage}: {state.reason}")
+        for (stage, tp_rank), run in runs.items():
+            if run.done() and (error := run.exception()) is not None:
                 reasons.append(f"stage {stage} rank {tp_rank}: {type(error).__name__}: {str(error)[-300:]}")
-        return "; ".join([*([self._failure] if self._failure else []), *reasons]) or "the wiring changed"
+        return "; ".join(reasons) or "the wiring changed"
 
     async def _stop(self, workers: dict[Rank, Any], runs: dict[Rank, asyncio.Task[None]]) -> None:
-        """Get the survivors out of their run loops. A rank that does not come is hung: it is killed."""
+        """Get the survivors out of their run loops. A rank that does not leave is hung: it is killed."""
         if not runs:
             return
         for worker in workers.values():
             worker.stop.remote(self._epoch)
-        if self._failure is not None and "step_timeout_s" in self._failure:
+        if isinstance(self._failure, StepTimeout):
             await self._kill_stuck(workers)
         _, pending = await asyncio.wait(runs.values(), timeout=STOP_TIMEOUT_S)
-        for rank, task in runs.items():
-            if task in pending:
+        for rank, run in runs.items():
+            if run in pending:
                 who = f"lane {self._lane}: stage {rank[0]} rank {rank[1]}"
                 logger.error("%s did not stop within %g s, killed", who, STOP_TIMEOUT_S)
                 ray.kill(workers[rank])
-                task.cancel()
-            elif not task.cancelled():
-                task.exception()  # seen: asyncio need not warn of it
+                run.cancel()
+            elif not run.cancelled():
+                run.exception()  # asyncio warns of one that nobody has looked at
 
     async def _kill_stuck(self, workers: dict[Rank, Any]) -> None:
-        """Name and kill the rank that a step waits for: one that does not answer, else the one that has
-        been in the model for longest (the others wait for its activations or its part of a sum)."""
+        """Kill the ranks that do not answer, else the one longest in the model: the others wait for its tensors."""
         answers = await progress(workers)
         for answer in filter(None, answers.values()):
             logger.error("lane %s: %s", self._lane, answer)
         silent = [rank for rank, answer in answers.items() if answer is None]
         in_model = {rank: a.seconds for rank, a in answers.items() if a is not None and a.phase == "model"}
-        busy = sorted(in_model, key=lambda rank: -in_model[rank])
-        for rank in silent or busy[:1]:
+        longest_first = sorted(in_model, key=lambda rank: -in_model[rank])
+        for rank in silent or longest_first[:1]:
             logger.error("lane %s: stage %d rank %d is stuck, killed", self._lane, *rank)
             ray.kill(workers[rank])
 

@@ -1,7 +1,4 @@
-"""The ShardWorker actor: one rank of one stage in a process of its own.
-
-The leader imports this file to make the actors; torch is imported in theirs only.
-"""
+"""The ShardWorker actor: one rank of one stage in a process of its own. Imports torch in that process only."""
 
 from __future__ import annotations
 
@@ -16,12 +13,12 @@ from stagemesh.deployments.lane.mailbox import Mailbox, Raw
 from stagemesh.stages.messages.wiring import Endpoints, Progress, Wiring
 
 MAX_CONCURRENCY = 8
-"""Threads of the actor: `watch` and `run` hold one each, the rest answer `stop`, `progress` and `deliver`."""
+"""Threads: `watch` and `run` hold one each, the others answer `stop`, `progress` and `deliver`."""
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=MAX_CONCURRENCY)
 class ShardWorker:
-    """A thin shell around `stages.worker.Worker`; made, watched and replaced by a `WorkerGroup`."""
+    """`stages.worker.worker.Worker` as an actor; made, watched and replaced by a `WorkerGroup`."""
 
     def __init__(self, config: EngineConfig, stage: int, tp_rank: int) -> None:
         from stagemesh.stages.worker.worker import Worker
@@ -35,7 +32,7 @@ class ShardWorker:
         return os.getpid()
 
     def watch(self) -> None:
-        """Never returns: the caller learns at once, by the error of this call, that the process has died."""
+        """Never returns: this call fails as soon as the process dies."""
         threading.Event().wait()
 
     def load(self) -> None:
@@ -49,7 +46,7 @@ class ShardWorker:
         return self._worker.open(epoch)
 
     def connect(self, wiring: Wiring, next_worker: ActorHandle | None) -> None:
-        """Join the lane. `next_worker`: the same rank of the next stage, for the object store."""
+        """next_worker: the same rank of the next stage, for the object store."""
         if self._config.transport == "object_store":
             from stagemesh.deployments.lane.object_store import ObjectStoreTransport
 
@@ -66,18 +63,18 @@ class ShardWorker:
 
     def stop(self, epoch: int) -> None:
         self._worker.stop(epoch)
-        self._mailbox.end(epoch)  # a rank that waits for activations sees the stop at once, not after a timeout
+        self._mailbox.end(epoch)  # wakes a rank that waits for activations
 
     def progress(self) -> Progress:
         return self._worker.progress()
 
     def deliver(self, epoch: int, step: int, hidden: Raw) -> None:
-        """Activations from the stage before, by the object store."""
+        """Take activations from the stage before, out of the object store."""
         self._mailbox.put(epoch, step, hidden)
 
 
 def limit_threads(config: EngineConfig) -> None:
-    """Share the machine's cores among the ranks of a lane: more threads than cores make every step slower."""
+    """Share the machine's cores among the ranks of a lane; more threads than cores make every step slower."""
     import torch
 
     cores = len(os.sched_getaffinity(0))

@@ -35,6 +35,7 @@ from stagemesh.deployments.offline.outputs import (
     RequestState,
 )
 from stagemesh.stages.engine.engine import Engine
+from stagemesh.stages.engine.lane import Lane
 from stagemesh.stages.messages.request import EngineRequest, TokenDelta
 from stagemesh.stages.text.input import ChatInput, InputProcessor
 from stagemesh.stages.text.output import embedding_of
@@ -70,14 +71,8 @@ DTYPES = {"half": "float16", "float": "float32"}
 """vLLM's other names for them."""
 
 
-class OfflineLane(Protocol):
-    """One lane, ready to generate."""
-
+class OfflineLane(Lane, Protocol):
     engine: Engine
-    num_blocks: int
-
-    def close(self) -> None:
-        """End everything that was started; safe to call twice."""
 
 
 class LLM:
@@ -234,7 +229,7 @@ class LLM:
                 if choice.finish_reason is None:
                     continue
                 if delta.finish_reason is None:
-                    self._lane.engine.abort(delta.request_id)  # a stop string, which the engine does not see
+                    self._lane.abort(delta.request_id)  # a stop string, which the engine does not see
                 del running[delta.request_id]
                 if state.is_finished:
                     bar.update()
@@ -278,19 +273,19 @@ class LLM:
     def _requests(self, call: str, requests: Sequence[EngineRequest]) -> Iterator[Iterator[TokenDelta]]:
         """Start requests and iterate over what comes of them, or raise why nothing will. On leaving, those that still
         run are aborted."""
-        engine = self._lane.engine
+        lane = self._lane
         arriving = self._inbox.open(call)
         started = []
         try:
             for request in requests:
                 started.append(request.request_id)
-                done = engine.generate(msgspec.structs.replace(request, reply_to=call))
+                done = lane.generate(msgspec.structs.replace(request, reply_to=call))
                 done.add_done_callback(lambda done: arriving.put(error) if (error := done.exception()) else None)  # type: ignore[arg-type]
             yield arrivals(arriving)
         finally:
             self._inbox.close(call)
             for request_id in started:
-                engine.abort(request_id)
+                lane.abort(request_id)
 
 
 def _engine_args(model: str, dtype: Any, seed: int | None, given: Mapping[str, Any]) -> EngineArgs:
@@ -310,10 +305,13 @@ def _start_lane(config: EngineConfig, inbox: Inbox) -> OfflineLane:
     if config.plan.tp_size * config.plan.pp_size == 1:
         from stagemesh.deployments.offline.local_lane import LocalLane
 
-        return LocalLane(config, inbox, on_failure)
-    from stagemesh.deployments.offline.ray_lane import ActorLane
+        lane: OfflineLane = LocalLane(config, inbox, on_failure)
+    else:
+        from stagemesh.deployments.offline.ray_lane import RayLane
 
-    return ActorLane(config, inbox, on_failure)
+        lane = RayLane(config, inbox, on_failure)
+    lane.start()
+    return lane
 
 
 def _close_from_anywhere(lane: OfflineLane) -> None:

@@ -1,6 +1,6 @@
-"""A lane of Ray actors for a script: placement groups, worker groups, one wiring, the engine. No Ray Serve.
+"""A lane of Ray actors for a script: placement groups, worker groups, one epoch, the engine. No Ray Serve.
 
-Nothing heals here. A server goes on because somebody else waits for it; a script is told what broke, and where.
+Nothing heals here: a server must go on for its other clients, a script is told what broke, and where.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import ray
@@ -17,9 +18,11 @@ import zmq
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from stagemesh.config.engine import EngineConfig
-from stagemesh.deployments.lane.rendezvous import Rank, progress, wire
-from stagemesh.deployments.lane.worker_group import WorkerGroup, rank_resources
+from stagemesh.deployments.lane.rendezvous import Rank, progress, start_epoch
+from stagemesh.deployments.lane.worker_group import WorkerGroup, rank_resources, workers_by_rank
 from stagemesh.stages.engine.engine import Engine, TokenSink
+from stagemesh.stages.engine.lane import Lane
+from stagemesh.stages.messages.request import EngineRequest, RequestSummary
 
 logger = logging.getLogger(__name__)
 
@@ -32,38 +35,47 @@ LOST_PEER = re.compile(r"Connection (closed|reset)|gloo|NCCL|epoch \d+ is over|n
 Result = TypeVar("Result")
 
 
-class ActorLane:
-    """`on_failure(reason)` is called once, from a thread of the lane, when it can run no further step."""
+class RayLane(Lane):
+    """Runs in the Ray instance that the caller has joined, or in one of its own.
+
+    Calls `on_failure(reason)` from one of its own threads.
+    """
 
     def __init__(self, config: EngineConfig, sink: TokenSink, on_failure: Callable[[str], None]) -> None:
-        """Start the actors and load the model. Raises PhaseError naming stage, rank and phase where that fails.
-
-        Runs in the Ray instance that the caller has joined, or in one of its own.
-        """
         self._config = config
         self._on_failure = on_failure
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            ray.init(log_to_driver=False)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="lane", daemon=True)
-        self._thread.start()
+        self._owns_ray = False
+        self._closed = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._placements: list[PlacementGroup] = []
         self._groups: list[WorkerGroup] = []
         self._workers: dict[Rank, Any] = {}
         self._watching: asyncio.Task[None] | None = None
-        self._closed = False
         self.num_blocks = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lane", daemon=True)
+        self._thread.start()
         self.engine = Engine(config, "offline", sink, self._step_failed)
+
+    def start(self) -> None:
+        """Start the actors and load the model. Raises PhaseError naming stage, rank and phase where that fails."""
         try:
+            if not ray.is_initialized():
+                self._owns_ray = True
+                ray.init(log_to_driver=False)
             self._call(self._start())
         except BaseException:
             self.close()
             raise
 
+    def generate(self, request: EngineRequest) -> Future[RequestSummary]:
+        return self.engine.generate(request)
+
+    def abort(self, request_id: str) -> Future[None]:
+        return self.engine.abort(request_id)
+
     def close(self) -> None:
-        """End the actors, their placement groups, and the Ray instance if it was started here; safe to call twice."""
+        """Also ends the placement groups, and the Ray instance if `start` began it."""
         if self._closed:
             return
         self._closed = True
@@ -92,20 +104,13 @@ class ActorLane:
         states = [await anext(group.states()) for group in self._groups]
         if down := [state.reason for state in states if not state.is_up]:
             raise RuntimeError("; ".join(down))
-        self._workers = {
-            (stage, tp_rank): worker
-            for stage, state in enumerate(states)
-            for tp_rank, worker in enumerate(state.workers)
-        }
+        self._workers = workers_by_rank(states)
         self.num_blocks = min(state.num_blocks for state in states)
-        host = ray.util.get_node_ip_address()
-        channel = await wire(self._config, self._context, host, EPOCH, self._workers, self.num_blocks)
-        self._watching = asyncio.create_task(self._watch())  # asyncio holds tasks weakly
-        await asyncio.wrap_future(self.engine.attach(channel, EPOCH, self.num_blocks))
+        runs = await start_epoch(self._config, self._context, self.engine, EPOCH, self._workers, self.num_blocks)
+        self._watching = asyncio.create_task(self._watch(runs))  # asyncio holds tasks weakly
 
-    async def _watch(self) -> None:
+    async def _watch(self, runs: dict[Rank, asyncio.Task[None]]) -> None:
         """Wait until a rank leaves its run loop, which none does while the lane is open."""
-        runs = {rank: asyncio.ensure_future(worker.run.remote()) for rank, worker in self._workers.items()}
         await asyncio.wait(runs.values(), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait(runs.values(), timeout=AFTERMATH_S)
         failed = {rank: error for rank, run in runs.items() if run.done() and (error := run.exception()) is not None}
@@ -116,29 +121,30 @@ class ActorLane:
             self.engine.detach("failed")
             self._on_failure(root_cause(failed))
 
-    def _step_failed(self, epoch: int, reason: str) -> None:
-        """The engine gave a step up (called in its thread): say what every rank is doing."""
+    def _step_failed(self, epoch: int, error: Exception) -> None:
+        """Called in the engine's thread."""
         if not self._closed:
-            asyncio.run_coroutine_threadsafe(self._report(reason), self._loop)
+            asyncio.run_coroutine_threadsafe(self._report(error), self._loop)
 
-    async def _report(self, reason: str) -> None:
-        where = []
+    async def _report(self, error: Exception) -> None:
+        """Fail with what every rank is doing beside the error: one of them is the cause."""
+        reasons = [f"{type(error).__name__}: {error}"]
         for (stage, tp_rank), answer in (await progress(self._workers)).items():
-            who = f"stage {stage} rank {tp_rank}"
+            rank = f"stage {stage} rank {tp_rank}"
             if answer is None:
-                where.append(f"{who} does not answer")
+                reasons.append(f"{rank} does not answer")
             elif answer.phase != "idle":
-                where.append(f"{who} in '{answer.phase}' for {answer.seconds:.1f} s")
-        self._on_failure("; ".join([reason, *where]))
+                reasons.append(f"{rank} in '{answer.phase}' for {answer.seconds:.1f} s")
+        self._on_failure("; ".join(reasons))
 
     async def _stop(self) -> None:
         self._close_groups()
         for placement in self._placements:
             remove_placement_group(placement)
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in left:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _close_groups(self) -> None:
         for group in self._groups:
@@ -146,13 +152,13 @@ class ActorLane:
 
 
 def root_cause(failed: dict[Rank, BaseException]) -> str:
-    """The cause among the errors of several ranks: those that only lost a peer are left out where others did not."""
+    """The errors of several ranks as text; those that only lost a peer are left out unless all did."""
 
-    def cause(error: BaseException) -> str:
-        # Ray wraps what was raised; the original has the short message, the wrapper a traceback.
+    def text(error: BaseException) -> str:
+        # Ray wraps what was raised: the original has the short message, the wrapper a traceback.
         original = getattr(error, "cause", None) or error
         return f"{type(original).__name__}: {str(original)[-300:]}"
 
-    reasons = {rank: cause(error) for rank, error in sorted(failed.items())}
+    reasons = {rank: text(error) for rank, error in sorted(failed.items())}
     causes = {rank: reason for rank, reason in reasons.items() if not LOST_PEER.search(reason)} or reasons
     return "; ".join(f"stage {stage} rank {tp_rank}: {reason}" for (stage, tp_rank), reason in causes.items())

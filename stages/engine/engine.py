@@ -22,6 +22,7 @@ from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.stages.engine.epoch import Epoch
 from stagemesh.stages.engine.grammar import GrammarFactory
+from stagemesh.stages.engine.lane import StepTimeout
 from stagemesh.stages.engine.scheduler import Scheduler
 from stagemesh.stages.engine.stats import SchedulerStats, StatsCollector
 from stagemesh.stages.messages.channel import ChannelClosed, LeaderChannel
@@ -52,10 +53,10 @@ class _Request:
 
 
 class Engine:
-    """Runs one lane. `on_failure(epoch, reason)` is called from the engine's thread when a step fails."""
+    """Runs one lane. `on_failure(epoch, error)` is called from the engine's thread when a step fails."""
 
     def __init__(
-        self, config: EngineConfig, lane: str, sink: TokenSink, on_failure: Callable[[int, str], None]
+        self, config: EngineConfig, lane: str, sink: TokenSink, on_failure: Callable[[int, Exception], None]
     ) -> None:
         self._config = config
         self._lane = lane
@@ -158,11 +159,11 @@ class Engine:
         try:
             function()
         except Exception as error:
-            if not isinstance(error, (ChannelClosed, TimeoutError)):
+            if not isinstance(error, (ChannelClosed, StepTimeout)):
                 logger.exception("lane %s: a step failed", self._lane)
             epoch = self._stats.epoch
             self._detach("healing")
-            self._on_failure(epoch, f"{type(error).__name__}: {error}")
+            self._on_failure(epoch, error)
 
     def _publish_stats(self) -> None:
         if time.monotonic() >= self._stats.due_at:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from stagemesh.stages.engine.lane import StepTimeout
 from stagemesh.stages.engine.step import ScheduledStep
 from stagemesh.stages.engine.step_timing import StepTimes
 from stagemesh.stages.messages.channel import LeaderChannel
@@ -60,10 +61,10 @@ class Epoch:
         return self._in_flight[0].due_from + self._step_timeout_s if self._in_flight else None
 
     def check_deadline(self) -> None:
-        """Raises TimeoutError when a step is overdue."""
+        """Raises StepTimeout when a step is overdue."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             number = self._in_flight[0].number
-            raise TimeoutError(f"step {number} had no result within step_timeout_s={self._step_timeout_s:g}")
+            raise StepTimeout(f"step {number} had no result within step_timeout_s={self._step_timeout_s:g}")
 
     def close(self) -> None:
         """Tell the workers to stop, and free the sockets. Raises ChannelClosed where one is out of reach."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagemesh.router.lane_chooser import Choice, LaneChooser, NoLane
+from stagemesh.router.lane_chooser import LaneChoice, LaneChooser, NoLane
 from stagemesh.router.load import BOUND_FACTOR, SLACK_TOKENS
 
 LANES = ["lane-0", "lane-1", "lane-2", "lane-3"]
@@ -40,7 +40,7 @@ def text(seed: int, num_tokens: int = 300) -> list[int]:
     return [rng.randrange(50_000) for _ in range(num_tokens)]
 
 
-def once(router: LaneChooser, prompt: list[int]) -> Choice:
+def once(router: LaneChooser, prompt: list[int]) -> LaneChoice:
     """A request that is over before the next one comes."""
     choice = router.choose("r", prompt)
     router.finished("r")
@@ -222,4 +222,4 @@ def test_the_memory_of_prefixes_is_bounded() -> None:
     router = chooser(*LANES, max_remembered=50)
     for seed in range(100):
         once(router, text(seed))
-    assert len(router._memory) == 50
+    assert len(router._prefixes) == 50

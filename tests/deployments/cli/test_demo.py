@@ -21,7 +21,7 @@ def demo(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     text = (REPO / "config" / "demo.yaml").read_text()
     config = tmp_path / "demo.yaml"
     config.write_text(text.replace("port: 8000", f"port: {port}").replace("port: 9000", f"port: {grpc_port}"))
-    command = [sys.executable, "-m", "stagemesh.deployments.cli.main", "run", str(config)]
+    command = [sys.executable, "-m", "stagemesh.deployments.cli", "run", str(config)]
     log = (tmp_path / "log").open("w+")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
     try:

@@ -124,10 +124,13 @@ def test_help_shows_every_argument_of_the_engine(
         assert "--" + name.replace("_", "-") in output
 
 
-def test_the_installed_command_answers_within_moments() -> None:
+@pytest.mark.parametrize(
+    "command",
+    [[str(Path(sys.executable).with_name("stagemesh"))], [sys.executable, "-m", "stagemesh.deployments.cli"]],
+    ids=["stagemesh", "module"],
+)
+def test_the_installed_command_answers_within_moments(command: list[str]) -> None:
     # Neither Ray nor torch is imported for it, or --help would take seconds.
-    done = subprocess.run(
-        [Path(sys.executable).with_name("stagemesh"), "run", "missing.yaml"], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "run", "missing.yaml"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: config='missing.yaml': cannot be read")

@@ -11,13 +11,22 @@ import zmq
 from support.harness import DEMO
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
-from stagemesh.deployments.lane.supervisor import Lane
+from stagemesh.deployments.lane.supervisor import LaneSupervisor
 from stagemesh.deployments.lane.worker_group import GroupState
+from stagemesh.stages.messages.request import LaneStats, TokenDelta
+
+
+class Sink:
+    """Listens to nothing: no token comes."""
+
+    def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
+        return True
+
+    def publish(self, stats: LaneStats) -> None:
+        pass
 
 
 class BrokenGroup:
-    """Stands in for the WorkerGroup and for the engine, which is not asked for anything."""
-
     async def states(self) -> AsyncIterator[GroupState]:
         yield GroupState(0, reason="loading")
         raise OSError("the disk is gone")
@@ -29,7 +38,7 @@ def test_a_lane_whose_supervisor_fails_does_not_wait_for_the_deadline() -> None:
     group: Any = BrokenGroup()
 
     async def start() -> None:
-        lane = Lane(config, "lane-a", context, group, [], engine=group)
+        lane = LaneSupervisor(config, "lane-a", context, group, [], Sink())
         try:
             await asyncio.wait_for(lane.start(), 10)
         finally:
@@ -52,7 +61,7 @@ def test_a_lane_that_is_not_whole_in_time_says_what_it_waits_for() -> None:
     group: Any = SlowGroup()
 
     async def start() -> None:
-        lane = Lane(config, "lane-a", context, group, [], engine=group)
+        lane = LaneSupervisor(config, "lane-a", context, group, [], Sink())
         try:
             await lane.start()
         finally:

@@ -1,8 +1,10 @@
-"""A lane inside the process: what it frees when it cannot start, and the expert load that it reports."""
+"""A lane inside the process: what `stages/engine/lane.py` promises, and the expert load that it reports."""
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import zmq
 from support.model_harness import Part, ThreadLane, make_checkpoint, some_token_ids
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
+from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.offline.local_lane import LocalLane
-from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenDelta
+from stagemesh.stages.messages.request import EngineRequest, LaneStats, RequestSummary, TokenDelta
 from stagemesh.stages.worker.model_runner import ModelRunner
 
 
@@ -47,9 +50,49 @@ def test_a_lane_that_cannot_start_leaves_no_socket_open(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(zmq, "Context", Recorded)
     monkeypatch.setattr(ModelRunner, "allocate_kv", no_room)
+    lane = LocalLane(resolve(make_checkpoint(tmp_path)), Sink(), on_failure=print)
     with pytest.raises(MemoryError):
-        LocalLane(resolve(make_checkpoint(tmp_path)), Sink(), on_failure=print)
+        lane.start()
     assert contexts and all(context.closed for context in contexts)
+    lane.close()
+
+
+def test_a_lane_may_be_closed_before_it_started(tmp_path: Path) -> None:
+    threads = set(threading.enumerate())
+    lane = LocalLane(resolve(make_checkpoint(tmp_path)), Sink(), on_failure=print)
+    lane.close()
+    lane.close()
+    assert set(threading.enumerate()) <= threads
+
+
+def test_a_lane_keeps_its_promises(tmp_path: Path) -> None:
+    threads = set(threading.enumerate())
+    sink, failures = Sink(), list[str]()
+    lane = LocalLane(resolve(make_checkpoint(tmp_path)), sink, failures.append)
+    lane.start()
+
+    def generate(name: str, max_tokens: int) -> Future[RequestSummary]:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0, ignore_eos=True)
+        return lane.generate(EngineRequest(name, some_token_ids(5, seed=1), params, "router"))
+
+    together = {name: generate(name, 6) for name in ("a", "b", "c")}
+    for name, future in together.items():
+        assert future.result(30).num_tokens == 6
+        assert len(sink.token_ids[name]) == 6, "the sink had them before the future ended"
+    with pytest.raises(ConfigError, match="max_model_len"):
+        lane.generate(EngineRequest("too long", [5] * 10_000, SamplingParams(), "router")).result(30)
+    lane.abort("never heard of").result(30)
+    lane.abort("a").result(30)
+    endless = generate("endless", 1000)
+    lane.abort("endless").result(30)
+    assert endless.result(30).finish_reason == "abort"
+    cut_off = generate("cut off", 1000)
+    lane.close()
+    lane.close()
+    for future in (cut_off, generate("late", 1)):
+        with pytest.raises(RuntimeError, match="shut down"):
+            future.result(30)
+    assert set(threading.enumerate()) <= threads and not failures
 
 
 def test_every_token_of_every_step_is_in_the_expert_load_of_the_lane(tmp_path: Path) -> None:
@@ -57,11 +100,12 @@ def test_every_token_of_every_step_is_in_the_expert_load_of_the_lane(tmp_path: P
     prompts = {f"r{n}": some_token_ids(n, seed=n) for n in (3, 8, 21)}
     sink, failures = Sink(), list[str]()
     lane = LocalLane(resolve(folder), sink, failures.append)
+    lane.start()
     try:
         # One after another, so that each last step is one token.
         for name, prompt in prompts.items():
             params = SamplingParams(max_tokens=6, temperature=0.0, seed=0, ignore_eos=True)
-            lane.engine.generate(EngineRequest(name, prompt, params, "router")).result(30)
+            lane.generate(EngineRequest(name, prompt, params, "router")).result(30)
         # The last token of an answer is not computed.
         computed = [prompt + sink.token_ids[name][:-1] for name, prompt in prompts.items()]
         expected = expert_tokens(folder, computed)

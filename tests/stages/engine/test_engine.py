@@ -19,6 +19,7 @@ from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
 from stagemesh.stages.engine.engine import Engine
+from stagemesh.stages.engine.lane import StepTimeout
 from stagemesh.stages.engine.step_timing import StepTimes
 from stagemesh.stages.messages import channel as channel_module
 from stagemesh.stages.messages.channel import LeaderChannel, RouterLinks, bind_random_port
@@ -124,13 +125,13 @@ class Bench:
         self.config = EngineConfig.resolve(EngineArgs.parse(args))
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.sink = Sink()
-        self.failures: list[tuple[int, str]] = []
+        self.failures: list[tuple[int, Exception]] = []
         self.failed = threading.Event()
         self.workers: list[FakeWorker] = []
         self.engine = Engine(self.config, "lane", self.sink, self._on_failure)
 
-    def _on_failure(self, epoch: int, reason: str) -> None:
-        self.failures.append((epoch, reason))
+    def _on_failure(self, epoch: int, error: Exception) -> None:
+        self.failures.append((epoch, error))
         self.failed.set()
 
     def wire(self, epoch: int, *, mute: bool = False, step_s: float = 0.0) -> FakeWorker:
@@ -203,7 +204,8 @@ def test_a_silent_worker_fails_the_epoch_by_the_step_deadline_and_requests_go_on
     done = bench.engine.generate(EngineRequest("r", [7, 8, 9], params(), "router"))
     assert bench.failed.wait(10)
     assert bench.failures[0][0] == 1
-    assert "step_timeout_s=0.5" in bench.failures[0][1]
+    error = bench.failures[0][1]
+    assert isinstance(error, StepTimeout) and "step_timeout_s=0.5" in str(error)
     assert silent.stopped.wait(5), "a broken epoch is told to stop"
     bench.wire(2)
     assert done.result(10).num_tokens == 20
@@ -346,7 +348,7 @@ def test_nobody_waits_for_an_engine_that_an_error_has_ended(bench: Bench, monkey
 
 def test_whatever_is_asked_of_an_engine_while_it_closes_is_answered(bench: Bench) -> None:
     for _ in range(50):
-        engine = Engine(bench.config, "lane", Sink(), lambda epoch, reason: None)
+        engine = Engine(bench.config, "lane", Sink(), lambda epoch, error: None)
         asked: list[Future[Any]] = []
 
         def ask(engine: Engine = engine, asked: list[Future[Any]] = asked) -> None:
