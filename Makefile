@@ -27,8 +27,9 @@ $(BIN)/python:
 serve: .venv/serve-installed ## run $(CONFIG), say when it is ready, clean up afterwards
 	$(BIN)/python -m stagemesh.deployments.cli.main run $(CONFIG)
 
+# Two processes: the tests that start Ray, which mostly wait, beside the others.
 test: install ## all tests; ARGS='-k word' for some
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: install .typing/stagemesh ## lint, format, types, and who imports whom
 	$(BIN)/ruff check .

@@ -131,7 +131,7 @@ def running_cluster() -> Iterator[Cluster]:
     from ray import serve
 
     adopt_orphans()  # Serve's HAProxy outlives its manager when the cluster goes quickly
-    ray.init(num_cpus=8, include_dashboard=True, log_to_driver=False, configure_logging=False)
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
     cluster = Cluster(free_port(), free_port())
     try:
         serve.start(
