@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from support.harness import Cluster, running_cluster
 
-os.environ["RAY_worker_niceness"] = "0"  # Ray's own 15 starves its processes beside tests that compute
+# Ray's own 15 starves its processes beside tests that compute.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray reads it in this spelling
 
 SAME_APPLICATION = ["test_layouts", "test_serving", "test_failures"]
 """Files of which each begins with the application that the one before ends with, so that it need not start again."""
