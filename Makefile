@@ -10,19 +10,26 @@ PACKAGES := config deployments kernels router stages
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-install: .venv/installed ## create .venv with everything, also what the tests need
+install: .venv/test-installed ## create .venv with everything, also what the tests need
 
-# Again only when what is asked for has changed.
-.venv/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+# Each again only when what is asked for has changed.
+.venv/serve-installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
-serve: install ## run $(CONFIG), say when it is ready, clean up afterwards
+.venv/test-installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch .venv/serve-installed $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+serve: .venv/serve-installed ## run $(CONFIG), say when it is ready, clean up afterwards
 	$(BIN)/python -m stagemesh.deployments.cli.main run $(CONFIG)
 
+# Two processes: the tests that start Ray, which mostly wait, beside the others.
 test: install ## all tests; ARGS='-k word' for some
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: install .typing/stagemesh ## lint, format, types, and who imports whom
 	$(BIN)/ruff check .

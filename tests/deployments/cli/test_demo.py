@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.harness import REPO, chat, eventually, free_port
+from support.harness import REPO, chat, eventually, free_port, haproxy_ports
 
 
 @pytest.fixture
@@ -23,7 +23,8 @@ def demo(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     config.write_text(text.replace("port: 8000", f"port: {port}").replace("port: 9000", f"port: {grpc_port}"))
     command = [sys.executable, "-m", "stagemesh.deployments.cli", "run", str(config)]
     log = (tmp_path / "log").open("w+")
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    env = os.environ | haproxy_ports()
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=env)
     try:
         yield f"http://127.0.0.1:{port}", process
     finally:

@@ -6,31 +6,26 @@ import os
 import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
-from ray.util.state import list_actors
 from support.harness import Cluster, chat, eventually
+
+from stagemesh.deployments.cli.processes import descendants
 
 NUM_REQUESTS = 8
 PROMPTS = [f"Act {i}. Enter the king and" for i in range(NUM_REQUESTS)]
 BODY = {"model": "demo", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
 
 
-def pids(class_part: str, name_part: str = "") -> list[int]:
-    """Processes of live actors by class and actor name."""
-    return [
-        actor.pid
-        for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
-        if class_part in actor.class_name and name_part in (actor.name or "")
-    ]
+VICTIMS = {"worker": "ray::ShardWorker.run", "stage-1": ":stage-1", "leader": ":stage-0"}
+"""By a part of the title that Ray gives the process."""
 
 
 def victim(kind: str) -> int:
-    if kind == "worker":
-        return pids("ShardWorker")[-1]
-    stage = {"stage-1": "stage-1", "leader": "stage-0"}[kind]
-    return pids("ServeReplica", f"#{stage}#")[0]
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants()}
+    return [pid for pid, title in titles.items() if title.startswith("ray::") and VICTIMS[kind] in title][-1]
 
 
 def complete(cluster: Cluster, prompt: str) -> httpx.Response:

@@ -12,8 +12,8 @@ LAYOUTS = [
     (2, 1, None, ["gloo"]),
     (4, 1, None, ["gloo"]),
     (1, 2, None, ["gloo", "object_store"]),
-    (2, 2, None, ["gloo", "object_store"]),
     (1, 3, "2,5,1", ["gloo", "object_store"]),
+    (2, 2, None, ["object_store", "gloo"]),  # last, as the files that follow serve with it too
 ]
 CASES = [(tp, pp, split, name) for tp, pp, split, names in LAYOUTS for name in names]
 
