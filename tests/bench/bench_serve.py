@@ -84,7 +84,7 @@ def main() -> None:
     }
     results = []
     print(f"Machine: {machine()}. Prompts of 64 random tokens, 64 output tokens, closed loop over HTTP.\n")
-    print("| model | TP×PP | clients | out tok/s | TTFT p50/p99 ms | TPOT p50/p99 ms | outside the model ms/step |")
+    print("| model | TP×PP | clients | out tok/s | TTFT p50/p99 ms | TPOT p50/p99 ms | step overhead ms |")
     print("|---|---|---|---|---|---|---|")
     with running_cluster() as cluster:
         for model in options.model or list(folders):

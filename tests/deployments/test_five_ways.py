@@ -67,7 +67,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "seeded, min_p": {"prompt": "ROMEO:", "max_tokens": 24, **SEEDED, "min_p": 0.05, "temperature": 1.4},
     "negative seed": {"prompt": "ROMEO:", "max_tokens": 9, "temperature": 1.0, "seed": -3},
     "n=3": {"prompt": "JULIET:", "max_tokens": 16, **SEEDED, "n": 3},
-    "n=3, chat": {"messages": SUM, "max_tokens": 16, **SEEDED, "n": 3},
+    "n=3, chat": {"messages": [{"role": "user", "content": "Speak, citizen!"}], "max_tokens": 16, **SEEDED, "n": 3},
     "stop strings": {"prompt": "First Citizen:", "max_tokens": 48, **GREEDY, "stop": ["STOP0", "STOP1"]},
     "stop string, shown": {
         "prompt": "First Citizen:",
