@@ -25,7 +25,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 serve: .venv/serve-installed ## run $(CONFIG), say when it is ready, clean up afterwards
-	$(BIN)/python -m stagemesh.deployments.cli.main run $(CONFIG)
+	$(BIN)/python -m stagemesh.deployments.cli run $(CONFIG)
 
 # Two processes: the tests that start Ray, which mostly wait, beside the others.
 test: install ## all tests; ARGS='-k word' for some

@@ -1,8 +1,7 @@
-"""Prometheus metrics under vLLM's names, so that dashboards made for vLLM show stagemesh.
+"""Prometheus metrics under vLLM's names, so that vLLM's dashboards work.
 
-What a lane knows is read from the lanes' stats when Prometheus asks; what a request felt is measured here,
-by the router that served it. With several routers the lanes' numbers are the same in each, and the
-histograms add up.
+Lane metrics come from the lanes' stats and are the same in every router; latencies are measured by the router that
+served the request, so histograms of several routers add up.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _LANE_METRICS: tuple[tuple[str, str, Callable[[LaneStats], float]], ...] = (
 
 
 class Metrics:
-    """The metrics of one router, in a registry of its own. Call it from the router's event loop."""
+    """The metrics of one router, in a registry of its own, used from its event loop."""
 
     def __init__(self, model_name: str, lane_stats: Callable[[], Iterable[LaneStats]]) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
@@ -94,10 +93,9 @@ class _LaneCollector(Collector):
         yield from self._expert_metrics(lane_stats)
 
     def _expert_metrics(self, lane_stats: list[LaneStats]) -> Iterator[Metric]:
-        """Of lanes whose model is a mixture of experts. Workers report about once a second; every step is counted.
+        """Of mixtures of experts. Workers report about once a second; every step is counted.
 
-        The counter tells which experts are busy over time; the imbalance is that of one step, in which the busiest
-        expert of a layer keeps the others waiting.
+        The imbalance is that of one step, in which the others wait for a layer's busiest expert.
         """
         tokens = CounterMetricFamily(
             "stagemesh:expert_tokens_total",
