@@ -1,4 +1,4 @@
-"""From a YAML's `args` to a Serve application: one Router deployment and one deployment per stage."""
+"""From a YAML's `args` to a Serve application: the router and the stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stagemesh.stages.text.tokenizer import Tokenizer
 UNLIMITED_REQUESTS = 100_000
 """No limit by Serve: the scheduler queues, and the router bounds."""
 HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
-"""Serve's default period is 10 s, in which a dead replica goes unnoticed."""
+"""Notices a dead replica sooner than Serve's default of 10 s."""
 STAGE_AUTOSCALING = {
     "target_ongoing_requests": 1,  # one lease per replica
     "metrics_interval_s": 0.5,
@@ -90,7 +90,7 @@ def _num_replicas(config: EngineConfig, autoscaling: dict[str, Any] | None) -> d
 
 
 def _resources(config: EngineConfig) -> dict[str, Any]:
-    """A placement group per replica, on one node: bundle 0 for the replica, one for each of its ranks."""
+    """A placement group on one node: bundle 0 for the replica, then one per rank."""
     num_cpus = config.num_cpus_per_worker
     return {
         "ray_actor_options": {"num_cpus": num_cpus},

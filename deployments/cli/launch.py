@@ -1,6 +1,6 @@
 """`serve run` with settings and ports checked first; no process is left behind.
 
-Imports neither Ray nor torch, which take seconds, so that mistakes are reported at once.
+Imports neither Ray nor torch, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from stagemesh.deployments.cli.processes import adopt_orphans, end_descendants, 
 
 POLL_PERIOD_S = 0.3
 STOP_TIMEOUT_S = 120.0
-"""For draining and stopping; then Serve is killed."""
+"""Then Serve is killed."""
 END_GRACE_S = 5.0
 
 
 def launch(path: Path) -> int:
-    """Run a Serve config file until it ends or a signal stops it; returns the exit status.
+    """Run a Serve config file; returns the exit status.
 
     SIGINT, SIGTERM and SIGHUP stop Serve gracefully, a second one at once. Raises ConfigError before anything starts.
     """
@@ -82,8 +82,7 @@ def check_port(field: str, host: str, port: int) -> None:
 def _count_signals() -> list[int]:
     """A list that grows with every stop signal.
 
-    Call it before the child starts: a child inherits an ignored signal, as SIGINT is in a shell's background jobs,
-    but gets the default for a handled one.
+    Call it before the child starts: a child inherits ignored signals (SIGINT in a background job), not handled ones.
     """
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -1,4 +1,4 @@
-"""The command line. The flags of `serve` are the fields of EngineArgs, with their defaults and help."""
+"""The command line. The flags of `serve` are the fields of EngineArgs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _option(name: str) -> inspect.Parameter:
-    """A field of EngineArgs as an option; None = not set, not written to the YAML."""
+    """A field of EngineArgs as an option; None = not set."""
     field = EngineArgs.model_fields[name]
     flag = "--" + name.replace("_", "-")
     kinds: set[Any] = set(get_args(field.annotation)) or {field.annotation}

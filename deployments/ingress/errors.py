@@ -24,12 +24,12 @@ class BodyTooLarge(ConfigError):
 
 
 class ErrorKind(msgspec.Struct, frozen=True):
+    """type, code: fields of OpenAI's error object."""
+
     http_status: int
     grpc_code: grpc.StatusCode
     type: str = "invalid_request_error"
-    """OpenAI's `error.type`."""
     code: str | None = None
-    """OpenAI's `error.code`."""
     retry_after_s: int | None = None
     """Sent as Retry-After."""
 
@@ -59,7 +59,6 @@ class ErrorReport(msgspec.Struct, frozen=True):
     param: str | None = None
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
         return openai_error(self.message, type=self.kind.type, param=self.param, code=self.kind.code)
 
 

@@ -1,8 +1,7 @@
 """The gRPC frontend: `stagemesh.v1.Inference` and `grpc.health.v1.Health` around an InferenceService.
 
-Ray Serve calls the method named like the rpc with the request and, by the parameter name `grpc_context`, a context, as
-`grpc.aio` servers do. Errors are set on the context and the call returns: Serve would log an exception with a traceback
-for every mistyped request.
+Serve calls the method named like the rpc, with the context as `grpc_context`. Errors are set on the context, because
+Serve would log an exception with its traceback for every mistyped request.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from stagemesh.deployments.proto import inference_pb2 as pb
 from stagemesh.stages.text.output import DecodedLogprob, OutputProcessor, TextDelta
 
 HEALTH_POLL_S = 0.5
-"""How often Watch checks."""
 
 ResponseT = TypeVar("ResponseT", pb.GenerateResponse, pb.ChatResponse)
 ChunkT = TypeVar("ChunkT", pb.GenerateChunk, pb.ChatChunk)
@@ -42,7 +40,7 @@ class GrpcContext(Protocol):
 
 
 class GrpcApi:
-    """One method per rpc. A mixin for the ingress deployment, which sets `inference_service`."""
+    """A mixin for the ingress deployment, which sets `inference_service`."""
 
     inference_service: InferenceService
 
@@ -184,7 +182,7 @@ async def _whole(
     content: Callable[[OutputProcessor], dict[str, Any]],
     grpc_context: GrpcContext,
 ) -> ResponseT:
-    """The whole response. choice: the type of a choice. content: its text or message field."""
+    """choice: the type of a choice. content: its text or message field."""
     try:
         stream = await accepting
         await stream.collect()
@@ -211,7 +209,7 @@ async def _chunks(
     content: Callable[[TextDelta], dict[str, Any]],
     grpc_context: GrpcContext,
 ) -> AsyncGenerator[ChunkT, None]:
-    """The response delta by delta, then its usage. content: the text or message fields of a chunk."""
+    """Deltas, then the usage. content: the text or message fields of a chunk."""
     try:
         stream = await accepting
         async with aclosing(stream.deltas()) as deltas:

@@ -37,7 +37,7 @@ from stagemesh.deployments.openai.schema import OpenAIRequest
 from stagemesh.stages.text.output import OutputProcessor
 
 MAX_DISCARDED_BYTES = 32 << 20
-"""Of a body that is too large: read and dropped before the connection is closed."""
+"""Read and dropped of a body that is too large, before the connection is closed."""
 
 RequestT = TypeVar("RequestT", bound=OpenAIRequest)
 
@@ -99,7 +99,6 @@ class HttpApi:
             return _error_response(report_error(error))
 
     async def health(self, request: Request) -> Response:
-        """200 while this process runs."""
         return JSON({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
@@ -145,7 +144,7 @@ class AbortableResponse(Response):
 
 
 class WholeResponse(AbortableResponse):
-    """The result of `compute` as one JSON object."""
+    """`compute()` as one JSON object."""
 
     def __init__(self, compute: Callable[[], Awaitable[msgspec.Struct]]) -> None:
         super().__init__()
@@ -163,8 +162,8 @@ class WholeResponse(AbortableResponse):
 class StreamedResponse(AbortableResponse):
     """Server-sent events, one write per delta.
 
-    The status is sent with the first delta, so that an earlier failure gets an error status. A later one is an event
-    with the error object, and the stream ends without [DONE].
+    An error before the first delta gets its own status; a later one is an event with the error object, and the stream
+    ends without [DONE].
     """
 
     def __init__(self, stream: GenerationStream, chunks: ChunkWriter) -> None:
@@ -202,7 +201,6 @@ def _response(
     writer: type[ChunkWriter],
     whole: Callable[[GenerationStream, bool], msgspec.Struct],
 ) -> Response:
-    """Streamed or whole, as the request says."""
     return_token_ids = body.return_token_ids is True
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage is True
@@ -216,7 +214,7 @@ def _response(
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` to its end; cancel it when the client leaves or this call is cancelled."""
+    """Run `work`; cancel it when the client leaves or this call is cancelled."""
 
     async def until_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -235,10 +233,10 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) ->
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """Raises BodyTooLarge for more than `max_bytes`, of which nothing is kept.
+    """Raises BodyTooLarge for more than `max_bytes`.
 
     A body somewhat too large is still read to its end: else the closing server would reset the connection, and the
-    client, still sending, would see that instead of the error.
+    client, still sending, would not see the error.
     """
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdecimal() else 0

@@ -39,7 +39,7 @@ class RayLaneClient:
     """A `LaneClient` over Ray Serve. One per router replica."""
 
     def __init__(self, leaders: DeploymentHandle[Any], view: LaneView, lane_timeout_s: float) -> None:
-        """lane_timeout_s: how long a request may wait until some lane takes it."""
+        """lane_timeout_s: for some lane to take a request."""
         self._leaders = leaders
         self._lane_timeout_s = lane_timeout_s
         self._view = view
@@ -50,7 +50,7 @@ class RayLaneClient:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
-        """Receive tokens and find the lanes; call it in the event loop that serves requests."""
+        """Call it in the event loop that serves requests."""
         self._view.start()
         self._keep(asyncio.create_task(self._receive()))
         # A handle learns of its replicas with its first call.

@@ -1,7 +1,7 @@
 """What a router process knows about the lanes: which run, their load, where requests went.
 
-Serve's long poll brings the running leaders (through `LaneRouter`); each leader publishes its stats by ZeroMQ at the
-address in its replica metadata; the router adds the requests it has sent since.
+Serve's long poll brings the running leaders (through `LaneRouter`), whose replica metadata has the ZeroMQ address of
+their stats; the router adds the requests it has sent since.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stagemesh.router.load import MAX_OPEN_REQUESTS
 from stagemesh.stages.messages.request import EngineRequest, LaneStats
 
 STALE_AFTER_S = 5.0
-"""Leaders publish every second even when idle; one silent for longer is not counted."""
+"""Leaders publish every second, even when idle."""
 
 
 class LaneView:
@@ -42,7 +42,7 @@ class LaneView:
         self._listen()
 
     def set_lanes(self, addresses: dict[str, str]) -> None:
-        """addresses: where each running leader publishes its stats, by lane id."""
+        """addresses: of the running leaders' stats, by lane id."""
         with self._lock:
             self._addresses = dict(addresses)
             self._stats = {lane: stats for lane, stats in self._stats.items() if lane in addresses}
@@ -51,7 +51,7 @@ class LaneView:
             self._loop.call_soon_threadsafe(self._listen)
 
     def choose(self, request: EngineRequest) -> list[str]:
-        """Lane ids, best first; empty: no lane is known. Remembers the reason by request id."""
+        """Lane ids, best first; empty if no lane is known."""
         with self._lock:
             try:
                 choice = self._chooser.choose(request.request_id, request.prompt_token_ids)
@@ -106,4 +106,4 @@ class LaneView:
 
 
 VIEW = LaneView()
-"""One per process: Serve itself makes the request router, so it can meet the Router only here."""
+"""One per process: where Serve's request router and the Router meet."""

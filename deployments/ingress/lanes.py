@@ -8,10 +8,9 @@ from typing import Protocol
 from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenDelta
 
 TokenStream = AsyncGenerator[TokenDelta, None]
-"""Tokens of one request; ends after the delta that has a finish_reason.
+"""Tokens of one request, up to the delta that has a finish_reason.
 
-`aclose()`, or cancelling the task that waits in `__anext__`, aborts the request in its lane at once. Closing twice, or
-after the end, does nothing.
+`aclose()`, or cancelling the task that waits in `__anext__`, aborts the request at once; after the end it does nothing.
 """
 
 
@@ -19,16 +18,9 @@ class LaneClient(Protocol):
     """All lanes behind one router. Called from one event loop only."""
 
     def generate(self, request: EngineRequest) -> TokenStream:
-        """Start the request on a lane, at the latest when the first delta is awaited.
+        """Starts at the latest when the first delta is awaited. Raises LaneError, here or while iterating."""
 
-        Raises LaneError, here or while iterating.
-        """
-        ...
-
-    def lane_stats(self) -> list[LaneStats]:
-        """The latest of every lane."""
-        ...
+    def lane_stats(self) -> list[LaneStats]: ...
 
     def ready(self) -> bool:
         """Whether some lane can generate now."""
-        ...

@@ -1,7 +1,6 @@
 """Prometheus metrics under vLLM's names, so that vLLM's dashboards work.
 
-Lane metrics come from the lanes' stats and are the same in every router; latencies are measured by the router that
-served the request, so histograms of several routers add up.
+Every router shows the stats of all lanes, but latencies of its own requests only: their histograms add up.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _LANE_METRICS: tuple[tuple[str, str, Callable[[LaneStats], float]], ...] = (
 
 
 class Metrics:
-    """The metrics of one router, in a registry of its own, used from its event loop."""
+    """Of one router, in a registry of its own. Call it from the router's event loop."""
 
     def __init__(self, model_name: str, lane_stats: Callable[[], Iterable[LaneStats]]) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
@@ -73,7 +72,6 @@ class Metrics:
         self.finished = {reason: finished.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
 
     def render(self) -> bytes:
-        """The Prometheus text format."""
         return generate_latest(self._registry)
 
 
@@ -93,10 +91,7 @@ class _LaneCollector(Collector):
         yield from self._expert_metrics(lane_stats)
 
     def _expert_metrics(self, lane_stats: list[LaneStats]) -> Iterator[Metric]:
-        """Of mixtures of experts. Workers report about once a second; every step is counted.
-
-        The imbalance is that of one step, in which the others wait for a layer's busiest expert.
-        """
+        """Of mixtures of experts. Workers report about once a second; every step is counted, the imbalance is of one."""
         tokens = CounterMetricFamily(
             "stagemesh:expert_tokens_total",
             "Tokens routed to the experts of a number, over all mixture layers: tokens x top_k x layers in all.",

@@ -12,7 +12,7 @@ from stagemesh.stages.messages.request import EngineRequest
 
 
 class LaneRouter(RequestRouter):
-    """`request_router_class` of the leader deployment; runs in each router replica."""
+    """Runs in each router replica."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)

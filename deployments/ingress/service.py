@@ -1,7 +1,4 @@
-"""Between the frontends (HTTP, gRPC) and the lanes: accepts requests and streams their text.
-
-Frontends parse and write their own format; tokens become text in stages/text.
-"""
+"""Between the frontends and the lanes: accepts requests and streams their text, which stages/text makes."""
 
 from __future__ import annotations
 
@@ -49,7 +46,7 @@ class GenerationStream:
             OutputProcessor(index, request, tokenizer, prompt.make_tool_parser and prompt.make_tool_parser())
             for index, (prompt, request) in enumerate((p, request) for p in prompts for request in p.requests)
         ]
-        """All choices of the first prompt, then those of the next; each holds its output so far."""
+        """All choices of the first prompt, then those of the next."""
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._choices_per_prompt = len(prompts[0].requests)
         self._lanes = lanes
@@ -95,9 +92,9 @@ class InferenceService:
         sampling_defaults: Mapping[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
-        """
-        model_names: a response carries the one that was requested, else the first. sampling_defaults: for fields that a
-        request leaves out; see generation_config.py. The others are those of InputProcessor.
+        """model_names: a response has the requested one, else the first.
+
+        sampling_defaults: for fields that a request leaves out. The others: see InputProcessor.
         """
         self.metrics = Metrics(model_names[0], lanes.lane_stats)
         self.max_model_len = max_model_len
@@ -109,7 +106,7 @@ class InferenceService:
 
     @property
     def max_body_bytes(self) -> int:
-        """16 bytes per token of max_model_len, escaped text or token ids; at least 1 MiB."""
+        """16 bytes per token, escaped text or ids; at least 1 MiB."""
         return max(1 << 20, 16 * self.max_model_len)
 
     def ready(self) -> bool:
@@ -187,7 +184,7 @@ async def _run(function: Callable[[], Result], *, is_slow: bool) -> Result:
 
 
 async def _generate(choice: OutputProcessor, lanes: LaneClient, metrics: Metrics) -> AsyncGenerator[TextDelta, None]:
-    """One choice, as its lane generates it. Closing this, or an error, aborts it there."""
+    """Closing this, or an error, aborts the choice in its lane."""
     started = time.perf_counter()
     last = 0.0
     outcome = "abort"

@@ -39,7 +39,7 @@ class ChunkWriter:
         self._is_opened = [False] * len(stream.choices)
 
     def delta(self, delta: TextDelta) -> bytes:
-        """The event for new tokens of one choice, after the one that opens the choice, if any."""
+        """The event for new tokens of one choice, after its opening event, if any."""
         opening = b""
         if not self._is_opened[delta.index]:
             self._is_opened[delta.index] = True
@@ -56,7 +56,7 @@ class ChunkWriter:
         return opening + self._head + choice + self._tail
 
     def end(self) -> bytes:
-        """What follows the last delta: usage if requested, and the end mark."""
+        """Usage if requested, and the end mark."""
         if not self._include_usage:
             return DONE
         return self._head + b'],"usage":' + _json(self._stream.usage) + b"}\n\n" + DONE

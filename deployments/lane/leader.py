@@ -1,4 +1,4 @@
-"""The Leader deployment: stage 0 of a lane, and its face to Serve and the routers."""
+"""The Leader deployment: stage 0 of a lane, and its verbs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Leader:
         await self.start()
 
     async def start(self) -> None:
-        """Load, lease, wire and generate once: a replica that is ready has generated."""
+        """A replica that is ready has generated once."""
         try:
             await self._group.start()
             await self._lane.start()
@@ -54,7 +54,7 @@ class Leader:
         logger.info("lane %s: %s", self._lane_id, capacity)
 
     async def generate(self, request: EngineRequest) -> RequestSummary:
-        """Run a request to its end. Tokens go to `request.reply_to`; cancelling aborts it."""
+        """Tokens go to `request.reply_to`; cancelling this call aborts the request."""
         try:
             return await asyncio.wrap_future(self._lane.engine.generate(request))
         except asyncio.CancelledError:
@@ -72,11 +72,11 @@ class Leader:
         self._links.close()
 
     async def lane_id(self) -> str:
-        """No effect: a caller that gets a reply knows that a lane is up."""
+        """No effect: a reply says that a lane is up."""
         return self._lane_id
 
     def record_replica_metadata(self) -> dict[str, str]:
-        """Where this lane publishes its stats; Serve passes it to the routers."""
+        """Where routers get this lane's stats."""
         return {"lane": self._lane_id, "stats": self._links.stats_address}
 
     async def check_health(self) -> None:

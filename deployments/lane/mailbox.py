@@ -15,7 +15,7 @@ NO_EPOCH = -1
 
 
 class Mailbox:
-    """Arrived tensors by step. One reader (the run loop), any number of writers."""
+    """By step. One reader (the run loop), any number of writers."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()

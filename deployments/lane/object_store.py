@@ -1,7 +1,6 @@
-"""Activations through Ray's object store: works wherever Ray does, slower than point-to-point.
+"""Activations through Ray's object store, as arguments of actor calls: slower than point-to-point, works everywhere.
 
-A tensor is an argument of an actor call to the same rank of the next stage. Calls may run in any order: each has its
-step.
+Calls may run in any order, so each carries its step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The start of an epoch, and calls to all ranks with a deadline that names the late ones."""
+"""The start of an epoch; calls to all ranks with one deadline."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Rank = tuple[int, int]
 Answer = TypeVar("Answer")
 PROGRESS_TIMEOUT_S = 2.0
 MAX_ERROR_CHARS = 600
-"""The end of a remote traceback names the error; the log has all of it."""
+"""The end of a remote traceback names the error."""
 
 
 class PhaseError(RuntimeError):
-    """A phase of a lane's start-up failed or timed out; names stage, rank and phase."""
+    """Names the phase of a start-up, and stage and rank of every failure."""
 
     def __init__(self, phase: str, failures: Mapping[Rank, str]) -> None:
         self.phase = phase
@@ -48,10 +48,10 @@ async def start_epoch(
     workers: Mapping[Rank, Any],
     num_blocks: int,
 ) -> dict[Rank, asyncio.Task[None]]:
-    """Connect all ranks, start their run loops, attach the engine: the lane serves when this returns.
+    """Connect all ranks, start their run loops, attach the engine: then the lane serves.
 
-    workers: ShardWorker actors, all loaded and none running. Returns the run loop of each, which ends when the rank
-    leaves the epoch, with an error if it lost a peer or failed. Raises PhaseError.
+    workers: ShardWorkers, all loaded and none running. Returns the run loop of each, which ends with the epoch; with an
+    error if the rank failed or lost a peer. Raises PhaseError.
     """
     timeout_s = config.startup_timeout_s
     opened = {rank: worker.open.remote(epoch) for rank, worker in workers.items()}

@@ -1,4 +1,4 @@
-"""The Stage deployment: a replica is a copy of a later stage, leased to one lane at a time."""
+"""The Stage deployment: a copy of a later stage, leased to one lane at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stagemesh.deployments.lane.worker_group import GroupState, WorkerGroup
 logger = logging.getLogger("ray.serve")
 
 LEADER_CHECK_PERIOD_S = 0.5
-"""Serve does not cancel the open call of a caller that died, so a leased stage polls its leader."""
+"""Serve does not cancel the open call of a caller that died."""
 
 
 class Stage:
@@ -31,10 +31,7 @@ class Stage:
             raise
 
     async def lease(self, leader: ActorHandle, lane: str) -> AsyncIterator[GroupState]:
-        """Belong to `lane` while this stream is open; ends when the leader's process has died.
-
-        Yields the group's state now and at every change.
-        """
+        """Yields the group's state now and at every change, until the leader's process dies."""
         logger.info("stage %d: leased to lane %s", self._stage, lane)
         states = self._group.states()
         next_state = asyncio.ensure_future(anext(states))
@@ -53,9 +50,8 @@ class Stage:
             logger.info("stage %d: lease of lane %s ended", self._stage, lane)
 
     def __del__(self) -> None:
-        group = getattr(self, "_group", None)
-        if group is not None:
-            group.close()
+        if hasattr(self, "_group"):
+            self._group.close()
 
 
 async def until_dead(actor: ActorHandle) -> None:

@@ -1,4 +1,4 @@
-"""Keeps a lane whole: leases of the later stages, one epoch after another, healing."""
+"""Leases, epochs and healing of a lane."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("ray.serve")
 
 RETRY_PAUSE_S = 0.3
 STOP_TIMEOUT_S = 5.0
-"""A rank still in the run loop of a broken epoch by then counts as hung and is killed."""
+"""A rank still in the run loop of a broken epoch by then is killed."""
 
 
 class LaneSupervisor:
@@ -40,7 +40,7 @@ class LaneSupervisor:
         later_stages: Sequence[DeploymentHandle[Any]],
         sink: TokenSink,
     ) -> None:
-        """own_group: of stage 0. The caller keeps it and `context`, and closes them."""
+        """own_group: of stage 0. The caller closes it and `context`."""
         self._config = config
         self._lane = lane
         self._context = context
@@ -88,7 +88,7 @@ class LaneSupervisor:
             raise RuntimeError(f"lane {self._lane} has been broken for {broken_s:.0f} s: {self._waiting_for()}")
 
     def close(self) -> None:
-        """End the leases and the engine; safe to call twice."""
+        """Safe to call twice."""
         for task in self._tasks:
             task.cancel()
         self._tasks.clear()

@@ -1,4 +1,4 @@
-"""The ShardWorker actor: one rank in a process of its own. Only there it imports torch."""
+"""The ShardWorker actor. Imports torch only in its own process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stagemesh.deployments.lane.mailbox import Mailbox, Raw
 from stagemesh.stages.messages.wiring import Endpoints, Progress, Wiring
 
 MAX_CONCURRENCY = 8
-"""Threads: one each for `watch` and `run`, the others for `stop`, `progress` and `deliver`."""
+"""Threads: `watch` and `run` occupy one each, the others serve short calls."""
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=MAX_CONCURRENCY)
@@ -39,7 +39,7 @@ class ShardWorker:
         self._worker.load()
 
     def profile(self) -> int:
-        """The number of KV blocks that fit."""
+        """The number of KV blocks."""
         return self._worker.profile()
 
     def open(self, epoch: int) -> Endpoints:
@@ -69,12 +69,12 @@ class ShardWorker:
         return self._worker.progress()
 
     def deliver(self, epoch: int, step: int, hidden: Raw) -> None:
-        """Called by the stage before, with its activations."""
+        """Called by the stage before."""
         self._mailbox.put(epoch, step, hidden)
 
 
 def limit_threads(config: EngineConfig) -> None:
-    """Share the cores among the ranks of a lane; more threads than cores slow every step."""
+    """Share the cores among a lane's ranks: more threads slow every step."""
     import torch
 
     cores = len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""The ShardWorker actors of one stage replica: its tensor-parallel group."""
+"""The tensor-parallel group of ShardWorkers of one stage replica."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rank_resources(config: EngineConfig) -> dict[str, float]:
 
 
 def workers_by_rank(states: Sequence[GroupState]) -> dict[Rank, ActorHandle]:
-    """All workers of a lane. states: by stage."""
+    """states: by stage."""
     return {
         (stage, tp_rank): worker for stage, state in enumerate(states) for tp_rank, worker in enumerate(state.workers)
     }
@@ -65,7 +65,7 @@ class WorkerGroup:
     """Makes, loads and replaces the workers; when one dies, the others keep their weights."""
 
     def __init__(self, config: EngineConfig, stage: int, placement: PlacementGroup | None = None) -> None:
-        """placement: one bundle per rank; None = that of this Serve replica, whose bundle 0 is its own."""
+        """placement: one bundle per rank; None = this Serve replica's, whose bundle 0 is its own."""
         self._placement = placement
         self._config = config
         self._stage = stage
@@ -75,7 +75,7 @@ class WorkerGroup:
         self._repair: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Bring all ranks up. Raises PhaseError."""
+        """Raises PhaseError."""
         await self._bring_up(range(len(self._members)))
 
     async def states(self) -> AsyncIterator[GroupState]:

@@ -1,4 +1,4 @@
-"""Tokens on their way from the engine's thread to the calls of an `LLM`."""
+"""From the engine's thread to the calls of an `LLM`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stagemesh.stages.messages.request import LaneStats, TokenDelta
 
 
 class LaneFailed(RuntimeError):
-    """The lane can run no further step; names the rank and the cause."""
+    """Names the rank and the cause."""
 
 
 class Inbox(TokenSink):
@@ -33,7 +33,7 @@ class Inbox(TokenSink):
             self._calls.pop(call, None)
 
     def fail(self, failure: LaneFailed) -> None:
-        """Every open and later call raises the first failure; later ones are its effects."""
+        """Every call, open or later, raises the first failure."""
         with self._lock:
             if self._failure is None:
                 self._failure = failure

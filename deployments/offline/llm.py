@@ -1,7 +1,6 @@
 """`LLM`: a model in a script, without a server, with vLLM's arguments and results.
 
-One rank runs inside the script's own process (local_lane.py); several are Ray actors (ray_lane.py). Both use the engine
-of the server, so the answers are the same.
+One rank runs in the script's own process (local_lane.py), several as Ray actors (ray_lane.py).
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ IGNORED_VLLM_ARGS = {
     "tokenizer_mode",
     "trust_remote_code",
 }
-"""vLLM's arguments about its inner workings, not the answers: accepted, and logged as unused."""
+"""About vLLM's inner workings: accepted, and logged as unused."""
 DTYPES = {"half": "float16", "float": "float32"}
 """vLLM's short names."""
 
@@ -116,7 +115,7 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a call without `sampling_params` uses: the model's own defaults, if any."""
+        """The model's own defaults, if any."""
         return SamplingParams(**default_sampling(self.config))
 
     def generate(
@@ -129,7 +128,7 @@ class LLM:
         """Answer every prompt.
 
         sampling_params: one for all, or one per prompt. Raises ConfigError naming the prompt that cannot run,
-        before any of them does, and LaneFailed with rank and cause when the lane breaks.
+        before any does, and LaneFailed when the lane breaks.
         """
         texts_and_prompts = [_text_and_prompt(i, prompt) for i, prompt in enumerate(_as_list(prompts))]
         call = _new_id()
@@ -316,18 +315,19 @@ def _as_list(prompts: Any) -> list[Any]:
 
 
 def _text_and_prompt(i: int, prompt: Prompt) -> tuple[str | None, str | list[int]]:
-    """The text of a prompt, if known, and what the model gets: text to be tokenized, or token ids."""
+    """Its text, if known, and what the model gets: text to be tokenized, or token ids."""
     if isinstance(prompt, str):
         return prompt, prompt
     if not isinstance(prompt, Mapping):
         return None, list(prompt)
-    text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    if text is None and token_ids is None:
+    text = prompt.get("prompt")
+    if (token_ids := prompt.get("prompt_token_ids")) is not None:
+        return text, list(token_ids)
+    if text is None:
         raise ConfigError(f"prompts[{i}]", dict(prompt), "must hold 'prompt' or 'prompt_token_ids'")
-    return text, text if token_ids is None else list(token_ids)
+    return text, text
 
 
 def _progress(use_tqdm: bool | ProgressBar, total: int) -> closing[Any]:
-    """A progress bar over prompts."""
     make = use_tqdm if callable(use_tqdm) else tqdm
     return closing(make(total=total, desc="Processed prompts", dynamic_ncols=True, disable=not use_tqdm))

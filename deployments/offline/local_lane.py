@@ -1,4 +1,4 @@
-"""A lane of one rank inside the calling process: two threads, joined by the channel that joins them everywhere."""
+"""A lane of one rank inside the calling process: two threads, no Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stagemesh.stages.worker.worker import Worker
 
 HOST = "127.0.0.1"
 EPOCH = 1
-"""The only one: a failure here is a bug, which a new epoch in the same process would meet again."""
+"""The only one: wired again, the same process would fail again."""
 JOIN_TIMEOUT_S = 30.0
 
 
@@ -38,7 +38,7 @@ class LocalLane(Lane):
         )
 
     def start(self) -> None:
-        """Load the model. Raises ConfigError if the checkpoint or the memory does not fit."""
+        """Raises ConfigError if the checkpoint or the memory does not fit."""
         try:
             self._worker.load()
             self.num_blocks = self._worker.profile()

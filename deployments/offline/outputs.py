@@ -35,21 +35,19 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One answer."""
-
     index: int
     """Of the prompt's `n` answers."""
     text: str
     token_ids: Sequence[int]
     """Includes the token that ended the answer."""
     cumulative_logprob: float | None = None
-    """Sum over the answer's tokens, if logprobs were requested."""
+    """If logprobs were requested."""
     logprobs: list[dict[int, Logprob]] | None = None
     """Per generated token: itself and the likeliest ones, by token id."""
     finish_reason: str | None = None
     """"stop" or "length"."""
     stop_reason: int | str | None = None
-    """The stop string or stop token id that ended the answer; None for EOS and "length"."""
+    """The stop string or stop token id; None for EOS and "length"."""
     tool_calls: list[ToolCall] = field(default_factory=list)
     """If `LLM.chat` had a tool_choice."""
 
@@ -59,8 +57,6 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """One prompt and its answers."""
-
     request_id: str
     prompt: str | None
     """None for a prompt of token ids only."""
@@ -68,10 +64,10 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """Per prompt token; None for the first, which nothing comes before."""
+    """Per prompt token; None for the first."""
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
-    """Prompt tokens that came from the prefix cache."""
+    """Prompt tokens from the prefix cache."""
     lora_request: None = None
 
 
@@ -92,7 +88,7 @@ class PoolingOutput:
 
 @dataclass
 class PoolingRequestOutput(Generic[OutputT]):
-    """One text and the pooled hidden states of it."""
+    """One text and its pooled hidden states."""
 
     request_id: str
     outputs: OutputT

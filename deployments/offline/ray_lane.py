@@ -1,4 +1,4 @@
-"""A lane of Ray actors for a script, without Ray Serve. It does not heal: the script is told which rank failed."""
+"""A lane of Ray actors for a script, without Ray Serve and without healing."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 EPOCH = 1
 AFTERMATH_S = 1.0
-"""For other ranks to fail too after the first, so that the root cause is among the errors."""
+"""For other ranks to fail too: the first error may be an effect."""
 LOST_PEER = re.compile(r"Connection (closed|reset)|gloo|NCCL|epoch \d+ is over|no activations for step", re.IGNORECASE)
-"""The error of a rank that lost a peer: an effect, not the cause."""
+"""Errors of a rank that lost a peer: effects, not causes."""
 
 Result = TypeVar("Result")
 
@@ -52,7 +52,7 @@ class RayLane(Lane):
         self.engine = Engine(config, "offline", sink, self._step_failed)
 
     def start(self) -> None:
-        """Start the actors and load the model. Raises PhaseError."""
+        """Raises PhaseError."""
         try:
             if not ray.is_initialized():
                 self._owns_ray = True
@@ -83,7 +83,7 @@ class RayLane(Lane):
             ray.shutdown()
 
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run `work` in the lane's event loop and wait."""
+        """Run `work` in the lane's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # -- in the lane's event loop ------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class RayLane(Lane):
         self._watching = asyncio.create_task(self._watch(runs))  # asyncio holds tasks weakly
 
     async def _watch(self, runs: dict[Rank, asyncio.Task[None]]) -> None:
-        """Wait until a rank leaves its run loop, which none should while the lane is open."""
+        """Wait until a rank leaves its run loop, as none should."""
         await asyncio.wait(runs.values(), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait(runs.values(), timeout=AFTERMATH_S)
         failed = {rank: error for rank, run in runs.items() if run.done() and (error := run.exception()) is not None}
@@ -121,7 +121,7 @@ class RayLane(Lane):
             asyncio.run_coroutine_threadsafe(self._report(error), self._loop)
 
     async def _report(self, error: Exception) -> None:
-        """Fail with the error and what every rank is doing: one of them is the cause."""
+        """Fail with the error and what every rank is doing."""
         reasons = [f"{type(error).__name__}: {error}"]
         for (stage, tp_rank), answer in (await progress(self._workers)).items():
             rank = f"stage {stage} rank {tp_rank}"
@@ -146,7 +146,7 @@ class RayLane(Lane):
 
 
 def root_cause(failed: dict[Rank, BaseException]) -> str:
-    """The errors of several ranks as text, without those that only lost a peer unless all did."""
+    """The errors as text, without those that only lost a peer unless all did."""
 
     def text(error: BaseException) -> str:
         # Ray wraps the error: the original has the short message, the wrapper a traceback.
