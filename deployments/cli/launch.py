@@ -1,7 +1,4 @@
-"""`serve run` with settings and ports checked first; no process is left behind.
-
-Imports neither Ray nor torch, so that mistakes are reported at once.
-"""
+"""`serve run` with settings and ports checked first and no process left behind. Imports neither Ray nor torch: fast."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ logger = logging.getLogger("ray.serve")
 
 Rank = tuple[int, int]
 """(stage, tp_rank)"""
-Answer = TypeVar("Answer")
+Reply = TypeVar("Reply")
 PROGRESS_TIMEOUT_S = 2.0
 MAX_ERROR_CHARS = 600
 """The end of a remote traceback names the error."""
@@ -73,8 +73,8 @@ async def start_epoch(
     return runs
 
 
-async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Answer]], timeout_s: float) -> dict[Rank, Answer]:
-    """One answer per rank. Raises PhaseError at the first failure, which may block the others, or at the deadline."""
+async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Reply]], timeout_s: float) -> dict[Rank, Reply]:
+    """One reply per rank. Raises PhaseError at the first failure, which may block the others, or at the deadline."""
     tasks = {rank: asyncio.ensure_future(call) for rank, call in calls.items()}
     _, pending = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
     failures: dict[Rank, str] = {}
@@ -94,11 +94,11 @@ async def progress(workers: Mapping[Rank, Any]) -> dict[Rank, Progress | None]:
     """What every ShardWorker is doing; None for no answer within PROGRESS_TIMEOUT_S."""
     calls = {rank: asyncio.ensure_future(worker.progress.remote()) for rank, worker in workers.items()}
     await asyncio.wait(calls.values(), timeout=PROGRESS_TIMEOUT_S)
-    answers = {}
+    progress_of = {}
     for rank, call in calls.items():
-        answers[rank] = call.result() if call.done() and call.exception() is None else None
+        progress_of[rank] = call.result() if call.done() and call.exception() is None else None
         call.cancel()
-    return answers
+    return progress_of
 
 
 @contextmanager

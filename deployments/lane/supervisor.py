@@ -1,4 +1,4 @@
-"""Leases, epochs and healing of a lane."""
+"""Leases, epochs and healing of a lane, in the leader's event loop."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ STOP_TIMEOUT_S = 5.0
 
 
 class LaneSupervisor:
-    """The engine of a lane and a worker group per stage, wired again whenever one is lost.
-
-    Lives in the leader's event loop. Requests wait in `engine` while the lane heals.
-    """
+    """A lane's engine and worker groups, wired again whenever one is lost; meanwhile requests wait in `engine`."""
 
     def __init__(
         self,
@@ -202,11 +199,11 @@ class LaneSupervisor:
 
     async def _kill_stuck(self, workers: dict[Rank, Any]) -> None:
         """Kill ranks that do not answer, else the one longest in the model, for which the others wait."""
-        answers = await progress(workers)
-        for answer in filter(None, answers.values()):
-            logger.error("lane %s: %s", self._lane, answer)
-        silent = [rank for rank, answer in answers.items() if answer is None]
-        in_model = {rank: a.seconds for rank, a in answers.items() if a is not None and a.phase == "model"}
+        progress_of = await progress(workers)
+        for state in filter(None, progress_of.values()):
+            logger.error("lane %s: %s", self._lane, state)
+        silent = [rank for rank, state in progress_of.items() if state is None]
+        in_model = {rank: s.seconds for rank, s in progress_of.items() if s is not None and s.phase == "model"}
         longest_first = sorted(in_model, key=lambda rank: -in_model[rank])
         for rank in silent or longest_first[:1]:
             logger.error("lane %s: stage %d rank %d is stuck, killed", self._lane, *rank)

@@ -75,10 +75,7 @@ class OfflineLane(Lane, Protocol):
 
 
 class LLM:
-    """A model, loaded once for any number of calls. Results come in the order of the prompts.
-
-    `close()`, a `with` block or garbage collection ends its threads and processes.
-    """
+    """Loaded once for any number of calls. `close()`, a `with` block or garbage collection ends its processes."""
 
     def __init__(
         self, model: str, *, tokenizer: str | None = None, dtype: Any = "auto", seed: int | None = 0, **engine_args: Any
@@ -125,7 +122,7 @@ class LLM:
         *,
         use_tqdm: bool | ProgressBar = True,
     ) -> list[RequestOutput]:
-        """Answer every prompt.
+        """Answer every prompt; results come in the order of the prompts, as in the methods below.
 
         sampling_params: one for all, or one per prompt. Raises ConfigError naming the prompt that cannot run,
         before any does, and LaneFailed when the lane breaks.

@@ -123,12 +123,12 @@ class RayLane(Lane):
     async def _report(self, error: Exception) -> None:
         """Fail with the error and what every rank is doing."""
         reasons = [f"{type(error).__name__}: {error}"]
-        for (stage, tp_rank), answer in (await progress(self._workers)).items():
+        for (stage, tp_rank), state in (await progress(self._workers)).items():
             rank = f"stage {stage} rank {tp_rank}"
-            if answer is None:
+            if state is None:
                 reasons.append(f"{rank} does not answer")
-            elif answer.phase != "idle":
-                reasons.append(f"{rank} in '{answer.phase}' for {answer.seconds:.1f} s")
+            elif state.phase != "idle":
+                reasons.append(f"{rank} in '{state.phase}' for {state.seconds:.1f} s")
         self._on_failure("; ".join(reasons))
 
     async def _stop(self) -> None:

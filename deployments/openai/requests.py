@@ -92,7 +92,7 @@ class InferenceRequest(OpenAIRequest):
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
-    """vLLM's: of prompt and answer, beside their text."""
+    """vLLM's: of prompt and response, beside their text."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     n: int | None = None
@@ -248,7 +248,7 @@ class ChatRequest(InferenceRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     """Default: auto if there are tools."""
     parallel_tool_calls: bool | None = None
-    """Whether one answer may hold several calls; default true."""
+    """Whether a choice may hold several calls; default true."""
 
     @property
     def num_logprobs(self) -> int | None:

@@ -27,7 +27,7 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     top_logprobs: list[dict[str, float]]
     """The likeliest tokens and the chosen one."""
     text_offset: list[int]
-    """Characters of the answer before each token."""
+    """Characters of the text before each token."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
