@@ -1,4 +1,4 @@
-"""From a YAML's `args` to a Ray Serve application: one Router deployment and one deployment per stage."""
+"""From a YAML's `args` to a Serve application: the router and the stages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from stagemesh.deployments.lane.worker_group import rank_resources
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 UNLIMITED_REQUESTS = 100_000
-"""Of Serve's limit on open calls: the scheduler queues, and the router bounds."""
+"""No limit by Serve: the scheduler queues, and the router bounds."""
 HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
-"""A dead replica is noticed within the period; Serve's default is 10 s."""
+"""Notices a dead replica sooner than Serve's default of 10 s."""
 STAGE_AUTOSCALING = {
     "target_ongoing_requests": 1,  # one lease per replica
     "metrics_interval_s": 0.5,
@@ -31,9 +31,9 @@ STAGE_AUTOSCALING = {
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The `import_path` of every Serve YAML. Raises ConfigError before anything starts."""
+    """The `import_path` of every YAML. Raises ConfigError before anything starts."""
     config = EngineConfig.resolve(EngineArgs.parse(args))
-    # Read here too, so that what is wrong with them is said once and not by every router.
+    # Read here too, so that an error in them is reported once and not by every router.
     Tokenizer.from_folder(config.model_path)
     default_sampling(config)
     later_stages = [_stage(config, stage) for stage in range(1, config.plan.pp_size)]
@@ -90,7 +90,7 @@ def _num_replicas(config: EngineConfig, autoscaling: dict[str, Any] | None) -> d
 
 
 def _resources(config: EngineConfig) -> dict[str, Any]:
-    """A placement group per replica, on one node: bundle 0 for the replica, one for each of its ranks."""
+    """A placement group on one node: bundle 0 for the replica, then one per rank."""
     num_cpus = config.num_cpus_per_worker
     return {
         "ray_actor_options": {"num_cpus": num_cpus},

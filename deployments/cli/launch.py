@@ -1,7 +1,4 @@
-"""`serve run` with settings and ports checked first, a request to try when it is ready, and nothing left behind.
-
-Imports neither Ray nor torch, which take seconds, so that mistakes are reported at once.
-"""
+"""`serve run` with settings and ports checked first and no process left behind. Imports neither Ray nor torch: fast."""
 
 from __future__ import annotations
 
@@ -23,15 +20,14 @@ from stagemesh.deployments.cli.processes import adopt_orphans, end_descendants, 
 
 POLL_PERIOD_S = 0.3
 STOP_TIMEOUT_S = 120.0
-"""How long Serve may take to drain and stop before it is killed."""
+"""Then Serve is killed."""
 END_GRACE_S = 5.0
 
 
 def launch(path: Path) -> int:
-    """Run a Serve config file until it ends or a signal stops it; returns the exit status.
+    """Run a Serve config file; returns the exit status.
 
-    SIGINT, SIGTERM and SIGHUP stop Serve gracefully, a second one at once. Raises ConfigError before anything starts
-    when the settings cannot work or a port is taken.
+    SIGINT, SIGTERM and SIGHUP stop Serve gracefully, a second one at once. Raises ConfigError before anything starts.
     """
     file = ServeFile.read(path)
     config = EngineConfig.resolve(EngineArgs.parse(file.args))
@@ -83,8 +79,7 @@ def check_port(field: str, host: str, port: int) -> None:
 def _count_signals() -> list[int]:
     """A list that grows with every stop signal.
 
-    Call it before the child starts: a child inherits an ignored signal, as SIGINT is in a shell's background jobs, and
-    Serve could not be stopped; a handled one is reset to its default.
+    Call it before the child starts: a child inherits ignored signals (SIGINT in a background job), not handled ones.
     """
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -93,7 +88,7 @@ def _count_signals() -> list[int]:
 
 
 def _serve_command() -> str:
-    """The command `serve` beside this Python, else the one on the PATH."""
+    """`serve` beside this Python, else on the PATH."""
     beside = Path(sys.executable).with_name("serve")
     command = str(beside) if beside.exists() else shutil.which("serve")
     if command is None:

@@ -1,7 +1,4 @@
-"""The command line: `stagemesh serve MODEL --flags`, `stagemesh run FILE`, `stagemesh quantize MODEL …`.
-
-The flags of `serve` are the fields of EngineArgs, with their names, defaults and help from config/engine.py.
-"""
+"""The command line. The flags of `serve` are the fields of EngineArgs."""
 
 from __future__ import annotations
 
@@ -23,22 +20,18 @@ from stagemesh.config.serve_yaml import render
 from stagemesh.deployments.cli.launch import launch
 from stagemesh.deployments.cli.quantize import quantize
 
-SHORT_FLAGS = {
-    "tensor_parallel_size": ("-tp",),
-    "pipeline_parallel_size": ("-pp",),
-    "data_parallel_size": ("-dp",),
-}
+SHORT_FLAGS = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",), "data_parallel_size": ("-dp",)}
 """As in vLLM."""
 MANY_VALUED = {"served_model_name"}
-"""Flags that may be repeated."""
+"""Flags that may repeat."""
 WITH_UNIT = {"kv_cache_memory_bytes"}
-"""Numbers that may be written with a unit."""
+"""Numbers that may have a unit."""
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, help="Large language models, served on Ray.")
 
 
 def main() -> None:
-    """Run the command line. A ConfigError is shown as its message, with exit status 2."""
+    """A ConfigError is shown as its message, with exit status 2."""
     try:
         cli()
     except ConfigError as error:
@@ -75,7 +68,7 @@ def serve(
 
 
 def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """The `args` of the YAML for a command line. Raises ConfigError."""
+    """The `args` of the YAML. Raises ConfigError."""
     args = {"model": model} | flags
     if "autoscaling_config" in args:
         try:
@@ -91,7 +84,7 @@ def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _option(name: str) -> inspect.Parameter:
-    """A field of EngineArgs as an option; None = not set, and then not written to the YAML."""
+    """A field of EngineArgs as an option; None = not set."""
     field = EngineArgs.model_fields[name]
     flag = "--" + name.replace("_", "-")
     kinds: set[Any] = set(get_args(field.annotation)) or {field.annotation}
@@ -114,7 +107,7 @@ def _option(name: str) -> inspect.Parameter:
 
 
 def _refuse_unknown(context: typer.Context, words: list[str]) -> None:
-    """Raises ConfigError for an unknown flag, which typer leaves among the positional words."""
+    """Raises ConfigError for an unknown flag: typer leaves it among the positional words."""
     flags = [flag for option in context.command.params for flag in option.opts]
     for word in words:
         if word.startswith("-"):
@@ -125,7 +118,7 @@ def _refuse_unknown(context: typer.Context, words: list[str]) -> None:
 
 
 def _with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the **flags of `command` by the fields of EngineArgs, in the signature that typer reads."""
+    """Replace **flags by the fields of EngineArgs, in the signature that typer reads."""
     fixed = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
     options = [_option(name) for name in EngineArgs.model_fields if name != "model"]
     signature = inspect.Signature([*fixed, *options])
@@ -136,6 +129,3 @@ def _with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
 cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_with_engine_options(serve))
 cli.command()(quantize)
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The processes below this one, and the one that holds a port, from Linux's /proc. Elsewhere it finds none."""
+"""Child processes and holders of ports, from Linux's /proc; elsewhere none."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Process(NamedTuple):
 
 
 def adopt_orphans() -> None:
-    """From now on, a process below this one becomes its child, not init's, when its parent dies."""
+    """A process below this one becomes its child, not init's, when its parent dies."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def descendants() -> list[int]:
-    """Pids of the living processes below this one."""
+    """Pids of living processes below this one."""
     children = defaultdict(list)
     for pid in _pids():
         with contextlib.suppress(OSError, ValueError):
@@ -45,7 +45,7 @@ def descendants() -> list[int]:
 
 
 def end_descendants(grace_s: float) -> None:
-    """Terminate every process below this one; kill those that live `grace_s` seconds later."""
+    """Terminate all descendants; kill those that live `grace_s` seconds later."""
     _signal(descendants(), signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while (alive := descendants()) and time.monotonic() < deadline:
@@ -54,7 +54,7 @@ def end_descendants(grace_s: float) -> None:
 
 
 def holder_of_port(port: int) -> Process | None:
-    """The process that listens on a TCP port of this machine; None for another user's."""
+    """The process that listens on a TCP port; None for another user's."""
     sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     for pid in _pids():
         with contextlib.suppress(OSError):

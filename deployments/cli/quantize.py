@@ -1,4 +1,4 @@
-"""`stagemesh quantize MODEL --to FORMAT --out DIR`: a checkpoint in a smaller format."""
+"""`stagemesh quantize`: a checkpoint in a smaller format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quantize(
         bool, typer.Option(help="fp8, int8: one activation scale per layer, from the calibration text.")
     ] = False,
 ) -> None:
-    """Quantize MODEL and write it to a folder, in a layout that other engines read as well."""
+    """Quantize MODEL and write it to a folder, in a layout that other engines read too."""
     from stagemesh.stages.quantization.convert import Recipe, quantize_checkpoint  # torch: seconds to import
 
     recipe = Recipe(
@@ -47,7 +47,7 @@ def quantize(
 
 
 def calibration_samples(folder: Path, text: Path, count: int, length: int) -> list[list[int]]:
-    """At most `count` pieces of at most `length` token ids each, from the paragraphs of `text`."""
+    """At most `count` samples of at most `length` token ids, from the paragraphs of `text`."""
     try:
         paragraphs = text.read_text(encoding="utf-8").split("\n\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""One table: what went wrong → HTTP status, OpenAI error object, gRPC code. Both doors answer from it."""
+"""From an exception to HTTP status, OpenAI error object and gRPC code, for both frontends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class UnknownModel(ConfigError):
-    """The request names a model that is not served here."""
+    """The request names an unknown model."""
 
 
 class BodyTooLarge(ConfigError):
@@ -24,14 +24,14 @@ class BodyTooLarge(ConfigError):
 
 
 class ErrorKind(msgspec.Struct, frozen=True):
+    """type, code: fields of OpenAI's error object."""
+
     http_status: int
     grpc_code: grpc.StatusCode
     type: str = "invalid_request_error"
-    """OpenAI's `error.type`."""
     code: str | None = None
-    """OpenAI's `error.code`, for programs to tell errors apart."""
     retry_after_s: int | None = None
-    """Sent as Retry-After where another try may succeed."""
+    """Sent as Retry-After."""
 
 
 _INTERNAL = ErrorKind(500, grpc.StatusCode.INTERNAL, "server_error", "internal_error")
@@ -52,14 +52,13 @@ _BY_LANE_STATUS: dict[str, ErrorKind] = {
 
 
 class ErrorReport(msgspec.Struct, frozen=True):
-    """An error as a client may see it."""
+    """An error as a client sees it."""
 
     kind: ErrorKind
     message: str
     param: str | None = None
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
         return openai_error(self.message, type=self.kind.type, param=self.param, code=self.kind.code)
 
 
@@ -70,7 +69,7 @@ def openai_error(
 
 
 def report_error(error: Exception) -> ErrorReport:
-    """What to tell the client. Our own bugs are logged here, once; the client gets no traceback."""
+    """Bugs of ours are logged here, once; the client gets no traceback."""
     if isinstance(error, LaneError):
         kind = _BY_LANE_STATUS[error.status]
         if kind is _INTERNAL:

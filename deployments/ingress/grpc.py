@@ -1,11 +1,7 @@
-"""The gRPC door: `stagemesh.v1.Inference` and `grpc.health.v1.Health` around an InferenceService.
+"""The gRPC frontend: `stagemesh.v1.Inference` and `grpc.health.v1.Health` around an InferenceService.
 
-Ray Serve's gRPC ingress calls the method of the ingress deployment that is named like the rpc, with the
-request and, by the parameter name `grpc_context`, a context. `grpc.aio` servers call servicers alike, so
-tests need no Ray.
-
-Errors are set on the context and the call returns: an exception raised through Serve would be logged with a
-traceback for every mistyped request.
+Serve calls the method named like the rpc, with the context as `grpc_context`. Errors are set on the context, because
+Serve would log an exception with its traceback for every mistyped request.
 """
 
 from __future__ import annotations
@@ -18,12 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf import json_format
-from grpc_health.v1.health_pb2 import (
-    HealthCheckRequest,
-    HealthCheckResponse,
-    HealthListRequest,
-    HealthListResponse,
-)
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.ingress.errors import report_error
@@ -33,7 +24,6 @@ from stagemesh.deployments.proto import inference_pb2 as pb
 from stagemesh.stages.text.output import DecodedLogprob, OutputProcessor, TextDelta
 
 HEALTH_POLL_S = 0.5
-"""How often Watch looks for a change of readiness."""
 
 ResponseT = TypeVar("ResponseT", pb.GenerateResponse, pb.ChatResponse)
 ChunkT = TypeVar("ChunkT", pb.GenerateChunk, pb.ChatChunk)
@@ -42,7 +32,7 @@ _SERVICES = ("", pb.DESCRIPTOR.services_by_name["Inference"].full_name)
 
 
 class GrpcContext(Protocol):
-    """The part of RayServegRPCContext, and of grpc.aio.ServicerContext, that is used here."""
+    """What RayServegRPCContext and grpc.aio.ServicerContext share."""
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
 
@@ -50,19 +40,19 @@ class GrpcContext(Protocol):
 
 
 class GrpcApi:
-    """One method per rpc. A mixin for the ingress deployment; set `inference_service` before any call."""
+    """A mixin for the ingress deployment, which sets `inference_service`."""
 
     inference_service: InferenceService
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: GrpcContext) -> pb.GenerateResponse:
         accepting = self._accept_generate(request, stream=False)
-        return await _whole(accepting, pb.GenerateResponse, pb.GenerateChoice, _text_of_choice, grpc_context)
+        return await _whole(accepting, pb.GenerateResponse, pb.GenerateChoice, _text, grpc_context)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         accepting = self._accept_generate(request, stream=True)
-        async with aclosing(_chunks(accepting, pb.GenerateChunk, _text_of_delta, grpc_context)) as chunks:
+        async with aclosing(_chunks(accepting, pb.GenerateChunk, _text, grpc_context)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -83,7 +73,7 @@ class GrpcApi:
         return pb.ModelsResponse(models=[pb.Model(id=card.id, max_model_len=card.max_model_len) for card in cards])
 
     async def Check(self, request: HealthCheckRequest, grpc_context: GrpcContext) -> HealthCheckResponse:
-        """grpc.health.v1: SERVING while some lane can generate."""
+        """SERVING while some lane can generate."""
         if request.service not in _SERVICES:
             grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
             grpc_context.set_details(f"unknown service {request.service!r}")
@@ -93,7 +83,7 @@ class GrpcApi:
     async def Watch(
         self, request: HealthCheckRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[HealthCheckResponse, None]:
-        """grpc.health.v1: the status now and whenever it changes, until the client leaves."""
+        """The status now and at every change, until the client leaves."""
         last = None
         while True:
             status = self._health(request.service)
@@ -103,7 +93,6 @@ class GrpcApi:
             await asyncio.sleep(HEALTH_POLL_S)
 
     async def List(self, request: HealthListRequest, grpc_context: GrpcContext) -> HealthListResponse:
-        """grpc.health.v1: the status of every service."""
         statuses = {name: HealthCheckResponse(status=self._health(name)) for name in _SERVICES}
         return HealthListResponse(statuses=statuses)
 
@@ -114,7 +103,7 @@ class GrpcApi:
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
     async def _accept_generate(self, request: pb.GenerateRequest, *, stream: bool) -> GenerationStream:
-        # Through the HTTP schema, so that both doors accept and refuse the same.
+        # Through the HTTP schema, so that both frontends accept and refuse the same.
         fields = _shared_fields(request, stream)
         kind = request.WhichOneof("prompt")
         if kind is not None:
@@ -143,7 +132,7 @@ class GrpcApi:
 
 
 def _shared_fields(request: pb.GenerateRequest | pb.ChatRequest, stream: bool) -> dict[str, Any]:
-    """The fields that are set, by the names that HTTP uses, which are the same."""
+    """The fields that are set; HTTP has the same names."""
     fields: dict[str, Any] = {"stream": stream}
     if request.model:
         fields["model"] = request.model
@@ -151,9 +140,9 @@ def _shared_fields(request: pb.GenerateRequest | pb.ChatRequest, stream: bool) -
         if descriptor.name == "logit_bias":
             fields["logit_bias"] = {str(token_id): bias for token_id, bias in value.items()}
         elif descriptor.name == "structured_outputs":
-            form = value.WhichOneof("form")
-            given = list(value.choice.texts) if form == "choice" else getattr(value, form or "json")
-            fields["structured_outputs"] = {form: given} if form else {}
+            constraint = value.WhichOneof("form")
+            content = list(value.choice.texts) if constraint == "choice" else getattr(value, constraint or "json")
+            fields["structured_outputs"] = {constraint: content} if constraint else {}
         else:
             fields[descriptor.name] = value if isinstance(value, (bool, int, float)) else list(value)
     return fields
@@ -183,7 +172,7 @@ def _tool(i: int, tool: pb.Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-# ---- answers
+# ---- responses
 
 
 async def _whole(
@@ -193,7 +182,7 @@ async def _whole(
     content: Callable[[OutputProcessor], dict[str, Any]],
     grpc_context: GrpcContext,
 ) -> ResponseT:
-    """The whole answer. choice: its type. content: the fields of a choice that hold what was said."""
+    """choice: the type of a choice. content: its text or message field."""
     try:
         stream = await accepting
         await stream.collect()
@@ -211,13 +200,7 @@ async def _whole(
         )
         for one in stream.choices
     ]
-    return response(
-        id=stream.id,
-        model=stream.model,
-        created=stream.created,
-        choices=choices,
-        usage=_usage(stream),
-    )
+    return response(id=stream.id, model=stream.model, created=stream.created, choices=choices, usage=_usage(stream))
 
 
 async def _chunks(
@@ -226,7 +209,7 @@ async def _chunks(
     content: Callable[[TextDelta], dict[str, Any]],
     grpc_context: GrpcContext,
 ) -> AsyncGenerator[ChunkT, None]:
-    """The answer piece by piece, then its usage. content: the fields of a chunk that hold what was said."""
+    """Deltas, then the usage. content: the text or message fields of a chunk."""
     try:
         stream = await accepting
         async with aclosing(stream.deltas()) as deltas:
@@ -244,12 +227,8 @@ async def _chunks(
         _fail(grpc_context, error)
 
 
-def _text_of_choice(choice: OutputProcessor) -> dict[str, Any]:
-    return {"text": choice.text}
-
-
-def _text_of_delta(delta: TextDelta) -> dict[str, Any]:
-    return {"text": delta.text}
+def _text(output: OutputProcessor | TextDelta) -> dict[str, Any]:
+    return {"text": output.text}
 
 
 def _message_of_choice(choice: OutputProcessor) -> dict[str, Any]:
@@ -271,11 +250,7 @@ def _message_of_delta(delta: TextDelta) -> dict[str, Any]:
 def _logprobs(logprobs: Sequence[DecodedLogprob]) -> list[pb.TokenLogprob]:
     return [
         pb.TokenLogprob(
-            token_id=entry.token_id,
-            text=entry.bytes,
-            logprob=entry.logprob,
-            rank=entry.rank,
-            top=_logprobs(entry.top),
+            token_id=entry.token_id, text=entry.bytes, logprob=entry.logprob, rank=entry.rank, top=_logprobs(entry.top)
         )
         for entry in logprobs
     ]

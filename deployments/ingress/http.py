@@ -1,4 +1,4 @@
-"""The HTTP door: OpenAI's API as a Starlette app around an InferenceService."""
+"""The HTTP frontend: OpenAI's API as a Starlette app around an InferenceService."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from stagemesh.deployments.openai.schema import OpenAIRequest
 from stagemesh.stages.text.output import OutputProcessor
 
 MAX_DISCARDED_BYTES = 32 << 20
-"""How much of a body that is too large is read and thrown away before the connection is closed."""
+"""Read and dropped of a body that is too large, before the connection is closed."""
 
 RequestT = TypeVar("RequestT", bound=OpenAIRequest)
 
 
 def build_http_app(service: InferenceService) -> Starlette:
-    """All HTTP routes. Errors, those of routing too, are OpenAI error objects."""
+    """All routes. Errors, those of routing too, are OpenAI error objects."""
     api = HttpApi(service)
     return Starlette(
         routes=[
@@ -68,15 +68,12 @@ class JSON(Response):
 
 
 class HttpApi:
-    """One method per route."""
-
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
     async def completions(self, request: Request) -> Response:
         async def accept(body: CompletionRequest) -> Response:
-            stream = await self._service.complete(body)
-            return _response(body, stream, CompletionChunks, _completion_response)
+            return _response(body, await self._service.complete(body), CompletionChunks, _completion_response)
 
         return await self._accept(request, CompletionRequest, accept)
 
@@ -102,11 +99,10 @@ class HttpApi:
             return _error_response(report_error(error))
 
     async def health(self, request: Request) -> Response:
-        """200 while this process runs."""
         return JSON({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 while some lane can generate."""
+        """200 while some lane can generate, else 503."""
         if self._service.ready():
             return JSON({"status": "ready"})
         error = openai_error("no lane can generate yet", type="server_error", code="no_lane")
@@ -118,7 +114,7 @@ class HttpApi:
     async def _accept(
         self, request: Request, schema: type[RequestT], accept: Callable[[RequestT], Awaitable[Response]]
     ) -> Response:
-        """Read and validate the request; the model runs when the returned response is called."""
+        """Validate the request; the model runs when the returned response is called."""
         try:
             return await accept(schema.parse(await _read_body(request, self._service.max_body_bytes)))
         except ClientDisconnect:
@@ -128,10 +124,9 @@ class HttpApi:
 
 
 class AbortableResponse(Response):
-    """A response that is computed while it is sent, and is given up at once when the client leaves.
+    """Computed while it is sent, and cancelled as soon as the client leaves.
 
-    Starlette's StreamingResponse would notice a departure only by its next write where the server speaks
-    ASGI 2.4, which is too late for a sequence that waits in a queue.
+    With ASGI 2.4, Starlette's StreamingResponse notices that only by its next write: too late for a queued sequence.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -149,7 +144,7 @@ class AbortableResponse(Response):
 
 
 class WholeResponse(AbortableResponse):
-    """What `compute` returns as one JSON object, when it is complete."""
+    """`compute()` as one JSON object."""
 
     def __init__(self, compute: Callable[[], Awaitable[msgspec.Struct]]) -> None:
         super().__init__()
@@ -165,10 +160,10 @@ class WholeResponse(AbortableResponse):
 
 
 class StreamedResponse(AbortableResponse):
-    """The answer as server-sent events, one write per piece of text, nothing held back.
+    """Server-sent events, one write per delta.
 
-    The status is sent with the first piece, so a request that fails before it gets a proper error status. A
-    later failure is an event that holds the error object, and the stream ends there without [DONE].
+    An error before the first delta gets its own status; a later one is an event with the error object, and the stream
+    ends without [DONE].
     """
 
     def __init__(self, stream: GenerationStream, chunks: ChunkWriter) -> None:
@@ -206,7 +201,6 @@ def _response(
     writer: type[ChunkWriter],
     whole: Callable[[GenerationStream, bool], msgspec.Struct],
 ) -> Response:
-    """The answer in the way that the request wants it."""
     return_token_ids = body.return_token_ids is True
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage is True
@@ -220,7 +214,7 @@ def _response(
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` to its end, or cancel it as soon as the client has left (or this call is cancelled)."""
+    """Run `work`; cancel it when the client leaves or this call is cancelled."""
 
     async def until_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -239,10 +233,10 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) ->
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge for more than `max_bytes`, of which it keeps nothing.
+    """Raises BodyTooLarge for more than `max_bytes`.
 
-    A body somewhat too large is read to its end nevertheless: were it left unread, the closing server would
-    reset the connection, and the client, still sending, would see that in place of our answer.
+    A body somewhat too large is still read to its end: else the closing server would reset the connection, and the
+    client, still sending, would not see the error.
     """
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdecimal() else 0

@@ -1,4 +1,4 @@
-"""A router's way to the lanes: one lifetime call per request over Serve, tokens by the side channel."""
+"""From a router to the lanes: one lifetime call per request over Serve, tokens over ZeroMQ."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from stagemesh.stages.messages.request import (
 logger = logging.getLogger("ray.serve")
 
 Arrived = TokenDelta | LaneError | None
-"""What a request waits for: tokens, the reason why there will be none, or (None) the end of its lifetime call."""
+"""Tokens, the reason why there will be none, or (None) the end of the lifetime call."""
 LAST_TOKENS_TIMEOUT_S = 5.0
-"""How long tokens may still be on their way after the lifetime call has returned."""
+"""How long tokens may arrive after the lifetime call has returned."""
 
 
 class RayLaneClient:
-    """Implements `deployments.lanes.LaneClient` over Ray Serve. One per router replica."""
+    """A `LaneClient` over Ray Serve. One per router replica."""
 
     def __init__(self, leaders: DeploymentHandle[Any], view: LaneView, lane_timeout_s: float) -> None:
-        """`lane_timeout_s`: how long a request may wait until some lane takes it."""
+        """lane_timeout_s: for some lane to take a request."""
         self._leaders = leaders
         self._lane_timeout_s = lane_timeout_s
         self._view = view
@@ -50,7 +50,7 @@ class RayLaneClient:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
-        """Begin to take tokens in, and find the lanes; in the event loop that will serve requests."""
+        """Call it in the event loop that serves requests."""
         self._view.start()
         self._keep(asyncio.create_task(self._receive()))
         # A handle learns of its replicas with its first call.
@@ -63,13 +63,13 @@ class RayLaneClient:
         return any(stats.state == "serving" for stats in self.lane_stats())
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Tokens of one request as they come. Closing the iterator aborts the request on its lane."""
+        """Closing the iterator aborts the request on its lane."""
         request_id = request.request_id
         request = msgspec.structs.replace(request, reply_to=self._address)
         queue: asyncio.Queue[Arrived] = asyncio.Queue()
         self._queues[request_id] = queue
-        # In a context of its own: calls made from one HTTP request would share its id, by which Serve tells
-        # requests that wait for a replica apart, and all but the last would wait for ever.
+        # In a context of its own: calls made from one HTTP request share its id, by which Serve tells requests
+        # that wait for a replica apart, so all but the last would wait for ever.
         response = contextvars.Context().run(self._leaders.generate.remote, request)
         ended = asyncio.ensure_future(response)
         ended.add_done_callback(lambda _: queue.put_nowait(None))
@@ -87,7 +87,7 @@ class RayLaneClient:
                 arrived = await queue.get()
                 if isinstance(arrived, LaneError):
                     raise arrived
-                delta = arrived or await self._after_the_call(ended, queue)
+                delta = arrived or await self._late_delta(ended, queue)
                 finished = delta.finish_reason is not None
                 yield delta
         finally:
@@ -97,8 +97,8 @@ class RayLaneClient:
             if not finished and not ended.done():
                 response.cancel()
 
-    async def _after_the_call(self, ended: asyncio.Future[RequestSummary], queue: asyncio.Queue[Arrived]) -> TokenDelta:
-        """The lifetime call is over before the last token came: it failed, or the rest is on its way."""
+    async def _late_delta(self, ended: asyncio.Future[RequestSummary], queue: asyncio.Queue[Arrived]) -> TokenDelta:
+        """Its call ended before the last token came. Raises LaneError, ConfigError for a refused request."""
         error = ended.exception()
         if error is not None:
             raise LaneError("lost", f"the lane running this request was lost ({type(error).__name__})") from error
@@ -111,8 +111,7 @@ class RayLaneClient:
             delta = None
         if not isinstance(delta, TokenDelta):
             raise LaneError(
-                "internal",
-                f"the last of {summary.num_tokens} tokens did not come in {LAST_TOKENS_TIMEOUT_S:g} s",
+                "internal", f"the last of {summary.num_tokens} tokens did not come in {LAST_TOKENS_TIMEOUT_S:g} s"
             )
         queue.put_nowait(None)  # more may be on its way
         return delta
@@ -131,7 +130,7 @@ class RayLaneClient:
         logger.info("first lane found: %s", lane)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
-        """asyncio holds tasks weakly; and a failure nobody awaits must still be seen."""
+        """asyncio holds tasks weakly; a failure that nobody awaits must still be logged."""
         self._tasks.add(task)
         task.add_done_callback(self._dropped)
 
@@ -139,5 +138,5 @@ class RayLaneClient:
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        if not isinstance(error, RequestCancelledError):  # that one is our own doing: the client has left
+        if not isinstance(error, RequestCancelledError):  # our own doing: the client has left
             logger.warning("%s: %s", type(error).__name__, str(error).splitlines()[-1:])

@@ -1,8 +1,6 @@
-"""Prometheus metrics under vLLM's names, so that dashboards made for vLLM show stagemesh.
+"""Prometheus metrics under vLLM's names, so that vLLM's dashboards work.
 
-What a lane knows is read from the lanes' stats when Prometheus asks; what a request felt is measured here,
-by the router that served it. With several routers the lanes' numbers are the same in each, and the
-histograms add up.
+Every router shows the stats of all lanes, but latencies of its own requests only: their histograms add up.
 """
 
 from __future__ import annotations
@@ -20,33 +18,33 @@ _SLOW_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 9
 
 # (name, help, value of one lane); a name that ends in _total is a counter.
 _LANE_METRICS: tuple[tuple[str, str, Callable[[LaneStats], float]], ...] = (
-    ("vllm:num_requests_running", "Requests in the running batch.", lambda d: d.num_running),
-    ("vllm:num_requests_waiting", "Requests waiting to be scheduled.", lambda d: d.num_waiting),
+    ("vllm:num_requests_running", "Requests in the running batch.", lambda stats: stats.num_running),
+    ("vllm:num_requests_waiting", "Requests waiting to be scheduled.", lambda stats: stats.num_waiting),
     (
         "vllm:kv_cache_usage_perc",
         "KV cache blocks in use, 1 = all.",
-        lambda d: 1 - d.num_free_blocks / d.num_blocks if d.num_blocks else 0.0,
+        lambda stats: 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0,
     ),
-    ("stagemesh:kv_blocks_free", "KV cache blocks free or evictable.", lambda d: d.num_free_blocks),
-    ("stagemesh:kv_blocks_total", "KV cache blocks in all.", lambda d: d.num_blocks),
-    ("vllm:num_preemptions_total", "Sequences preempted.", lambda d: d.num_preemptions),
-    ("vllm:prefix_cache_queries_total", "Prompt tokens looked up.", lambda d: d.prefix_queries),
-    ("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", lambda d: d.prefix_hits),
-    ("vllm:prompt_tokens_total", "Prompt tokens processed.", lambda d: d.prompt_tokens),
-    ("vllm:generation_tokens_total", "Tokens generated.", lambda d: d.generation_tokens),
-    ("stagemesh:engine_steps_total", "Engine steps.", lambda d: d.num_steps),
-    ("stagemesh:engine_schedule_seconds_total", "Scheduling and plan building.", lambda d: d.schedule_s),
+    ("stagemesh:kv_blocks_free", "KV cache blocks free or evictable.", lambda stats: stats.num_free_blocks),
+    ("stagemesh:kv_blocks_total", "KV cache blocks in all.", lambda stats: stats.num_blocks),
+    ("vllm:num_preemptions_total", "Sequences preempted.", lambda stats: stats.num_preemptions),
+    ("vllm:prefix_cache_queries_total", "Prompt tokens looked up.", lambda stats: stats.prefix_queries),
+    ("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", lambda stats: stats.prefix_hits),
+    ("vllm:prompt_tokens_total", "Prompt tokens processed.", lambda stats: stats.prompt_tokens),
+    ("vllm:generation_tokens_total", "Tokens generated.", lambda stats: stats.generation_tokens),
+    ("stagemesh:engine_steps_total", "Engine steps.", lambda stats: stats.num_steps),
+    ("stagemesh:engine_schedule_seconds_total", "Scheduling and plan building.", lambda stats: stats.schedule_s),
     (
         "stagemesh:engine_outside_seconds_total",
         "What steps took beside the model and waits for other steps.",
-        lambda d: d.step_overhead_s,
+        lambda stats: stats.step_overhead_s,
     ),
-    ("stagemesh:engine_model_seconds_total", "Inside the model, over steps and stages.", lambda d: d.model_s),
+    ("stagemesh:engine_model_seconds_total", "Inside the model, over steps and stages.", lambda stats: stats.model_s),
 )
 
 
 class Metrics:
-    """The metrics of one router, in a registry of its own. Call it from the router's event loop."""
+    """Of one router, in a registry of its own. Call it from the router's event loop."""
 
     def __init__(self, model_name: str, lane_stats: Callable[[], Iterable[LaneStats]]) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
@@ -74,7 +72,6 @@ class Metrics:
         self.finished = {reason: finished.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
 
     def render(self) -> bytes:
-        """The Prometheus text format."""
         return generate_latest(self._registry)
 
 
@@ -94,11 +91,7 @@ class _LaneCollector(Collector):
         yield from self._expert_metrics(lane_stats)
 
     def _expert_metrics(self, lane_stats: list[LaneStats]) -> Iterator[Metric]:
-        """Of lanes whose model is a mixture of experts. Workers report about once a second; every step is counted.
-
-        The counter tells which experts are busy over time; the imbalance is that of one step, in which the busiest
-        expert of a layer keeps the others waiting.
-        """
+        """Of mixtures of experts. Workers report about once a second; every step counts; the imbalance is of one."""
         tokens = CounterMetricFamily(
             "stagemesh:expert_tokens_total",
             "Tokens routed to the experts of a number, over all mixture layers: tokens x top_k x layers in all.",

@@ -1,4 +1,4 @@
-"""The adapter between Ray Serve's request routing and `router/`: Serve asks which leader, `router/` answers."""
+"""Lets `router/` choose the leader of a request in Ray Serve's request routing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stagemesh.stages.messages.request import EngineRequest
 
 
 class LaneRouter(RequestRouter):
-    """Set as `request_router_class` of the leader deployment; runs in each router replica."""
+    """Runs in each router replica."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -27,13 +27,13 @@ class LaneRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """One rank per lane, best first: Serve takes the next where one cannot take more."""
+        """One rank per lane, best first: Serve takes the next when one is full."""
         if pending_request is not None:
-            # Without this Serve asks again at once, and for ever, when no replica could take the request.
+            # Without this Serve retries in a busy loop while no replica can take the request.
             pending_request.routing_context.should_backoff = True
-        call = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        if not isinstance(call, EngineRequest):
+        request = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        if not isinstance(request, EngineRequest):
             return [candidate_replicas]
         by_lane = {replica.replica_metadata.get("lane"): replica for replica in candidate_replicas}
-        ranked = [[by_lane.pop(lane)] for lane in lane_view.VIEW.choose(call) if lane in by_lane]
+        ranked = [[by_lane.pop(lane)] for lane in lane_view.VIEW.choose(request) if lane in by_lane]
         return [*ranked, list(by_lane.values())] if by_lane else ranked

@@ -1,4 +1,4 @@
-"""The Router deployment: the ingress that speaks HTTP and gRPC and sends requests to lanes."""
+"""The Router deployment: HTTP and gRPC in, lanes behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stagemesh.stages.text.tokenizer import Tokenizer
 
 @serve.ingress()
 class Router(GrpcApi):
-    """Validates, tokenizes, picks a lane, streams text. Any number of replicas; they share nothing."""
+    """Any number of replicas; they share nothing."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: EngineConfig, leaders: DeploymentHandle[Any]

@@ -1,7 +1,4 @@
-"""Between the frontends (HTTP, gRPC) and the lanes: a request is taken in, and its answer streamed.
-
-A frontend only parses its own format and writes its own. What an answer is, is decided in stages/text.
-"""
+"""Between the frontends and the lanes: accepts requests and streams their text, which stages/text makes."""
 
 from __future__ import annotations
 
@@ -25,13 +22,13 @@ from stagemesh.stages.text.output import OutputProcessor, TextDelta, embedding_o
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 LONG_TEXT_CHARS = 16_384
-"""A megabyte takes the tokenizer about a second: texts longer than this are tokenized on another thread."""
+"""Longer texts are tokenized on another thread: a megabyte takes about a second."""
 
 Result = TypeVar("Result")
 
 
 class GenerationStream:
-    """An accepted request: valid, tokenized, not started. Iterate `deltas()` once, or await `collect()`."""
+    """An accepted request, not started yet. Iterate `deltas()` once, or await `collect()`."""
 
     def __init__(
         self,
@@ -49,19 +46,19 @@ class GenerationStream:
             OutputProcessor(index, request, tokenizer, prompt.make_tool_parser and prompt.make_tool_parser())
             for index, (prompt, request) in enumerate((p, request) for p in prompts for request in p.requests)
         ]
-        """All choices of the first prompt, then those of the next; they hold what has come so far."""
+        """All choices of the first prompt, then those of the next."""
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._choices_per_prompt = len(prompts[0].requests)
         self._lanes = lanes
         self._metrics = metrics
 
     def deltas(self) -> AsyncGenerator[TextDelta, None]:
-        """New text as it comes, choices interleaved. Use under `aclosing`: closing aborts what still runs."""
+        """Choices interleaved. Use under `aclosing`: closing aborts what still runs."""
         streams = [_generate(choice, self._lanes, self._metrics) for choice in self.choices]
         return streams[0] if len(streams) == 1 else _merge(streams)
 
     async def collect(self) -> list[str]:
-        """The whole text of every choice. Cancelling this aborts what still runs."""
+        """The text of every choice. Cancelling this aborts what still runs."""
         async with aclosing(self.deltas()) as deltas:
             async for _ in deltas:
                 pass
@@ -69,7 +66,7 @@ class GenerationStream:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far; final once the deltas are exhausted."""
+        """So far; final when the deltas are exhausted."""
         completion_tokens = sum(len(choice.token_ids) for choice in self.choices)
         # The other choices of a prompt find it in the cache because the first has just put it there.
         cached_tokens = sum(choice.num_cached_tokens for choice in self.choices[:: self._choices_per_prompt])
@@ -82,7 +79,7 @@ class GenerationStream:
 
 
 class InferenceService:
-    """Takes requests of every frontend. One per router process, used from its event loop."""
+    """One per router process, used from its event loop."""
 
     def __init__(
         self,
@@ -95,10 +92,9 @@ class InferenceService:
         sampling_defaults: Mapping[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
-        """
-        model_names: what requests may call the model; answers carry the one they asked for, else the first.
-        sampling_defaults: e.g. {"temperature": 0.6}, used where a request is silent; see generation_config.py.
-        The others are those of InputProcessor.
+        """model_names: a response has the requested one, else the first.
+
+        sampling_defaults: for fields that a request leaves out. The others: see InputProcessor.
         """
         self.metrics = Metrics(model_names[0], lanes.lane_stats)
         self.max_model_len = max_model_len
@@ -110,18 +106,17 @@ class InferenceService:
 
     @property
     def max_body_bytes(self) -> int:
-        """Room for any prompt that fits: 16 bytes per token, escaped text or token ids; at least 1 MiB."""
+        """16 bytes per token, escaped text or ids; at least 1 MiB."""
         return max(1 << 20, 16 * self.max_model_len)
 
     def ready(self) -> bool:
-        """Whether some lane can generate now."""
         return self._lanes.ready()
 
     def models(self) -> list[ModelCard]:
         return list(self._models.values())
 
     def model(self, name: str | None) -> ModelCard:
-        """The model of that name, the first one for None. Raises UnknownModel."""
+        """The first one for None. Raises UnknownModel."""
         if name is None:
             return next(iter(self._models.values()))
         if name not in self._models:
@@ -129,7 +124,7 @@ class InferenceService:
         return self._models[name]
 
     async def complete(self, request: CompletionRequest) -> GenerationStream:
-        """Accept a completion request. Raises ConfigError naming the field that is wrong."""
+        """Raises ConfigError naming the wrong field."""
         model = self.model(request.model)
         id = "cmpl-" + uuid.uuid4().hex
         params = request.sampling_params(self._sampling_defaults)
@@ -145,7 +140,7 @@ class InferenceService:
         return GenerationStream(id, model.id, prompts, self._tokenizer, self._lanes, self.metrics)
 
     async def chat(self, request: ChatRequest) -> GenerationStream:
-        """Accept a chat request. Raises ConfigError naming the field that is wrong."""
+        """Raises ConfigError naming the wrong field."""
         model = self.model(request.model)
         id = "chatcmpl-" + uuid.uuid4().hex
         chat, params = request.chat_input(), request.sampling_params(self._sampling_defaults)
@@ -156,22 +151,21 @@ class InferenceService:
         return GenerationStream(id, model.id, [prompt], self._tokenizer, self._lanes, self.metrics)
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
-        """One vector per input. Raises ConfigError naming the input that is wrong. Cancelling aborts what runs."""
+        """One vector per input. Raises ConfigError naming the wrong input. Cancelling aborts what runs."""
         model = self.model(request.model)
         id = "embd-" + uuid.uuid4().hex
-        add_special_tokens = request.add_special_tokens is not False
         process = partial(
             self._input.process_embeddings,
             request.inputs(),
             request.params(),
             id,
-            add_special_tokens=add_special_tokens,
+            add_special_tokens=request.add_special_tokens is not False,
         )
         requests = await _run(process, is_slow=request.num_chars > LONG_TEXT_CHARS)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._vector(one)) for one in requests]
-        except ExceptionGroup as errors:  # the first is the one worth telling
+        except ExceptionGroup as errors:  # the first is the cause
             raise errors.exceptions[0] from None
         num_tokens = sum(len(one.prompt_token_ids) for one in requests)
         vectors = [task.result() for task in tasks]
@@ -185,12 +179,12 @@ class InferenceService:
 
 
 async def _run(function: Callable[[], Result], *, is_slow: bool) -> Result:
-    """On another thread if it is slow: every running stream would stand still for it."""
+    """On another thread if it is slow, else every running stream would stall."""
     return await asyncio.to_thread(function) if is_slow else function()
 
 
 async def _generate(choice: OutputProcessor, lanes: LaneClient, metrics: Metrics) -> AsyncGenerator[TextDelta, None]:
-    """One choice, as its lane generates it. Closing this, or leaving it by an error, aborts it there."""
+    """Closing this, or an error, aborts the choice in its lane."""
     started = time.perf_counter()
     last = 0.0
     outcome = "abort"
@@ -221,7 +215,7 @@ async def _generate(choice: OutputProcessor, lanes: LaneClient, metrics: Metrics
 
 
 async def _merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
-    """Deltas of all streams as they come. The first error ends all; closing this closes them."""
+    """All streams interleaved. The first error ends all; closing this closes them."""
     queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
 
     async def drain(stream: AsyncIterator[TextDelta]) -> None:

@@ -1,7 +1,4 @@
-"""Server-sent events of OpenAI's streaming answers, joined from parts that are encoded once per request.
-
-A chunk is written per token and stream, so it is bytes around one JSON string, not a model dumped anew.
-"""
+"""Server-sent events of OpenAI's streaming responses, for speed joined from parts encoded once per request."""
 
 from __future__ import annotations
 
@@ -26,21 +23,14 @@ def event(content: Any) -> bytes:
 
 
 class ChunkWriter:
-    """Chunks of one streaming answer. Subclasses say how a choice's text looks."""
+    """Chunks of one streaming response. Subclasses write a choice's content."""
 
     object: str
 
     def __init__(
         self, stream: GenerationStream, *, include_usage: bool = False, return_token_ids: bool = False
     ) -> None:
-        head = _json(
-            {
-                "id": stream.id,
-                "object": self.object,
-                "created": stream.created,
-                "model": stream.model,
-            }
-        )
+        head = _json({"id": stream.id, "object": self.object, "created": stream.created, "model": stream.model})
         self._head = b"data: " + head[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._stream = stream
@@ -49,7 +39,7 @@ class ChunkWriter:
         self._is_opened = [False] * len(stream.choices)
 
     def delta(self, delta: TextDelta) -> bytes:
-        """The event for new tokens of one choice, behind the one that opens the choice if there is such a one."""
+        """The event for new tokens of one choice, after its opening event, if any."""
         opening = b""
         if not self._is_opened[delta.index]:
             self._is_opened[delta.index] = True
@@ -66,7 +56,7 @@ class ChunkWriter:
         return opening + self._head + choice + self._tail
 
     def end(self) -> bytes:
-        """What follows the last piece: usage if it was asked for, and the end mark."""
+        """Usage if requested, and the end mark."""
         if not self._include_usage:
             return DONE
         return self._head + b'],"usage":' + _json(self._stream.usage) + b"}\n\n" + DONE
@@ -95,7 +85,6 @@ class ChatChunks(ChunkWriter):
     object = "chat.completion.chunk"
 
     def _opening(self, index: int) -> bytes:
-        """The assistant's turn begins."""
         opening = b'{"index":%d,"delta":{"role":"assistant","content":""}%s%s'
         return self._head + opening % (index, _NO_LOGPROBS, _FINISH[None]) + self._tail
 

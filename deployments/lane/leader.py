@@ -1,4 +1,4 @@
-"""The Leader deployment: stage 0 of a lane, and the lane as Serve and the routers see it."""
+"""The Leader deployment: stage 0 of a lane, and its verbs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WARM_UP_TOKENS = 8
 
 
 class Leader:
-    """One replica is one lane. The verbs are those of `stages.engine.lane.Lane`, as coroutines."""
+    """One replica is one lane, with the verbs of `stages.engine.lane.Lane` as coroutines."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: EngineConfig, *later_stages: DeploymentHandle[Any]
@@ -41,7 +41,7 @@ class Leader:
         await self.start()
 
     async def start(self) -> None:
-        """Load, lease, wire and generate once: a replica that Serve calls ready has generated."""
+        """A replica that is ready has generated once."""
         try:
             await self._group.start()
             await self._lane.start()
@@ -54,7 +54,7 @@ class Leader:
         logger.info("lane %s: %s", self._lane_id, capacity)
 
     async def generate(self, request: EngineRequest) -> RequestSummary:
-        """Run one request to its end. Tokens go to `request.reply_to`; cancelling this call aborts it."""
+        """Tokens go to `request.reply_to`; cancelling this call aborts the request."""
         try:
             return await asyncio.wrap_future(self._lane.engine.generate(request))
         except asyncio.CancelledError:
@@ -72,15 +72,15 @@ class Leader:
         self._links.close()
 
     async def lane_id(self) -> str:
-        """A call with no effect: a caller that gets an answer knows that a lane is up."""
+        """No effect: a reply says that a lane is up."""
         return self._lane_id
 
     def record_replica_metadata(self) -> dict[str, str]:
-        """Where this lane publishes its stats; Serve hands it to the routers' handles."""
+        """Where routers get this lane's stats."""
         return {"lane": self._lane_id, "stats": self._links.stats_address}
 
     async def check_health(self) -> None:
-        """Serve replaces a leader whose lane is not whole again in time."""
+        """Serve replaces a leader whose lane has not healed in time."""
         self._lane.check_health()
 
     async def _warm_up(self) -> None:

@@ -1,4 +1,4 @@
-"""Activations that other actors deliver to a worker."""
+"""Activations delivered to a worker by other actors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 Raw = npt.NDArray[np.uint8]
-"""Bytes of a tensor; read-only when they come from the object store."""
+"""Bytes of a tensor; read-only from the object store."""
 
 NO_EPOCH = -1
 
 
 class Mailbox:
-    """What has arrived, by step. One reader (the run loop), any number of writers."""
+    """By step. One reader (the run loop), any number of writers."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -23,14 +23,14 @@ class Mailbox:
         self._arrived: dict[int, Raw] = {}
 
     def open(self, epoch: int) -> None:
-        """Drop what came, and what still comes, from older epochs."""
+        """Drop what older epochs sent, also later."""
         with self._condition:
             self._epoch = epoch
             self._arrived.clear()
             self._condition.notify_all()
 
     def end(self, epoch: int) -> None:
-        """Wake a reader that waits for `epoch`. Does nothing in a later epoch."""
+        """Wake a reader that waits for `epoch`; no effect in a later one."""
         with self._condition:
             if epoch == self._epoch:
                 self.open(NO_EPOCH)
@@ -42,7 +42,7 @@ class Mailbox:
                 self._condition.notify_all()
 
     def take(self, epoch: int, step: int, timeout_s: float) -> Raw:
-        """Wait for the activations of `step`. Raises TimeoutError, or RuntimeError when the epoch is over."""
+        """Wait for `step`. Raises TimeoutError, or RuntimeError when the epoch is over."""
         deadline = time.monotonic() + timeout_s
         with self._condition:
             while epoch == self._epoch and step not in self._arrived:

@@ -1,7 +1,6 @@
-"""Activations through Ray's object store: works wherever Ray does, slower than point-to-point.
+"""Activations through Ray's object store, as arguments of actor calls: slower than point-to-point, works everywhere.
 
-A tensor is the argument of an actor call to the same rank of the next stage. Calls may run in any order, so each
-carries its step.
+Calls may run in any order, so each carries its step.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from stagemesh.deployments.lane.mailbox import Mailbox
 
 
 class ObjectStoreTransport:
-    """An `ActivationTransport` (see `stages/worker/transport.py`) over actor calls."""
+    """An `ActivationTransport` (stages/worker/transport.py) over actor calls."""
 
     def __init__(self, mailbox: Mailbox, next_worker: ActorHandle | None, epoch: int, timeout_s: float) -> None:
         self._mailbox = mailbox

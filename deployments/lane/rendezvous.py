@@ -1,4 +1,4 @@
-"""Calls to all ranks of a lane at once, with a deadline that names who is late, and the start of an epoch with them."""
+"""The start of an epoch; calls to all ranks with one deadline."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = logging.getLogger("ray.serve")
 
 Rank = tuple[int, int]
 """(stage, tp_rank)"""
-Answer = TypeVar("Answer")
+Reply = TypeVar("Reply")
 PROGRESS_TIMEOUT_S = 2.0
 MAX_ERROR_CHARS = 600
-"""The end of a remote traceback says what went wrong; the rest is in that process's log."""
+"""The end of a remote traceback names the error."""
 
 
 class PhaseError(RuntimeError):
-    """A phase of a lane's start-up failed or ran out of time; the message names stage, rank and phase."""
+    """Names the phase of a start-up, and stage and rank of every failure."""
 
     def __init__(self, phase: str, failures: Mapping[Rank, str]) -> None:
         self.phase = phase
@@ -48,10 +48,10 @@ async def start_epoch(
     workers: Mapping[Rank, Any],
     num_blocks: int,
 ) -> dict[Rank, asyncio.Task[None]]:
-    """Let all ranks meet, start their run loops, and attach the engine: the lane serves when this returns.
+    """Connect all ranks, start their run loops, attach the engine: then the lane serves.
 
-    workers: the ShardWorker actors of every rank, all loaded and none running. Returns the run loop of each: it ends
-    when the rank leaves the epoch, with an error if it lost a peer or failed. Raises PhaseError.
+    workers: ShardWorkers, all loaded and none running. Returns the run loop of each, which ends with the epoch; with an
+    error if the rank failed or lost a peer. Raises PhaseError.
     """
     timeout_s = config.startup_timeout_s
     opened = {rank: worker.open.remote(epoch) for rank, worker in workers.items()}
@@ -73,11 +73,8 @@ async def start_epoch(
     return runs
 
 
-async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Answer]], timeout_s: float) -> dict[Rank, Answer]:
-    """Wait for one answer per rank. Raises PhaseError at the first failure, or at the deadline.
-
-    The first, because one rank's failure makes the others wait for it.
-    """
+async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Reply]], timeout_s: float) -> dict[Rank, Reply]:
+    """One reply per rank. Raises PhaseError at the first failure, which may block the others, or at the deadline."""
     tasks = {rank: asyncio.ensure_future(call) for rank, call in calls.items()}
     _, pending = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
     failures: dict[Rank, str] = {}
@@ -94,19 +91,18 @@ async def gather_ranks(phase: str, calls: Mapping[Rank, Awaitable[Answer]], time
 
 
 async def progress(workers: Mapping[Rank, Any]) -> dict[Rank, Progress | None]:
-    """What every ShardWorker is doing; None for one that does not answer within PROGRESS_TIMEOUT_S."""
+    """What every ShardWorker is doing; None for no answer within PROGRESS_TIMEOUT_S."""
     calls = {rank: asyncio.ensure_future(worker.progress.remote()) for rank, worker in workers.items()}
     await asyncio.wait(calls.values(), timeout=PROGRESS_TIMEOUT_S)
-    answers = {}
+    progress_of = {}
     for rank, call in calls.items():
-        answers[rank] = call.result() if call.done() and call.exception() is None else None
+        progress_of[rank] = call.result() if call.done() and call.exception() is None else None
         call.cancel()
-    return answers
+    return progress_of
 
 
 @contextmanager
 def timed(who: str, phase: str) -> Iterator[None]:
-    """Log how long a phase took."""
     started = time.monotonic()
     yield
     logger.info("%s: %s took %.2f s", who, phase, time.monotonic() - started)

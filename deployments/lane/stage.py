@@ -1,4 +1,4 @@
-"""The Stage deployment: one replica is one copy of a later pipeline stage, leased to one lane at a time."""
+"""The Stage deployment: a copy of a later stage, leased to one lane at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from stagemesh.deployments.lane.worker_group import GroupState, WorkerGroup
 logger = logging.getLogger("ray.serve")
 
 LEADER_CHECK_PERIOD_S = 0.5
-"""Serve does not cancel the open call of a caller that died, so a leased stage asks whether its leader lives."""
+"""Serve does not cancel the open call of a caller that died."""
 
 
 class Stage:
-    """An open `lease` call is the lease: with `max_ongoing_requests=1`, Serve's own queueing and autoscaling make the
-    pool of replicas follow the number of leaders."""
+    """An open `lease` call is the lease: with `max_ongoing_requests=1`, Serve scales the replicas with the leaders."""
 
     async def __init__(self, config: EngineConfig, stage: int) -> None:  # type: ignore[misc]  # Serve awaits it
         self._stage = stage
@@ -32,10 +31,7 @@ class Stage:
             raise
 
     async def lease(self, leader: ActorHandle, lane: str) -> AsyncIterator[GroupState]:
-        """Belong to `lane` while this stream is open; yields the group's state now and at every change.
-
-        Ends when the leader's process has died.
-        """
+        """Yields the group's state now and at every change, until the leader's process dies."""
         logger.info("stage %d: leased to lane %s", self._stage, lane)
         states = self._group.states()
         next_state = asyncio.ensure_future(anext(states))
@@ -54,13 +50,12 @@ class Stage:
             logger.info("stage %d: lease of lane %s ended", self._stage, lane)
 
     def __del__(self) -> None:
-        group = getattr(self, "_group", None)
-        if group is not None:
-            group.close()
+        if hasattr(self, "_group"):
+            self._group.close()
 
 
 async def until_dead(actor: ActorHandle) -> None:
-    """Return when the actor's process is gone. `__ray_ready__` is a no-op that every Ray actor has."""
+    """Return when the actor's process is gone. `__ray_ready__` is Ray's no-op."""
     while True:
         try:
             await actor.__ray_ready__.remote()

@@ -1,4 +1,4 @@
-"""A lane that stays whole: leases for the later stages, one epoch after another, healing when anything breaks."""
+"""Leases, epochs and healing of a lane, in the leader's event loop."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ logger = logging.getLogger("ray.serve")
 
 RETRY_PAUSE_S = 0.3
 STOP_TIMEOUT_S = 5.0
-"""A rank that has not left the run loop of a broken epoch by then is taken for hung, and killed."""
+"""A rank still in the run loop of a broken epoch by then is killed."""
 
 
 class LaneSupervisor:
-    """The engine of a lane and a worker group of every stage, wired anew whenever one is lost.
-
-    Lives in the leader's event loop. Requests go to `engine`, and wait there while the lane heals.
-    """
+    """A lane's engine and worker groups, wired again whenever one is lost; meanwhile requests wait in `engine`."""
 
     def __init__(
         self,
@@ -40,7 +37,7 @@ class LaneSupervisor:
         later_stages: Sequence[DeploymentHandle[Any]],
         sink: TokenSink,
     ) -> None:
-        """own_group: that of stage 0, which stays the caller's. context: not ended here."""
+        """own_group: of stage 0. The caller closes it and `context`."""
         self._config = config
         self._lane = lane
         self._context = context
@@ -52,7 +49,7 @@ class LaneSupervisor:
         self._serving = asyncio.Event()
         self._epoch = 0
         self._failure: Exception | None = None
-        """Why the engine gave up the epoch that runs now."""
+        """Why a step of this epoch failed."""
         self._broken_since: float | None = None
         self._last_error = ""
         self._tasks: list[asyncio.Task[None]] = []
@@ -60,10 +57,7 @@ class LaneSupervisor:
         self.engine = Engine(config, lane, sink, self._step_failed)
 
     async def start(self) -> None:
-        """Lease, wire, and return when the lane serves.
-
-        TimeoutError says what it still waited for, RuntimeError why it never will serve.
-        """
+        """Return when the lane serves. TimeoutError names what is missing, RuntimeError why it never will serve."""
         self._broken_since = time.monotonic()
         self._tasks = [asyncio.create_task(self._follow(0, self._own_group.states()))]
         for stage, handle in enumerate(self._later_stages, start=1):
@@ -80,7 +74,7 @@ class LaneSupervisor:
             raise TimeoutError(f"lane {self._lane} was not whole within {timeout_s:g} s: {self._waiting_for()}")
 
     def check_health(self) -> None:
-        """Raises RuntimeError where the lane cannot heal, or has not for three start-up deadlines."""
+        """Raises RuntimeError if the lane cannot heal, or has not for three start-up deadlines."""
         for task in self._tasks:  # they run for as long as the lane does
             if task.done() and not task.cancelled():
                 raise RuntimeError(f"lane {self._lane} lost its supervisor: {task.exception()!r}")
@@ -91,7 +85,7 @@ class LaneSupervisor:
             raise RuntimeError(f"lane {self._lane} has been broken for {broken_s:.0f} s: {self._waiting_for()}")
 
     def close(self) -> None:
-        """End the leases and the engine; safe to call twice."""
+        """Safe to call twice."""
         for task in self._tasks:
             task.cancel()
         self._tasks.clear()
@@ -104,7 +98,7 @@ class LaneSupervisor:
             self._set_state(stage, state)
 
     async def _keep_lease(self, stage: int, handle: DeploymentHandle[Any]) -> None:
-        """Hold a replica of `stage`; when its lease ends, hold another."""
+        """Lease a replica of `stage`, and another when the lease ends."""
         leader = ray.get_runtime_context().current_actor
         while True:
             stream = handle.options(stream=True).lease.remote(leader, self._lane)
@@ -114,7 +108,7 @@ class LaneSupervisor:
             except asyncio.CancelledError:
                 stream.cancel()
                 raise
-            except Exception as error:  # whatever ends a lease, another is needed
+            except Exception as error:  # whatever broke the lease, another is needed
                 reason = f"the lease broke: {type(error).__name__}"
             logger.warning("lane %s: stage %d: %s", self._lane, stage, reason)
             self._set_state(stage, GroupState(-1, reason=reason))
@@ -164,7 +158,7 @@ class LaneSupervisor:
         self._loop.call_soon_threadsafe(note)
 
     async def _until_broken(self, states: list[GroupState], runs: dict[Rank, asyncio.Task[None]]) -> str:
-        """Wait until a group changes, a run loop ends or a step fails; returns the reason."""
+        """Until a group changes, a run loop ends or a step fails; returns the reason."""
         for run in runs.values():
             run.add_done_callback(lambda _: self._changed.set())
 
@@ -186,7 +180,7 @@ class LaneSupervisor:
         return "; ".join(reasons) or "the wiring changed"
 
     async def _stop(self, workers: dict[Rank, Any], runs: dict[Rank, asyncio.Task[None]]) -> None:
-        """Get the survivors out of their run loops. A rank that does not leave is hung: it is killed."""
+        """Get the ranks out of their run loops; kill those that do not leave."""
         if not runs:
             return
         for worker in workers.values():
@@ -201,15 +195,15 @@ class LaneSupervisor:
                 ray.kill(workers[rank])
                 run.cancel()
             elif not run.cancelled():
-                run.exception()  # asyncio warns of one that nobody has looked at
+                run.exception()  # else asyncio warns that nobody retrieved it
 
     async def _kill_stuck(self, workers: dict[Rank, Any]) -> None:
-        """Kill the ranks that do not answer, else the one longest in the model: the others wait for its tensors."""
-        answers = await progress(workers)
-        for answer in filter(None, answers.values()):
-            logger.error("lane %s: %s", self._lane, answer)
-        silent = [rank for rank, answer in answers.items() if answer is None]
-        in_model = {rank: a.seconds for rank, a in answers.items() if a is not None and a.phase == "model"}
+        """Kill ranks that do not answer, else the one longest in the model, for which the others wait."""
+        progress_of = await progress(workers)
+        for state in filter(None, progress_of.values()):
+            logger.error("lane %s: %s", self._lane, state)
+        silent = [rank for rank, state in progress_of.items() if state is None]
+        in_model = {rank: s.seconds for rank, s in progress_of.items() if s is not None and s.phase == "model"}
         longest_first = sorted(in_model, key=lambda rank: -in_model[rank])
         for rank in silent or longest_first[:1]:
             logger.error("lane %s: stage %d rank %d is stuck, killed", self._lane, *rank)

@@ -1,4 +1,4 @@
-"""The ShardWorker actor: one rank of one stage in a process of its own. Imports torch in that process only."""
+"""The ShardWorker actor. Imports torch only in its own process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stagemesh.deployments.lane.mailbox import Mailbox, Raw
 from stagemesh.stages.messages.wiring import Endpoints, Progress, Wiring
 
 MAX_CONCURRENCY = 8
-"""Threads: `watch` and `run` hold one each, the others answer `stop`, `progress` and `deliver`."""
+"""Threads: `watch` and `run` occupy one each, the others serve short calls."""
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=MAX_CONCURRENCY)
 class ShardWorker:
-    """`stages.worker.worker.Worker` as an actor; made, watched and replaced by a `WorkerGroup`."""
+    """`stages.worker.worker.Worker` as an actor, owned by a `WorkerGroup`."""
 
     def __init__(self, config: EngineConfig, stage: int, tp_rank: int) -> None:
         from stagemesh.stages.worker.worker import Worker
@@ -39,14 +39,14 @@ class ShardWorker:
         self._worker.load()
 
     def profile(self) -> int:
-        """How many KV blocks this rank has room for."""
+        """The number of KV blocks."""
         return self._worker.profile()
 
     def open(self, epoch: int) -> Endpoints:
         return self._worker.open(epoch)
 
     def connect(self, wiring: Wiring, next_worker: ActorHandle | None) -> None:
-        """next_worker: the same rank of the next stage, for the object store."""
+        """next_worker: the same rank of the next stage."""
         if self._config.transport == "object_store":
             from stagemesh.deployments.lane.object_store import ObjectStoreTransport
 
@@ -69,12 +69,12 @@ class ShardWorker:
         return self._worker.progress()
 
     def deliver(self, epoch: int, step: int, hidden: Raw) -> None:
-        """Take activations from the stage before, out of the object store."""
+        """Called by the stage before."""
         self._mailbox.put(epoch, step, hidden)
 
 
 def limit_threads(config: EngineConfig) -> None:
-    """Share the machine's cores among the ranks of a lane; more threads than cores make every step slower."""
+    """Share the cores among a lane's ranks: more threads slow every step."""
     import torch
 
     cores = len(os.sched_getaffinity(0))

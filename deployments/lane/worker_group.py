@@ -1,4 +1,4 @@
-"""The tensor-parallel group of ShardWorker actors that one stage replica owns."""
+"""The tensor-parallel group of ShardWorkers of one stage replica."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from stagemesh.deployments.lane.worker_actor import ShardWorker
 logger = logging.getLogger("ray.serve")
 
 RESPAWN_PAUSE_S = 1.0
-"""Between two attempts to bring a dead rank back."""
+"""Between attempts to replace a dead rank."""
 
 
 @dataclass(frozen=True)
 class GroupState:
-    """What a lane knows of a group; a new one whenever something changes."""
+    """What a lane knows of a group."""
 
     generation: int
     """Rises with every change."""
     workers: tuple[ActorHandle, ...] = ()
     """By tp_rank; empty while the group is down."""
     num_blocks: int = 0
-    """KV blocks that every rank of the group has room for."""
+    """KV blocks that fit on every rank."""
     reason: str = ""
     """Why it is down."""
 
@@ -49,23 +49,23 @@ class _Member:
 
 
 def rank_resources(config: EngineConfig) -> dict[str, float]:
-    """One rank's bundle in a placement group."""
+    """One rank's placement bundle."""
     cpu = {"CPU": config.num_cpus_per_worker}
     return {**cpu, "GPU": 1} if config.device == "cuda" else cpu
 
 
 def workers_by_rank(states: Sequence[GroupState]) -> dict[Rank, ActorHandle]:
-    """All workers of a lane, from the states of its groups by stage."""
+    """states: by stage."""
     return {
         (stage, tp_rank): worker for stage, state in enumerate(states) for tp_rank, worker in enumerate(state.workers)
     }
 
 
 class WorkerGroup:
-    """Makes the workers, loads them, and replaces one that dies; the others keep their weights."""
+    """Makes, loads and replaces the workers; when one dies, the others keep their weights."""
 
     def __init__(self, config: EngineConfig, stage: int, placement: PlacementGroup | None = None) -> None:
-        """placement: one bundle per rank; None = the group of this Serve replica, whose first bundle is its own."""
+        """placement: one bundle per rank; None = this Serve replica's, whose bundle 0 is its own."""
         self._placement = placement
         self._config = config
         self._stage = stage
@@ -75,11 +75,11 @@ class WorkerGroup:
         self._repair: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Bring all ranks up. Raises PhaseError."""
+        """Raises PhaseError."""
         await self._bring_up(range(len(self._members)))
 
     async def states(self) -> AsyncIterator[GroupState]:
-        """The state now, then every later one; never ends."""
+        """The state now and after changes; never ends."""
         seen = -1
         while True:
             async with self._changed:
@@ -89,7 +89,7 @@ class WorkerGroup:
             yield state
 
     def close(self) -> None:
-        """End the workers; safe to call twice, and after a `start` that failed."""
+        """Safe to call twice, and after a `start` that failed."""
         if self._repair is not None:
             self._repair.cancel()
         for member in self._members:
@@ -116,7 +116,7 @@ class WorkerGroup:
         )
 
     async def _phase(self, phase: str, tp_ranks: Sequence[int], method: str) -> dict[Rank, Any]:
-        """Call `method` on some ranks, within the deadline of a start-up phase."""
+        """Call `method` on some ranks; raises PhaseError."""
         calls = {(self._stage, r): getattr(self._members[r].worker, method).remote() for r in tp_ranks}
         with timed(f"stage {self._stage}", phase):
             return await gather_ranks(phase, calls, self._config.startup_timeout_s)
@@ -128,9 +128,7 @@ class WorkerGroup:
             placement_group_bundle_index=tp_rank if self._placement else 1 + tp_rank,
         )
         return ShardWorker.options(  # type: ignore[attr-defined]  # ray.remote adds it
-            num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
-            scheduling_strategy=strategy,
+            num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), scheduling_strategy=strategy
         ).remote(self._config, self._stage, tp_rank)
 
     async def _watch(self, tp_rank: int, worker: ActorHandle) -> None:

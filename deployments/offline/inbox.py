@@ -1,4 +1,4 @@
-"""Tokens on their way from the engine's thread to the calls of an `LLM` that wait for them."""
+"""From the engine's thread to the calls of an `LLM`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from stagemesh.stages.messages.request import LaneStats, TokenDelta
 
 
 class LaneFailed(RuntimeError):
-    """The lane can run no further step. The message names the rank and the cause."""
+    """Names the rank and the cause."""
 
 
 class Inbox(TokenSink):
-    """Tokens on their way from the engine's thread to the calls that wait for them."""
+    """One queue per open call. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,28 +33,28 @@ class Inbox(TokenSink):
             self._calls.pop(call, None)
 
     def fail(self, failure: LaneFailed) -> None:
-        """The first failure is the one that every call gets: what follows from it is not news."""
+        """Every call, open or later, raises the first failure."""
         with self._lock:
             if self._failure is None:
                 self._failure = failure
-                for arriving in self._calls.values():
-                    arriving.put(failure)
+                for queue_of_call in self._calls.values():
+                    queue_of_call.put(failure)
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
-        arriving = self._calls.get(reply_to)
-        if arriving is None:
+        queue_of_call = self._calls.get(reply_to)
+        if queue_of_call is None:
             return False
         for delta in deltas:
-            arriving.put(delta)
+            queue_of_call.put(delta)
         return True
 
     def publish(self, stats: LaneStats) -> None:
         pass
 
 
-def arrivals(arriving: queue.SimpleQueue[TokenDelta | Exception]) -> Iterator[TokenDelta]:
+def deltas_of(queue_of_call: queue.SimpleQueue[TokenDelta | Exception]) -> Iterator[TokenDelta]:
     while True:
-        delta = arriving.get()
+        delta = queue_of_call.get()
         if isinstance(delta, Exception):
             raise delta
         yield delta

@@ -1,7 +1,6 @@
-"""`LLM`: a model in a script, without a server. vLLM's offline classes, with the same arguments and results.
+"""`LLM`: a model in a script, without a server, with vLLM's arguments and results.
 
-One rank runs inside the script's own process (local_lane.py); more become Ray actors of one lane, without Ray Serve
-(ray_lane.py). Either way it is the engine that serves, so the answers are the same.
+One rank runs in the script's own process (local_lane.py), several as Ray actors (ray_lane.py).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
 import msgspec
@@ -25,7 +24,7 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.generation_config import default_sampling
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.deployments.offline.inbox import Inbox, LaneFailed, arrivals
+from stagemesh.deployments.offline.inbox import Inbox, LaneFailed, deltas_of
 from stagemesh.deployments.offline.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -66,9 +65,9 @@ IGNORED_VLLM_ARGS = {
     "tokenizer_mode",
     "trust_remote_code",
 }
-"""vLLM's arguments that say how it should work inside, not what to answer: taken, and logged as unused."""
+"""About vLLM's inner workings: accepted, and logged as unused."""
 DTYPES = {"half": "float16", "float": "float32"}
-"""vLLM's other names for them."""
+"""vLLM's short names."""
 
 
 class OfflineLane(Lane, Protocol):
@@ -76,34 +75,20 @@ class OfflineLane(Lane, Protocol):
 
 
 class LLM:
-    """A model, loaded once for any number of calls.
-
-    Calls return when every prompt is answered, results in the order of the prompts. `close()`, a `with` block, or
-    letting go of the object ends its threads and processes.
-    """
+    """Loaded once for any number of calls. `close()`, a `with` block or garbage collection ends its processes."""
 
     def __init__(
-        self,
-        model: str,
-        *,
-        tokenizer: str | None = None,
-        dtype: Any = "auto",
-        seed: int | None = 0,
-        **engine_args: Any,
+        self, model: str, *, tokenizer: str | None = None, dtype: Any = "auto", seed: int | None = 0, **engine_args: Any
     ) -> None:
-        """Load `model`, a folder or a hub id. Raises ConfigError naming whatever cannot work.
+        """Load `model`, a folder or a hub id. Raises ConfigError naming what cannot work.
 
-        tokenizer: another folder to take the tokenizer from. seed: fixes the answers of requests that have no seed
-        of their own; None draws one. engine_args: fields of `config.engine.EngineArgs`, under vLLM's names
-        (`tensor_parallel_size`, `pipeline_parallel_size`, `gpu_memory_utilization`, `max_model_len`, …).
+        tokenizer: another folder or hub id for the tokenizer. seed: for requests without a seed of their own;
+        None draws one. engine_args: fields of `config.engine.EngineArgs`.
         """
         self.config = EngineConfig.resolve(_engine_args(model, dtype, seed, engine_args))
         self._tokenizer = Tokenizer.from_folder(find_model(tokenizer) if tokenizer else self.config.model_path)
         self._input = InputProcessor(
-            self._tokenizer,
-            vocab_size=self.config.model.vocab_size,
-            max_model_len=self.config.max_model_len,
-            seed=seed,
+            self._tokenizer, vocab_size=self.config.model.vocab_size, max_model_len=self.config.max_model_len, seed=seed
         )
         self._inbox = Inbox()
         self._lane = _start_lane(self.config, self._inbox)
@@ -127,7 +112,7 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a call without `sampling_params` uses: the defaults of the model, where it has some."""
+        """The model's own defaults, if any."""
         return SamplingParams(**default_sampling(self.config))
 
     def generate(
@@ -137,17 +122,16 @@ class LLM:
         *,
         use_tqdm: bool | ProgressBar = True,
     ) -> list[RequestOutput]:
-        """Answer every prompt.
+        """Answer every prompt; results come in the order of the prompts, as in the methods below.
 
         sampling_params: one for all, or one per prompt. Raises ConfigError naming the prompt that cannot run,
-        before any of them does, and LaneFailed with rank and cause when the lane breaks.
+        before any does, and LaneFailed when the lane breaks.
         """
-        texts_and_ids = [_text_and_ids(i, prompt) for i, prompt in enumerate(_as_list(prompts))]
+        texts_and_prompts = [_text_and_prompt(i, prompt) for i, prompt in enumerate(_as_list(prompts))]
         call = _new_id()
         states = []
-        for i, params in enumerate(self._params_of_each(sampling_params, len(texts_and_ids))):
-            text, token_ids = texts_and_ids[i]
-            prompt = (text or "") if token_ids is None else token_ids
+        for i, params in enumerate(self._params_of_each(sampling_params, len(texts_and_prompts))):
+            text, prompt = texts_and_prompts[i]
             (processed,) = self._input.process_prompts([prompt], params, f"{call}-{i}", name=f"prompts[{i}]")
             states.append(RequestState(f"{call}-{i}", text, processed, self._tokenizer))
         return self._run(call, states, use_tqdm)
@@ -166,8 +150,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue one conversation, or each of several, by the model's chat template.
 
-        tools: functions that the template shows the model, in OpenAI's shape. tool_choice: None leaves what the model
-        says of them in the text; "auto", "required" or a named function find the calls, as over HTTP.
+        tools: functions, in OpenAI's shape. tool_choice: None leaves the model's tool calls in the text; "auto",
+        "required" or a named function parse them, as over HTTP.
         """
         conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         call = _new_id()
@@ -192,7 +176,7 @@ class LLM:
         *,
         use_tqdm: bool | ProgressBar = True,
     ) -> list[EmbeddingRequestOutput]:
-        """One vector per prompt, of length 1 unless `pooling_params` say otherwise."""
+        """One vector per prompt, by default of length 1."""
         return [
             EmbeddingRequestOutput(id, EmbeddingOutput(vector.tolist()), ids, num_cached_tokens=cached)
             for id, vector, ids, cached in self._pool(prompts, pooling_params, use_tqdm)
@@ -204,8 +188,8 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         *,
         use_tqdm: bool | ProgressBar = True,
-    ) -> list[PoolingRequestOutput]:
-        """What `embed` gives, as torch tensors."""
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """The vectors of `embed` as torch tensors."""
         import torch
 
         return [
@@ -218,11 +202,11 @@ class LLM:
     def _run(self, call: str, states: list[RequestState], use_tqdm: bool | ProgressBar) -> list[RequestOutput]:
         running = {choice.request.request_id: (state, choice) for state in states for choice in state.choices}
         requests = [choice.request for state in states for choice in state.choices]
-        with _progress(use_tqdm, len(states)) as bar, self._requests(call, requests) as arriving:
+        with _progress(use_tqdm, len(states)) as bar, self._deltas(call, requests) as deltas:
             while running:
-                delta = next(arriving)
+                delta = next(deltas)
                 if delta.request_id not in running:
-                    continue  # came after the answer had reached its stop string
+                    continue  # the answer has already reached its stop string
                 state, choice = running[delta.request_id]
                 choice.process(delta)
                 state.tick()
@@ -242,19 +226,18 @@ class LLM:
         call = _new_id()
         requests = []
         for i, prompt in enumerate(_as_list(prompts)):
-            text, token_ids = _text_and_ids(i, prompt)
-            to_embed = (text or "") if token_ids is None else token_ids
+            _, to_embed = _text_and_prompt(i, prompt)
             pooling = params or PoolingParams()
             requests += self._input.process_embeddings([to_embed], pooling, f"{call}-{i}", name=f"prompts[{i}]")
-        arrived: dict[str, TokenDelta] = {}
-        with _progress(use_tqdm, len(requests)) as bar, self._requests(call, requests) as arriving:
-            while len(arrived) < len(requests):
-                delta = next(arriving)
-                arrived[delta.request_id] = delta
+        by_request: dict[str, TokenDelta] = {}
+        with _progress(use_tqdm, len(requests)) as bar, self._deltas(call, requests) as deltas:
+            while len(by_request) < len(requests):
+                delta = next(deltas)
+                by_request[delta.request_id] = delta
                 bar.update()
         results = []
         for request in requests:
-            delta = arrived[request.request_id]
+            delta = by_request[request.request_id]
             vector = np.frombuffer(embedding_of(delta), np.float32).copy()
             results.append((request.request_id, vector, request.prompt_token_ids, delta.num_cached_tokens))
         return results
@@ -270,30 +253,25 @@ class LLM:
         return each
 
     @contextmanager
-    def _requests(self, call: str, requests: Sequence[EngineRequest]) -> Iterator[Iterator[TokenDelta]]:
-        """Start requests and iterate over what comes of them, or raise why nothing will. On leaving, those that still
-        run are aborted."""
-        lane = self._lane
-        arriving = self._inbox.open(call)
-        started = []
+    def _deltas(self, call: str, requests: Sequence[EngineRequest]) -> Iterator[Iterator[TokenDelta]]:
+        """Start requests, iterate over their tokens and raise their errors; on leaving, abort those that still run."""
+        queue = self._inbox.open(call)
         try:
             for request in requests:
-                started.append(request.request_id)
-                done = lane.generate(msgspec.structs.replace(request, reply_to=call))
-                done.add_done_callback(lambda done: arriving.put(error) if (error := done.exception()) else None)  # type: ignore[arg-type]
-            yield arrivals(arriving)
+                done = self._lane.generate(msgspec.structs.replace(request, reply_to=call))
+                done.add_done_callback(lambda done: queue.put(error) if (error := done.exception()) else None)  # type: ignore[arg-type]
+            yield deltas_of(queue)
         finally:
             self._inbox.close(call)
-            for request_id in started:
-                lane.abort(request_id)
+            for request in requests:
+                self._lane.abort(request.request_id)
 
 
-def _engine_args(model: str, dtype: Any, seed: int | None, given: Mapping[str, Any]) -> EngineArgs:
-    unused = sorted(IGNORED_VLLM_ARGS & given.keys())
-    if unused:
-        logger.info("without effect here: %s", ", ".join(unused))
-    # None is vLLM's word for "as you think best"; a torch.dtype prints as its name.
-    args = {name: value for name, value in given.items() if name not in IGNORED_VLLM_ARGS and value is not None}
+def _engine_args(model: str, dtype: Any, seed: int | None, vllm_args: Mapping[str, Any]) -> EngineArgs:
+    if ignored := sorted(IGNORED_VLLM_ARGS & vllm_args.keys()):
+        logger.info("without effect here: %s", ", ".join(ignored))
+    # In vLLM None means the default; a torch.dtype prints as its name.
+    args = {name: value for name, value in vllm_args.items() if name not in IGNORED_VLLM_ARGS and value is not None}
     dtype = str(dtype).removeprefix("torch.")
     return EngineArgs(model=model, dtype=DTYPES.get(dtype, dtype), seed=seed, **args)
 
@@ -315,7 +293,7 @@ def _start_lane(config: EngineConfig, inbox: Inbox) -> OfflineLane:
 
 
 def _close_from_anywhere(lane: OfflineLane) -> None:
-    """The garbage collector may run in the very threads that closing waits for."""
+    """The garbage collector may run in a thread that closing waits for."""
     if threading.current_thread() is threading.main_thread():
         lane.close()
     else:
@@ -327,30 +305,26 @@ def _new_id() -> str:
 
 
 def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or several. A list of numbers is one prompt, as token ids."""
+    """A list of numbers is one prompt, as token ids."""
     if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
         return [prompts]
     return list(prompts)
 
 
-def _text_and_ids(i: int, prompt: Prompt) -> tuple[str | None, list[int] | None]:
-    """A prompt as what it is: text to be tokenized, or token ids with or without their text."""
+def _text_and_prompt(i: int, prompt: Prompt) -> tuple[str | None, str | list[int]]:
+    """Its text, if known, and what the model gets: text to be tokenized, or token ids."""
     if isinstance(prompt, str):
-        return prompt, None
+        return prompt, prompt
     if not isinstance(prompt, Mapping):
         return None, list(prompt)
-    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    if text is None and ids is None:
+    text = prompt.get("prompt")
+    if (token_ids := prompt.get("prompt_token_ids")) is not None:
+        return text, list(token_ids)
+    if text is None:
         raise ConfigError(f"prompts[{i}]", dict(prompt), "must hold 'prompt' or 'prompt_token_ids'")
-    return text, None if ids is None else list(ids)
+    return text, text
 
 
-@contextmanager
-def _progress(use_tqdm: bool | ProgressBar, total: int) -> Iterator[Any]:
-    """A progress bar over prompts: tqdm, another of its kind, or none."""
+def _progress(use_tqdm: bool | ProgressBar, total: int) -> closing[Any]:
     make = use_tqdm if callable(use_tqdm) else tqdm
-    bar = make(total=total, desc="Processed prompts", dynamic_ncols=True, disable=not use_tqdm)
-    try:
-        yield bar
-    finally:
-        bar.close()
+    return closing(make(total=total, desc="Processed prompts", dynamic_ncols=True, disable=not use_tqdm))

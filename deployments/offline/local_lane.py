@@ -1,6 +1,4 @@
-"""A lane of one rank inside the calling process: the engine's thread and the worker's, joined by the channel that
-joins them everywhere. No Ray, no other process.
-"""
+"""A lane of one rank inside the calling process: two threads, no Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from stagemesh.stages.worker.worker import Worker
 
 HOST = "127.0.0.1"
 EPOCH = 1
-"""The only one: what breaks here is a bug, and the same process wired again would have it still."""
+"""The only one: wired again, the same process would fail again."""
 JOIN_TIMEOUT_S = 30.0
 
 
@@ -33,14 +31,14 @@ class LocalLane(Lane):
         self._worker = Worker(config, 0, 0, HOST)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = LeaderChannel(self._context, HOST)
-        # The threads hold each other, the sink and `on_failure`, and not the lane, whose end may be the collector's.
+        # The threads keep no reference to the lane, so that it can be garbage-collected.
         self.engine = Engine(config, "local", sink, lambda _, error: on_failure(f"{type(error).__name__}: {error}"))
         self._thread = threading.Thread(
             target=_run, args=(self._worker, self.engine, on_failure), name="worker", daemon=True
         )
 
     def start(self) -> None:
-        """Load the model. Raises ConfigError where the checkpoint or the memory does not fit."""
+        """Raises ConfigError if the checkpoint or the memory does not fit."""
         try:
             self._worker.load()
             self.num_blocks = self._worker.profile()

@@ -1,21 +1,23 @@
-"""What the offline classes return: vLLM's result objects, field by field, so that a script for them reads these."""
+"""What `LLM` returns: vLLM's result objects, field by field."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from stagemesh.stages.text.input import ProcessedPrompt
 from stagemesh.stages.text.output import DecodedLogprob, OutputProcessor
 from stagemesh.stages.text.tokenizer import Tokenizer
 from stagemesh.stages.text.tool_calls import ToolCall
 
+OutputT = TypeVar("OutputT")
+
 
 @dataclass
 class RequestMetrics:
-    """When things happened to one prompt, in seconds of `time.time()`."""
+    """Of one prompt, in seconds of `time.time()`."""
 
     arrival_time: float
     first_token_time: float | None = None
@@ -25,8 +27,6 @@ class RequestMetrics:
 
 @dataclass
 class Logprob:
-    """How likely the model found a token."""
-
     logprob: float
     rank: int | None = None
     """1 for the likeliest."""
@@ -35,23 +35,21 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One answer."""
-
     index: int
-    """Which of the prompt's `n` answers."""
+    """Of the prompt's `n` answers."""
     text: str
     token_ids: Sequence[int]
-    """All generated tokens, the one that ended the answer included."""
+    """Includes the token that ended the answer."""
     cumulative_logprob: float | None = None
-    """Sum over the answer's tokens, where logprobs were asked for."""
+    """If logprobs were requested."""
     logprobs: list[dict[int, Logprob]] | None = None
-    """For each generated token: itself and the likeliest ones, by token id."""
+    """Per generated token: itself and the likeliest ones, by token id."""
     finish_reason: str | None = None
     """"stop" or "length"."""
     stop_reason: int | str | None = None
-    """The stop string or stop token id that ended the answer; None for the model's own end and for "length"."""
+    """The stop string or stop token id; None for EOS and "length"."""
     tool_calls: list[ToolCall] = field(default_factory=list)
-    """Where `LLM.chat` was given a tool_choice."""
+    """If `LLM.chat` had a tool_choice."""
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -59,26 +57,22 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """One prompt and its answers."""
-
     request_id: str
     prompt: str | None
-    """None where the prompt was given as token ids only."""
+    """None for a prompt of token ids only."""
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool = True
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """The same for each token of the prompt; None for the first, which nothing comes before."""
+    """Per prompt token; None for the first."""
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
-    """Prompt tokens that came from the prefix cache."""
+    """Prompt tokens from the prefix cache."""
     lora_request: None = None
 
 
 @dataclass
 class EmbeddingOutput:
-    """The vector of one text."""
-
     embedding: list[float] = field(repr=False)
 
     @property
@@ -87,33 +81,24 @@ class EmbeddingOutput:
 
 
 @dataclass
-class EmbeddingRequestOutput:
-    """One text and its vector."""
-
-    request_id: str
-    outputs: EmbeddingOutput
-    prompt_token_ids: list[int]
-    finished: bool = True
-    num_cached_tokens: int = 0
-
-
-@dataclass
 class PoolingOutput:
-    """The pooled hidden states of one text."""
-
     data: Any
     """float32 tensor [hidden_size]."""
 
 
 @dataclass
-class PoolingRequestOutput:
-    """One text and what pooling made of it."""
+class PoolingRequestOutput(Generic[OutputT]):
+    """One text and its pooled hidden states."""
 
     request_id: str
-    outputs: PoolingOutput
+    outputs: OutputT
     prompt_token_ids: list[int]
     finished: bool = True
     num_cached_tokens: int = 0
+
+
+class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
+    """One text and its vector."""
 
 
 class RequestState:
@@ -135,7 +120,7 @@ class RequestState:
         return all(choice.finish_reason is not None for choice in self.choices)
 
     def tick(self) -> None:
-        """A token came."""
+        """Note that a token came."""
         now = self._metrics.last_token_time = time.time()
         self._metrics.first_token_time = self._metrics.first_token_time or now
         self._metrics.finished_time = now if self.is_finished else None

@@ -1,7 +1,4 @@
-"""A lane of Ray actors for a script: placement groups, worker groups, one epoch, the engine. No Ray Serve.
-
-Nothing heals here: a server must go on for its other clients, a script is told what broke, and where.
-"""
+"""A lane of Ray actors for a script, without Ray Serve and without healing."""
 
 from __future__ import annotations
 
@@ -28,18 +25,15 @@ logger = logging.getLogger(__name__)
 
 EPOCH = 1
 AFTERMATH_S = 1.0
-"""How long after the first rank that failed the others are given to fail because of it."""
+"""For other ranks to fail too: the first error may be an effect."""
 LOST_PEER = re.compile(r"Connection (closed|reset)|gloo|NCCL|epoch \d+ is over|no activations for step", re.IGNORECASE)
-"""What a rank says when another one has gone: an effect, not the cause."""
+"""Errors of a rank that lost a peer: effects, not causes."""
 
 Result = TypeVar("Result")
 
 
 class RayLane(Lane):
-    """Runs in the Ray instance that the caller has joined, or in one of its own.
-
-    Calls `on_failure(reason)` from one of its own threads.
-    """
+    """Uses the caller's Ray instance, else its own. Calls `on_failure(reason)` from one of its own threads."""
 
     def __init__(self, config: EngineConfig, sink: TokenSink, on_failure: Callable[[str], None]) -> None:
         self._config = config
@@ -58,7 +52,7 @@ class RayLane(Lane):
         self.engine = Engine(config, "offline", sink, self._step_failed)
 
     def start(self) -> None:
-        """Start the actors and load the model. Raises PhaseError naming stage, rank and phase where that fails."""
+        """Raises PhaseError."""
         try:
             if not ray.is_initialized():
                 self._owns_ray = True
@@ -75,7 +69,7 @@ class RayLane(Lane):
         return self.engine.abort(request_id)
 
     def close(self) -> None:
-        """Also ends the placement groups, and the Ray instance if `start` began it."""
+        """Also ends the placement groups, and Ray if `start` began it."""
         if self._closed:
             return
         self._closed = True
@@ -89,7 +83,7 @@ class RayLane(Lane):
             ray.shutdown()
 
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run `work` in the lane's event loop and wait for it."""
+        """Run `work` in the lane's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # -- in the lane's event loop ------------------------------------------------------------------------
@@ -110,7 +104,7 @@ class RayLane(Lane):
         self._watching = asyncio.create_task(self._watch(runs))  # asyncio holds tasks weakly
 
     async def _watch(self, runs: dict[Rank, asyncio.Task[None]]) -> None:
-        """Wait until a rank leaves its run loop, which none does while the lane is open."""
+        """Wait until a rank leaves its run loop, as none should."""
         await asyncio.wait(runs.values(), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait(runs.values(), timeout=AFTERMATH_S)
         failed = {rank: error for rank, run in runs.items() if run.done() and (error := run.exception()) is not None}
@@ -127,14 +121,14 @@ class RayLane(Lane):
             asyncio.run_coroutine_threadsafe(self._report(error), self._loop)
 
     async def _report(self, error: Exception) -> None:
-        """Fail with what every rank is doing beside the error: one of them is the cause."""
+        """Fail with the error and what every rank is doing."""
         reasons = [f"{type(error).__name__}: {error}"]
-        for (stage, tp_rank), answer in (await progress(self._workers)).items():
+        for (stage, tp_rank), state in (await progress(self._workers)).items():
             rank = f"stage {stage} rank {tp_rank}"
-            if answer is None:
+            if state is None:
                 reasons.append(f"{rank} does not answer")
-            elif answer.phase != "idle":
-                reasons.append(f"{rank} in '{answer.phase}' for {answer.seconds:.1f} s")
+            elif state.phase != "idle":
+                reasons.append(f"{rank} in '{state.phase}' for {state.seconds:.1f} s")
         self._on_failure("; ".join(reasons))
 
     async def _stop(self) -> None:
@@ -152,10 +146,10 @@ class RayLane(Lane):
 
 
 def root_cause(failed: dict[Rank, BaseException]) -> str:
-    """The errors of several ranks as text; those that only lost a peer are left out unless all did."""
+    """The errors as text, without those that only lost a peer unless all did."""
 
     def text(error: BaseException) -> str:
-        # Ray wraps what was raised: the original has the short message, the wrapper a traceback.
+        # Ray wraps the error: the original has the short message, the wrapper a traceback.
         original = getattr(error, "cause", None) or error
         return f"{type(original).__name__}: {str(original)[-300:]}"
 

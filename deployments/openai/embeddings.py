@@ -1,4 +1,4 @@
-"""OpenAI's /v1/embeddings: its request and its answer. What an embedding is, is in stages/worker/pooler.py."""
+"""Request and response of /v1/embeddings. Vectors come from stages/worker/pooler.py."""
 
 from __future__ import annotations
 
@@ -18,28 +18,26 @@ MAX_INPUTS = 2048
 
 
 class EmbeddingRequest(OpenAIRequest):
-    """POST /v1/embeddings."""
-
     input: Any
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
-    """base64 is of little-endian float32, a quarter of the size of numbers in JSON."""
+    """base64: of little-endian float32."""
     dimensions: int | None = Field(default=None, ge=1)
-    """Keep this many leading dimensions, for models trained for it."""
+    """Leading dimensions to keep, for models trained for it."""
     pooling: Pooling | None = None
     """Ours: "last" (the default) or "mean"."""
     normalize: bool | None = None
     """Ours: vectors of length 1, the default."""
     add_special_tokens: bool | None = None
-    """vLLM's: as the tokenizer does by default."""
+    """vLLM's; default true."""
 
     @property
     def num_chars(self) -> int:
-        """Of the text that has to be tokenized."""
+        """Of the text to tokenize."""
         return sum(len(text) for text in self.inputs() if isinstance(text, str))
 
     def inputs(self) -> Sequence[str | list[int]]:
-        """The inputs, one or many, all of one kind. Raises ConfigError."""
+        """All of one kind. Raises ConfigError."""
         inputs = one_or_many("input", self.input)
         if len(inputs) > MAX_INPUTS:
             raise ConfigError("input", len(inputs), f"must not hold more than {MAX_INPUTS} inputs")
@@ -72,7 +70,7 @@ class EmbeddingResponse(msgspec.Struct, frozen=True):
     def of(
         cls, vectors: list[bytes], model: str, num_tokens: int, encoding_format: Literal["float", "base64"] | None
     ) -> EmbeddingResponse:
-        """`vectors`: little-endian float32, in the order of the inputs."""
+        """vectors: little-endian float32, in the order of the inputs."""
 
         def written(vector: bytes) -> list[float] | str:
             if encoding_format == "base64":

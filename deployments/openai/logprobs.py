@@ -41,7 +41,7 @@ def chat_logprobs(logprobs: list[DecodedLogprob]) -> ChatLogprobs:
 def prompt_logprobs(logprobs: Sequence[DecodedLogprob]) -> PromptLogprobs:
     entries: PromptLogprobs = [None]
     for logprob in logprobs:
-        # The likeliest first, the prompt's own token where they end unless it is among them.
+        # Likeliest first; the prompt's own token comes last unless it is among them.
         tokens = {entry.token_id: entry for entry in (logprob, *logprob.top)}
         by_rank = sorted(tokens.values(), key=lambda entry: entry.rank)
         entries.append({e.token_id: PromptLogprob(e.logprob, e.rank, e.token) for e in by_rank})

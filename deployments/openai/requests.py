@@ -1,4 +1,4 @@
-"""OpenAI's requests for text, in pydantic, and what they ask of the engine."""
+"""OpenAI's requests for text, in pydantic, and their SamplingParams."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from stagemesh.deployments.openai.schema import OpenAIRequest, one_or_many
 from stagemesh.stages.text.input import ChatInput
 
 MAX_CHOICES = 256
-"""Prompts times n of one request; each is a sequence of its own in a lane."""
+"""Prompts times n of one request."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
-"""Likeliest tokens reported per token, as vLLM's `max_logprobs` and OpenAI have it."""
+"""Per token, as vLLM's `max_logprobs` and OpenAI have it."""
 MAX_BAD_WORDS = 128
 DEFAULT_COMPLETION_TOKENS = 16
-"""max_tokens of /v1/completions when not given, as OpenAI has it, and vLLM, whatever the model's own default is."""
+"""OpenAI's and vLLM's, whatever the model's own default is."""
 _SAMPLING_FIELDS = (
     "min_tokens",
     "temperature",
@@ -37,37 +37,29 @@ _SAMPLING_FIELDS = (
 )
 
 
-class StreamOptions(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
-
+class StreamOptions(pydantic.BaseModel, strict=True, extra="forbid"):
     include_usage: bool | None = None
-    """End the stream with one more chunk that holds the usage."""
+    """End the stream with a chunk of usage."""
     include_obfuscation: bool | None = None
-    """OpenAI's padding against traffic analysis; accepted, not done."""
+    """Padding against traffic analysis; accepted, not done."""
 
 
-class JsonSchemaFormat(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
-
+class JsonSchemaFormat(pydantic.BaseModel, strict=True, extra="forbid"):
     name: str | None = None
     description: str | None = None
     json_schema: dict[str, Any] | None = pydantic.Field(default=None, alias="schema")
-    """None allows any object."""
+    """None: any object."""
     strict: bool | None = None
-    """The schema is kept either way."""
+    """The schema is enforced either way."""
 
 
-class ResponseFormat(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
-
+class ResponseFormat(pydantic.BaseModel, strict=True, extra="forbid"):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(pydantic.BaseModel):
-    """vLLM's field; the meaning is that of `config.sampling.StructuredOutputsParams`."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+class StructuredOutputs(pydantic.BaseModel, strict=True, extra="forbid"):
+    """vLLM's field; see `config.sampling.StructuredOutputsParams`."""
 
     json_: str | dict[str, Any] | None = pydantic.Field(default=None, alias="json")
     regex: str | None = None
@@ -77,7 +69,7 @@ class StructuredOutputs(pydantic.BaseModel):
 
 
 class InferenceRequest(OpenAIRequest):
-    """What both kinds of generation share."""
+    """What completions and chat share."""
 
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -95,12 +87,12 @@ class InferenceRequest(OpenAIRequest):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    """By token id, which JSON writes as a string."""
+    """By token id as a string."""
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
-    """vLLM's: the token ids of prompt and answer beside their text."""
+    """vLLM's: of prompt and response, beside their text."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     n: int | None = None
@@ -128,21 +120,21 @@ class InferenceRequest(OpenAIRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to report beside each generated one; None for no report."""
+        """Likeliest tokens to report per generated one; None for no report."""
         raise NotImplementedError
 
     @property
     def num_chars(self) -> int:
-        """Of the text that has to be tokenized."""
+        """Of the text to tokenize."""
         raise NotImplementedError
 
     @property
     def structured_outputs_name(self) -> str:
-        """The field that says what form the answer must have."""
+        """The field in use, for error messages."""
         return "structured_outputs" if self.structured_outputs is not None else "response_format.json_schema"
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """defaults: used where the request is silent, e.g. {"temperature": 0.6}. Raises ConfigError."""
+        """defaults: for fields that the request leaves out. Raises ConfigError."""
         own = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         for key in self.logit_bias or ():
             if not key.isdecimal():
@@ -154,7 +146,7 @@ class InferenceRequest(OpenAIRequest):
             stop=tuple(self.stops),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias={int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()},
-            # OpenAI's clients write an empty list where they mean nothing.
+            # OpenAI's clients write an empty list for no restriction.
             allowed_token_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
             bad_words=tuple(self.bad_words or ()),
             logprobs=self.num_logprobs,
@@ -179,14 +171,11 @@ class InferenceRequest(OpenAIRequest):
 
 
 class CompletionRequest(InferenceRequest):
-    """POST /v1/completions."""
-
     prompt: Any
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     add_special_tokens: bool | None = None
-    """Whether the tokenizer adds its special tokens (BOS) to text prompts; default true."""
+    """To text prompts (BOS); default true."""
     logprobs: int | None = None
-    """Likeliest tokens to report beside each generated one."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -200,24 +189,20 @@ class CompletionRequest(InferenceRequest):
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> Sequence[str | list[int]]:
-        """The prompts, one or many, all of one kind. Raises ConfigError."""
+        """All of one kind. Raises ConfigError."""
         prompts = one_or_many("prompt", self.prompt)
         if len(prompts) * (self.n or 1) > MAX_CHOICES:
             raise ConfigError("prompt", len(prompts), f"prompts times n={self.n} must not exceed {MAX_CHOICES}")
         return prompts
 
 
-class TextPart(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
-
+class TextPart(pydantic.BaseModel, strict=True, extra="ignore"):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(pydantic.BaseModel):
-    """One turn. Which roles exist is up to the chat template, which also gets what else a message has."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="allow")
+class ChatMessage(pydantic.BaseModel, strict=True, extra="allow"):
+    """The chat template decides which roles exist, and also gets the extra fields."""
 
     role: str
     content: str | list[TextPart] | None = None
@@ -227,53 +212,43 @@ class ChatMessage(pydantic.BaseModel):
         return len(self.content) if isinstance(self.content, str) else sum(len(p.text) for p in self.content or ())
 
 
-class FunctionTool(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
-
+class FunctionTool(pydantic.BaseModel, strict=True, extra="ignore"):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """JSON schema of the arguments; None takes none."""
+    """JSON schema; None for no arguments."""
     strict: bool | None = None
 
 
-class Tool(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
-
+class Tool(pydantic.BaseModel, strict=True, extra="ignore"):
     type: Literal["function"]
     function: FunctionTool
 
 
-class NamedFunction(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
-
+class NamedFunction(pydantic.BaseModel, strict=True, extra="ignore"):
     name: str
 
 
-class NamedTool(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
-
+class NamedTool(pydantic.BaseModel, strict=True, extra="ignore"):
     type: Literal["function"]
     function: NamedFunction
 
 
 class ChatRequest(InferenceRequest):
-    """POST /v1/chat/completions."""
-
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
-    """The newer name of max_tokens; wins when both are given."""
+    """The newer name of max_tokens, and wins over it."""
     add_generation_prompt: bool | None = None
     """Whether the template opens the assistant's turn; default true."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """More variables for the template, e.g. {"enable_thinking": false}."""
+    """Variables, e.g. {"enable_thinking": false}."""
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    """Default: auto where tools are given."""
+    """Default: auto if there are tools."""
     parallel_tool_calls: bool | None = None
-    """Whether an answer may hold more than one call; default true."""
+    """Whether a choice may hold several calls; default true."""
 
     @property
     def num_logprobs(self) -> int | None:

@@ -1,4 +1,4 @@
-"""OpenAI's answers, in msgspec, which is fast to encode."""
+"""OpenAI's responses, in msgspec, which encodes fast."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import msgspec
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
-    """Prompt tokens whose KV came from the prefix cache."""
+    """From the prefix cache."""
 
 
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
-    """Each prompt counted once, whatever n is."""
+    """Once per prompt, whatever n is."""
     completion_tokens: int
-    """All generated tokens of all choices, EOS and stop tokens included."""
+    """Of all choices, EOS and stop tokens included."""
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Lists as long as there are tokens."""
+    """One entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
-    """The likeliest tokens and, beside them, the chosen one."""
+    """The likeliest tokens and the chosen one."""
     text_offset: list[int]
-    """Characters of the answer before each token."""
+    """Characters of the text before each token."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -36,10 +36,7 @@ class TopLogprob(msgspec.Struct, frozen=True):
     bytes: list[int]
 
 
-class ChatTokenLogprob(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-    bytes: list[int]
+class ChatTokenLogprob(TopLogprob, frozen=True):
     top_logprobs: list[TopLogprob]
 
 
@@ -50,12 +47,12 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 class PromptLogprob(msgspec.Struct, frozen=True):
     logprob: float
     rank: int | None
-    """1 for the likeliest token."""
+    """1 for the likeliest."""
     decoded_token: str
 
 
 PromptLogprobs = list[dict[int, PromptLogprob] | None]
-"""vLLM's shape, by token id: for each prompt token itself and the likeliest ones; null for the first."""
+"""vLLM's shape: per prompt token itself and the likeliest ones, by token id; null for the first."""
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -76,7 +73,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None
     logprobs: CompletionLogprobs | None = None
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
-    """Only where asked for, as the fields below."""
+    """If requested, as the fields below."""
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
@@ -92,7 +89,7 @@ class CompletionResponse(msgspec.Struct, frozen=True):
 
 class AssistantMessage(msgspec.Struct, frozen=True):
     content: str | None
-    """None where the answer is tool calls and nothing else."""
+    """None for tool calls only."""
     role: str = "assistant"
     refusal: None = None
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
@@ -120,7 +117,7 @@ class ChatResponse(msgspec.Struct, frozen=True):
 class ModelCard(msgspec.Struct, frozen=True):
     id: str
     created: int
-    """Unix time in seconds at which this router started."""
+    """Unix seconds: the start of this router."""
     max_model_len: int
     owned_by: str = "stagemesh"
     object: str = "model"

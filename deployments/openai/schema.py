@@ -1,8 +1,7 @@
 """What all of OpenAI's requests share: parsing, and errors that name the field.
 
-A field that OpenAI or vLLM knows and stagemesh does not support is accepted at its neutral value and refused by name
-otherwise, so that no answer silently ignores what was asked. A field that nobody knows is refused as well, as by
-OpenAI. A null means the default.
+A field of OpenAI or vLLM that is not supported here is accepted at its neutral value only; an unknown field is refused,
+as by OpenAI. null means the default.
 """
 
 from __future__ import annotations
@@ -45,30 +44,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-# Known, and without effect on an answer.
-_IGNORED = {
-    "metadata",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "request_id",
-    "safety_identifier",
-    "session_id",
-}
+# Known, and without effect on the response.
+_IGNORED = {"metadata", "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier", "session_id"}
 
 
-class OpenAIRequest(pydantic.BaseModel):
-    """What all kinds of request share. None means not given."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="allow", protected_namespaces=())
+class OpenAIRequest(pydantic.BaseModel, strict=True, extra="allow"):
+    """None means not given."""
 
     model: str | None = None
-    """One of the served names; may be left out."""
+    """One of the served names."""
     user: str | None = None
-    """Taken, without effect."""
+    """Without effect."""
 
     @classmethod
     def parse(cls, body: bytes | dict[str, Any]) -> Self:
-        """From a JSON body or a dict of fields. Raises ConfigError naming the first field that is wrong."""
+        """From JSON or fields. Raises ConfigError naming the first wrong field."""
         try:
             request = cls.model_validate(body) if isinstance(body, dict) else cls.model_validate_json(body)
         except pydantic.ValidationError as error:
@@ -77,7 +67,7 @@ class OpenAIRequest(pydantic.BaseModel):
         return request
 
     def _check(self) -> None:
-        """What the types do not say. Raises ConfigError."""
+        """What the types do not check. Raises ConfigError."""
         for name, value in (self.model_extra or {}).items():
             if name in _NEUTRAL:
                 if value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
@@ -88,17 +78,17 @@ class OpenAIRequest(pydantic.BaseModel):
                 raise ConfigError(name, value, f"is not a known request field{hint}")
 
 
-def one_or_many(field: str, given: Any) -> Sequence[str | list[int]]:
-    """A string, a list of strings, a list of token ids or a list of such lists, as a list. Raises ConfigError."""
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given, list) and given:
-        if _all_of(int, given):
-            return [given]
-        if _all_of(str, given) or (_all_of(list, given) and all(_all_of(int, ids) for ids in given)):
-            return given
+def one_or_many(field: str, value: Any) -> Sequence[str | list[int]]:
+    """Several prompts as they are, one as a list of one. Raises ConfigError."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _all_of(int, value):
+            return [value]
+        if _all_of(str, value) or (_all_of(list, value) and all(_all_of(int, ids) for ids in value)):
+            return value
     allowed = "a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
-    raise ConfigError(field, given, f"must be {allowed}")
+    raise ConfigError(field, value, f"must be {allowed}")
 
 
 def _all_of(kind: type, values: list[Any]) -> bool:
@@ -107,12 +97,12 @@ def _all_of(kind: type, values: list[Any]) -> bool:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    # Python's 0 == False would let logprobs=0, which asks for something, pass as logprobs=false.
+    # 0 == False in Python, but logprobs=0 requests something and logprobs=false nothing.
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 def _config_error(error: pydantic.ValidationError) -> ConfigError:
-    """The first wrong field in our own words: "messages[0].content", not pydantic's location tuple."""
+    """The first wrong field, as "messages[0].content"."""
     problems = error.errors(include_url=False, include_context=False)
     problem = problems[0]
     if problem["type"] == "json_invalid":
@@ -120,7 +110,7 @@ def _config_error(error: pydantic.ValidationError) -> ConfigError:
         return ConfigError("", None, f"the body is not valid JSON: {reason}")
     if not problem["loc"]:
         return ConfigError("", None, "the body must be a JSON object")
-    # A union reports every branch; the one that got deepest is the one that was meant.
+    # A union reports every branch; the deepest is the one that was meant.
     problem = max((p for p in problems if p["loc"][0] == problem["loc"][0]), key=lambda p: len(p["loc"]))
     field = ""
     for part in problem["loc"]:

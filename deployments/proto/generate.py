@@ -1,7 +1,6 @@
-"""Writes inference_pb2.py, inference_pb2.pyi and inference_pb2_grpc.py from inference.proto (`make proto`).
+"""Writes inference_pb2*.py and .pyi from inference.proto (`make proto`).
 
-protoc derives Python imports from the path it is given; the mapped include makes that the path of the
-installed package, whatever the checkout is called.
+protoc derives Python imports from the path: the mapped include makes it that of the installed package.
 """
 
 from __future__ import annotations
