@@ -47,8 +47,10 @@ accuracy: install ## 400 questions over HTTP to the demo model in every quantize
 bench: install ## throughput and latencies over HTTP, and the time of a step outside the model
 	$(BIN)/python tests/bench/bench_serve.py $(ARGS)
 
-proto: install ## generate the gRPC code from its .proto
-	$(BIN)/python deployments/proto/generate.py
+# Through the link, so that protoc derives the imports of the installed package from the path.
+proto: install .typing/stagemesh ## generate the gRPC code from its .proto
+	$(BIN)/python -m grpc_tools.protoc -I.typing $(foreach kind,python pyi grpc_python,--$(kind)_out=.typing) \
+		stagemesh/deployments/proto/inference.proto
 
 # mypy does not know editable installs; it finds the package `stagemesh` through this link to the root.
 .typing/stagemesh:
