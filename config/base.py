@@ -1,4 +1,4 @@
-"""The base of settings classes: frozen, no unknown keys, errors that a user can act on."""
+"""The base of settings classes: frozen, strict, with errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ _BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (
 
 
 class Settings(pydantic.BaseModel):
-    """Values from outside. One ConfigError lists everything that is wrong with them.
-
-    The command line shows the text under a field as the help of its flag.
-    """
+    """Values from outside. One ConfigError lists all that is wrong. A field's docstring is its flag's help."""
 
     model_config = pydantic.ConfigDict(
         frozen=True,
@@ -68,7 +65,7 @@ def allowed(field: FieldInfo) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the nearest known name; lists them all when none is near."""
+    """The end of a message: the nearest known name, or all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

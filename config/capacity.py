@@ -20,7 +20,7 @@ def kv_tokens(model: ModelConfig, plan: ParallelPlan, dtype_bytes: int, memory_b
 
 
 def capacity_line(device: str, num_tokens: int, max_model_len: int) -> str:
-    """What a lane logs at start-up, in vLLM's words. `device`: "cuda" or "cpu"."""
+    """The log line of a lane's start-up, in vLLM's words."""
     name = "CPU" if device == "cpu" else "GPU"
     return (
         f"{name} KV cache size: {num_tokens:,} tokens, Maximum concurrency for "

@@ -1,15 +1,13 @@
-"""The weights' files, checked before anything starts: which there are, and whether each is whole.
+"""Checks, from their headers alone, that the weights' files are there and whole.
 
-Only headers are read, without torch or safetensors. Layout of a safetensors file
-(https://github.com/huggingface/safetensors, README "Format"): the header's length as 8 bytes little-endian, the header
-as JSON, then the tensors' bytes. Offsets count from the end of the header.
+A safetensors file (https://github.com/huggingface/safetensors, README "Format") is the header's length as 8 bytes
+little-endian, the header as JSON, then the tensors' bytes. Offsets count from the end of the header.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from stagemesh.config.errors import ConfigError
 
@@ -30,7 +28,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
         if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
             reason += f"; {', '.join(pickles)} may run code when read and is not accepted, convert it"
         raise ConfigError("model", str(folder), reason)
-    files = {tensor: folder / shard for tensor, shard in _weight_map(folder / INDEX_FILE).items()}
+    files = {tensor: folder / shard for tensor, shard in weight_map(folder / INDEX_FILE).items()}
     tensors_of = {path: _tensor_names(path) for path in sorted(set(files.values()))}
     for tensor, path in files.items():
         if tensor not in tensors_of[path]:
@@ -38,7 +36,8 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     return files
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → name of its file, from a checkpoint's index. Raises ConfigError."""
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         # A shard is a file of this folder, never a path out of it.
@@ -54,37 +53,25 @@ def _tensor_names(path: Path) -> set[str]:
     if not path.is_file():
         raise _broken(path, "is missing")
     size = path.stat().st_size
-    header, header_bytes = _read_header(path, size)
-    header.pop("__metadata__", None)
     try:
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        expected = 8 + header_bytes + end
-    except (KeyError, IndexError, TypeError):
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            content = file.read(header_bytes) if header_bytes <= MAX_HEADER_BYTES else b""
+    except OSError as error:
+        raise _broken(path, f"cannot be read: {error}") from None
+    if size < 8 or (8 + header_bytes > size and header_bytes <= MAX_HEADER_BYTES):
+        raise _broken(path, f"is truncated: it ends within its header, after {size} bytes")
+    try:
+        header = json.loads(content)
+        header.pop("__metadata__", None)
+        expected = 8 + header_bytes + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise _broken(path, "its header is not that of a safetensors file") from None
     if size < expected:
         raise _broken(path, f"is truncated: {size} of {expected} bytes are there")
     if size > expected:
         raise _broken(path, f"is {size - expected} bytes longer than its header says")
     return set(header)
-
-
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The header and its length in bytes."""
-    try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if size < 8 or (8 + header_bytes > size and header_bytes <= MAX_HEADER_BYTES):
-                raise _broken(path, f"is truncated: it ends within its header, after {size} bytes")
-            header = json.loads(file.read(header_bytes)) if header_bytes <= MAX_HEADER_BYTES else None
-    except OSError as error:
-        raise _broken(path, f"cannot be read: {error}") from None
-    except ConfigError:
-        raise
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is not that of a safetensors file")
-    return header, header_bytes
 
 
 def _broken(path: Path, reason: str) -> ConfigError:

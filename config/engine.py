@@ -1,9 +1,8 @@
-"""What a user asks of the engine (`EngineArgs`), and what that means for one model (`EngineConfig`)."""
+"""What a user asks for (`EngineArgs`), and what it means for one model (`EngineConfig`)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +21,7 @@ from stagemesh.config.quantization import Quantization, QuantizationName, resolv
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 CPU_KV_CACHE_BYTES = 256 * 2**20
-"""Per rank; small, because a CPU's memory is everybody's."""
+"""Per rank; small, for other programs need memory too."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -31,68 +30,67 @@ class EngineArgs(Settings):
     """The `args` of a Serve YAML and the flags of `stagemesh serve`, under vLLM's names."""
 
     model: str
-    """Folder in Hugging Face layout, or a hub id; a relative path is tried from here, then from the package."""
+    """Folder in Hugging Face layout, relative to here or the package, or a hub id."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id; by default main."""
+    """Branch, tag or commit on the hub; by default main."""
     download_dir: str | None = None
-    """Where models of the hub are kept; by default the hub library's own cache."""
+    """Folder for models from the hub; by default its library's cache."""
     served_model_name: str | list[str] | None = None
-    """Name, or names, that clients use for the model; by default what `model` says."""
+    """Name or names that clients use; by default `model`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights, activations and KV cache; auto is that of the checkpoint."""
+    """Type of weights, activations and KV cache; auto is the checkpoint's."""
     quantization: QuantizationName = "auto"
-    """Format of the linear layers; auto is that of the checkpoint, fp8 and int8 also quantize while loading."""
+    """Format of the linear layers; auto is the checkpoint's, fp8 and int8 also quantize while loading."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """Type of the KV cache; auto is dtype, fp8 (e4m3) holds twice to four times the tokens."""
+    """Type of the KV cache; auto is dtype, fp8 (e4m3) holds 2 to 4 times the tokens."""
     seed: int | None = None
-    """Fixes the answers to requests without a seed of their own, for a router that gets them in the same order."""
+    """Fixes answers to requests without a seed, if a router gets them in the same order."""
     generation_config: Literal["auto", "vllm"] = "auto"
-    """Sampling where a request is silent; auto is as the model's generation_config.json says, vllm without it."""
+    """Default sampling: auto takes the model's generation_config.json, vllm ignores it."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share every layer of a stage; must divide the attention heads."""
+    """Ranks that share each layer; must divide the attention heads."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Stages that the layers are spread over."""
     pipeline_layer_partition: tuple[int, ...] | None = None
     """Layers of each stage, e.g. 3,5,4; by default even."""
     enable_expert_parallel: bool = False
-    """Spread the experts of a mixture over the ranks of a stage, whole, instead of cutting each of them."""
+    """Give each rank of a stage whole experts instead of a slice of every one."""
     data_parallel_size: int = Field(default=1, ge=1)
-    """Lanes, each a whole copy of the model; fixed, so not together with autoscaling_config."""
+    """Fixed number of lanes, copies of the model; not with autoscaling_config."""
     autoscaling_config: dict[str, Any] | None = None
-    """Ray Serve's autoscaling_config for the number of lanes (min_replicas, max_replicas, …)."""
+    """Ray Serve's autoscaling_config for the lanes (min_replicas, max_replicas, …)."""
 
     max_model_len: int | None = Field(default=None, ge=1)
-    """Most tokens of a prompt and its answer together; by default what the model was trained for."""
+    """Most tokens of prompt and answer together; by default the model's max_position_embeddings."""
     max_num_seqs: int = Field(default=256, ge=1)
-    """Most sequences that a lane runs at once; more wait."""
+    """Most sequences that a lane runs at once."""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
-    """Most tokens in one step of a lane; longer prompts are computed in chunks."""
+    """Most tokens in one step; longer prompts are computed in chunks."""
     block_size: int = Field(default=16, ge=1, le=1024)
-    """Tokens in one block of the KV cache."""
+    """Tokens in a block of the KV cache."""
     enable_prefix_caching: bool = True
-    """Keep the KV of finished requests for prompts that begin alike."""
+    """Reuse the KV of equal beginnings."""
     gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
-    """Share of a GPU's memory for weights, activations and KV cache together."""
+    """Share of a GPU's memory for weights, activations and KV cache."""
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
-    """KV cache of each rank, e.g. 2GiB; by default what is left of a GPU's share, or 256MiB on a CPU."""
+    """KV cache per rank, e.g. 2GiB; by default the rest of a GPU's share, or 256MiB on a CPU."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What the ranks compute on; auto is cuda where the machine that starts it has an NVIDIA GPU."""
+    """What ranks compute on; auto is cuda if the starting machine has an NVIDIA GPU."""
     activation_transport: Literal["auto", "nccl", "gloo", "object_store"] = "auto"
-    """How activations go from stage to stage; auto is nccl on cuda and gloo on cpu."""
+    """How activations travel between stages; auto is nccl on cuda and gloo on cpu."""
     num_cpus_per_worker: float = Field(default=0.1, ge=0)
-    """CPUs that Ray reserves for each process of a lane and for each router: a count, not a limit. At 0.1 two lanes of
-    2x2 (4 replicas, 8 ranks) and a router count 1.3, which fits a machine of 2 cores."""
+    """CPUs that Ray reserves for each process of a lane and each router: a count, not a limit."""
     num_router_replicas: int = Field(default=1, ge=1)
     """Processes that take requests, tokenize and choose lanes."""
 
     startup_timeout_s: float = Field(default=300.0, gt=0)
-    """Deadline in seconds of each start-up phase of a lane (placement, rendezvous, weights, …)."""
+    """Seconds for each start-up phase of a lane (placement, rendezvous, weights, …)."""
     step_timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds after which a rank that has not finished a step counts as hung and is replaced."""
+    """Seconds for a step; a slower rank counts as hung and is replaced."""
     drain_timeout_s: float = Field(default=60.0, ge=0)
-    """Seconds that a lane which goes away gives its running requests to finish."""
+    """Seconds that a stopping lane gives its running requests."""
 
     @field_validator("kv_cache_memory_bytes", mode="before")
     @classmethod
@@ -117,24 +115,21 @@ class EngineArgs(Settings):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Everything decided: made once by `resolve`, then sent to every process.
-
-    A field without a text here means what it means in EngineArgs.
-    """
+    """EngineArgs resolved for one model, once for all processes. Fields without a text are as there."""
 
     model: ModelConfig
     model_name: str
     """`EngineArgs.model`."""
     model_path: str
-    """Absolute folder on the machine that resolved the config."""
+    """Absolute, on the machine that resolved the config."""
     commit: str | None = None
-    """Of a model from the hub, so that every machine uses the same."""
+    """Of a model from the hub: every machine uses the same."""
     served_model_names: tuple[str, ...]
     """At least one; responses carry the first."""
     plan: ParallelPlan
     dtype: DType
     quantization: Quantization | None
-    """Format of the linear layers; None = dtype."""
+    """None = dtype."""
     device: Literal["cpu", "cuda"]
     transport: Literal["nccl", "gloo", "object_store"]
     max_model_len: int
@@ -173,13 +168,12 @@ class EngineConfig:
 
     @property
     def peer_timeout_s(self) -> float:
-        """Seconds that a rank waits for another: longer than the leader's deadline for this step and the next, so that
-        the leader reports the stuck rank first."""
+        """Seconds that a rank waits for another: above two steps, so that the leader reports the stuck rank first."""
         return 2 * self.step_timeout_s + 5
 
     @classmethod
     def resolve(cls, args: EngineArgs) -> EngineConfig:
-        """Read the model's folder and check what can be checked before a process starts. Raises ConfigError."""
+        """Read the model's folder and check what is known before start-up. Raises ConfigError."""
         folder = find_model(args.model, args.revision, args.download_dir)
         model = ModelConfig.from_folder(folder)
         plan = ParallelPlan.resolve(
@@ -191,10 +185,8 @@ class EngineConfig:
         )
         device = _device(args)
         names = args.served_model_name or args.model
-        # Whatever EngineArgs has too, and nothing below replaces, is as asked.
-        values: dict[str, Any] = {
-            name: getattr(args, name) for name in cls.__slots__ if name in EngineArgs.model_fields
-        }
+        # Fields of both classes, unless replaced below.
+        values: dict[str, Any] = {name: getattr(args, name) for name in EngineArgs.model_fields.keys() & cls.__slots__}
         values |= {
             "model": model,
             "model_name": args.model,
@@ -218,7 +210,7 @@ class EngineConfig:
 
 
 def find_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The absolute folder of `model`, downloaded from the hub if need be. Raises ConfigError."""
+    """The absolute folder of `model`, downloaded if need be. Raises ConfigError."""
     folder = local_folder(model)
     if folder is None and hub.is_repo_id(model):
         return hub.fetch(model, revision, download_dir)
@@ -241,12 +233,11 @@ def _places(model: str) -> list[Path]:
 
 
 def _device(args: EngineArgs) -> Literal["cpu", "cuda"]:
-    """cuda where the GPU has a device file and torch is not a CPU build; torch is not imported."""
+    """auto is cuda where a GPU has a device file and torch is no CPU build."""
     if args.device != "auto":
         return args.device
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return "cpu"
-    return "cpu" if metadata.version("torch").endswith("+cpu") else "cuda"
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    return "cuda" if has_gpu and not metadata.version("torch").endswith("+cpu") else "cpu"
 
 
 def _transport(args: EngineArgs, device: str) -> Literal["nccl", "gloo", "object_store"]:
@@ -278,7 +269,7 @@ def _check_limits(config: EngineConfig) -> None:
 
 
 def _check_lanes(args: EngineArgs) -> None:
-    scaling: Mapping[str, Any] | None = args.autoscaling_config
+    scaling = args.autoscaling_config
     if scaling is None:
         return
     if "data_parallel_size" in args.model_fields_set:
@@ -287,4 +278,4 @@ def _check_lanes(args: EngineArgs) -> None:
     least, most = scaling.get("min_replicas", 1), scaling.get("max_replicas", 1)
     if type(least) is not int or type(most) is not int or not 0 <= least <= most or most < 1:
         reason = "needs whole numbers with 0 <= min_replicas <= max_replicas and max_replicas >= 1"
-        raise ConfigError("autoscaling_config", dict(scaling), reason)
+        raise ConfigError("autoscaling_config", scaling, reason)

@@ -1,4 +1,4 @@
-"""The exception for whatever a user asked for that cannot be done."""
+"""The exception for a user's value that is refused."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A user's value is refused. The message is for the user: it names the field, the value and what is allowed.
-
-    HTTP answers 400 with it, gRPC INVALID_ARGUMENT; at start-up it ends the process.
-    """
+    """Its message names the field, the value and what is allowed. HTTP answers 400, gRPC INVALID_ARGUMENT."""
 
     def __init__(self, field: str, value: Any, reason: str) -> None:
         self.field = field

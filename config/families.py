@@ -1,7 +1,4 @@
-"""Which family serves an architecture. A new family is one file beside these in stages/models/, and a line here.
-
-The files are imported by name when a config.json asks for them: config/ does not depend on stages/.
-"""
+"""Which family serves an architecture; named, not imported, because config/ does not depend on stages/."""
 
 from __future__ import annotations
 
@@ -16,4 +13,4 @@ FAMILIES = {
     "DeepseekV2ForCausalLM": "stagemesh.stages.models.deepseek:DeepseekV2",
     "DeepseekV3ForCausalLM": "stagemesh.stages.models.deepseek:DeepseekV3",
 }
-"""Entry of `architectures` → module and class, a `Family` of config/model.py."""
+"""Entry of `architectures` → module and class, a `Family`."""

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class _GenerationJson(Settings):
-    """The keys that vLLM takes over; it ignores `do_sample` too."""
+    """The keys that vLLM reads; it ignores `do_sample` too."""
 
     model_config = pydantic.ConfigDict(extra="ignore")
 
@@ -30,10 +30,7 @@ class _GenerationJson(Settings):
 
 
 def default_sampling(config: EngineConfig) -> dict[str, Any]:
-    """The fields of SamplingParams that the file names; empty with generation_config="vllm".
-
-    Raises ConfigError naming the key and the file.
-    """
+    """The fields of SamplingParams that the file sets; none with "vllm". ConfigError names the key and the file."""
     path = config.local_model_path() / "generation_config.json"
     if config.generation_config == "vllm" or not path.exists():
         return {}

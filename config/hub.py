@@ -1,18 +1,16 @@
 """Models of the Hugging Face hub: from "org/name" to a folder on this machine.
 
-A model in the cache is used without asking the network. Only safetensors are fetched: a pickle may run any code when
-it is read. One process of a machine downloads, the others wait for it.
+A cached model needs no network. Pickles are refused: reading one may run any code. One process of a machine downloads.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stagemesh.config.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, checkpoint_files
+from stagemesh.config.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, checkpoint_files, weight_map
 from stagemesh.config.errors import ConfigError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -21,14 +19,13 @@ SETTINGS = ("*.json", "*.jinja")
 
 
 def is_repo_id(model: str) -> bool:
-    """Whether `model` could name a repository of the hub."""
     return REPO_ID.fullmatch(model) is not None
 
 
 def fetch(repo_id: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """The folder with `repo_id` at `revision` (a branch, tag or commit; None = main), downloaded if need be.
+    """The folder of a model, named by its commit, downloaded if need be. Raises ConfigError.
 
-    Its name is the commit. cache_dir: None = the hub library's own (HF_HOME, HF_HUB_CACHE). Raises ConfigError.
+    revision: branch, tag or commit; None = main. cache_dir: None = the hub library's own (HF_HOME, HF_HUB_CACHE).
     """
     from filelock import FileLock
     from huggingface_hub import constants
@@ -43,7 +40,7 @@ def fetch(repo_id: str, revision: str | None = None, cache_dir: str | None = Non
 
 
 def _cached(repo_id: str, revision: str | None, cache_dir: str | None) -> Path | None:
-    """The folder in the cache, if it is complete."""
+    """The cached folder, if it is complete."""
     folder = _cached_folder(repo_id, revision, cache_dir)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
@@ -112,11 +109,6 @@ def _check_format(repo_id: str, names: Iterable[str]) -> None:
 
 
 def _weight_files(folder: Path) -> set[str]:
-    """The files of the checkpoint; a repository may hold the weights in other formats too."""
-    if not (folder / INDEX_FILE).exists():
-        return {SINGLE_FILE}
-    try:
-        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        return set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError("model", str(folder), f"{INDEX_FILE} has no weight_map") from None
+    """The repository may hold the weights in other formats too."""
+    index = folder / INDEX_FILE
+    return set(weight_map(index).values()) if index.exists() else {SINGLE_FILE}

@@ -1,6 +1,6 @@
-"""What a model is (`ModelConfig`), read from the config.json of its Hugging Face folder by its family (`Family`).
+"""What a model is (`ModelConfig`), as its family (`Family`) reads it from config.json.
 
-Nothing is guessed: a feature that is not supported is refused by name, for it would change the answers.
+Unsupported features are refused by name, for they change the answers.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeConfig:
-    """A mixture of experts in place of the MLP in some layers."""
+    """A mixture of experts for the MLP of some layers."""
 
     num_experts: int
     top_k: int
-    """Experts of each token."""
+    """Experts per token."""
     intermediate_size: int
     """Of one expert."""
     norm_topk_prob: bool
-    """Whether a token's weights are scaled to add up to 1."""
+    """A token's weights add up to 1."""
     shared_intermediate_size: int
-    """Of the expert that all tokens share; 0 = none."""
+    """Of the shared expert; 0 = none."""
     layers: frozenset[int]
-    """Which layers; the others have a plain MLP of the model's intermediate_size."""
+    """The others have a plain MLP of the model's intermediate_size."""
     shared_gate: bool = False
-    """Whether a gate of its own weighs the shared expert (Qwen2-MoE)."""
+    """A gate weighs the shared expert (Qwen2-MoE)."""
     sigmoid: bool = False
-    """Score by sigmoid, with a bias that only affects the choice (DeepSeek-V3); else by softmax."""
+    """Score by sigmoid, with a bias for the choice alone (DeepSeek-V3); else by softmax."""
     num_groups: int = 1
-    """Groups of experts, of which the best top_groups are chosen from (DeepSeek)."""
+    """Experts are chosen from the best top_groups of them (DeepSeek)."""
     top_groups: int = 1
     weight_scale: float = 1.0
-    """What all weights are multiplied with in the end."""
+    """Factor of all weights."""
     float32_router: bool = False
-    """Whether the router computes in float32 whatever the model's dtype is (DeepSeek)."""
+    """The router computes in float32 in any dtype (DeepSeek)."""
 
     def __post_init__(self) -> None:
         candidates = self.num_experts // self.num_groups * self.top_groups
@@ -58,37 +58,35 @@ class MoeConfig:
 
 @dataclass(frozen=True)
 class MoeNames:
-    """A family's names for the tensors of a mixture, below the layer's name."""
+    """A family's names of a mixture's tensors, below the layer's."""
 
     router: str
     expert: str
-    """With a {} for the number of the expert."""
+    """With {} for the expert's number."""
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """gate, up, down of an expert."""
+    """gate, up, down."""
     shared_expert: str = ""
     shared_gate: str = ""
     choice_bias: str = ""
-    """Added to the scores, for the choice of experts alone."""
+    """Added to the scores for the choice alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlaConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): the cache holds a short vector that keys and
-    values are projections of.
-    """
+    """Multi-head latent attention (arXiv:2405.04434): keys and values are projections of one short cached vector."""
 
     q_lora_rank: int | None
     """Width of the queries' latent; None = projected from the hidden state."""
     kv_lora_rank: int
-    """Width of the latent of keys and values."""
+    """Width of the cached latent."""
     qk_nope_head_dim: int
     """Features of a key without position; qk_rope_head_dim with it follow, shared by all heads."""
     qk_rope_head_dim: int
     v_head_dim: int
     scale: float
-    """What scores are multiplied with before the softmax."""
+    """Factor of the scores before the softmax."""
     rope_interleave: bool
-    """Whether the checkpoint's rotary pairs are neighbours, not half the dim apart."""
+    """The checkpoint's rotary pairs are neighbours, not half the dim apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +94,7 @@ class ModelConfig:
     """Shapes and constants of a decoder-only transformer."""
 
     family: Family
-    """Reads the keys that only it knows and makes the decoder layers; pickled by the name of its module."""
+    """Makes the decoder layers; pickled by its module's name."""
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -111,25 +109,23 @@ class ModelConfig:
     tie_word_embeddings: bool
     qkv_bias: bool = False
     output_bias: bool = False
-    """Bias of the attention's output projection."""
+    """Of the attention's output projection."""
     mlp_bias: bool = False
     qk_norm: bool = False
-    """RMSNorm over each head of queries and keys."""
+    """RMSNorm of each query and key head."""
     sliding_window: int | None = None
-    """Tokens that a query attends to, itself included; None = all before it."""
+    """Tokens that a query attends to, its own included; None = all."""
     moe: MoeConfig | None = None
-    """None = every layer has a plain MLP."""
+    """None = plain MLPs."""
     mla: MlaConfig | None = None
-    """Latent attention: one KV head of kv_lora_rank + qk_rope_head_dim features, key and value in one. None =
-    grouped-query attention.
-    """
+    """One KV head of kv_lora_rank + qk_rope_head_dim features, key and value in one; None = grouped-query attention."""
     torch_dtype: DType
-    """What the weights are stored in; float32 where config.json does not say."""
+    """Of the stored weights; float32 where config.json does not say."""
     eos_token_ids: tuple[int, ...] = ()
-    """Ids that end an answer, from generation_config.json and config.json."""
+    """From generation_config.json and config.json."""
     bos_token_id: int | None
     quantization: Quantization | None = None
-    """How the checkpoint stores its linear layers; None = as floats."""
+    """Of the stored linear layers; None = floats."""
 
     @property
     def architecture(self) -> str:
@@ -137,12 +133,12 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Features of a head that turn with the position."""
+        """Features of a head that RoPE turns."""
         return self.mla.qk_rope_head_dim if self.mla else self.head_dim
 
     @property
     def kv_factor(self) -> int:
-        """Vectors per token and KV head in the cache: key and value, or one that is both."""
+        """Cached vectors per token and KV head: key and value, or one that is both."""
         return 1 if self.mla else 2
 
     @property
@@ -155,10 +151,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
-        """Read `path`/config.json and, where present, generation_config.json.
-
-        Raises ConfigError that names the file and the key: missing, of the wrong type, or not supported.
-        """
+        """Read config.json and, where present, generation_config.json. ConfigError names the file and the key."""
         folder = Path(path)
         raw = _read_json(folder / "config.json")
         generation_file = folder / "generation_config.json"
@@ -171,11 +164,10 @@ class ModelConfig:
 
 
 class Family(Settings):
-    """A model family: the keys that it reads from config.json, what they come to, and its decoder layer.
+    """A model family: the keys that it reads from config.json, and its decoder layer.
 
-    A subclass in a file of stages/models/ and a line in config/families.py. It declares the keys that it reads beside
-    these, and `resolve` replaces what differs from a plain model; other keys are ignored. Processes without tensors
-    import the file, so it imports torch and layers only inside of functions.
+    A subclass in stages/models/, with a line in config/families.py, declares more keys, and its `resolve` replaces what
+    differs from a plain model. Processes without tensors import it too: torch and layers only inside functions.
     """
 
     model_config = pydantic.ConfigDict(extra="ignore")
@@ -183,7 +175,7 @@ class Family(Settings):
     """Where config.json names none."""
 
     architecture: str
-    """The entry of `architectures` that the family is registered for."""
+    """The entry of `architectures` that names the family."""
     hidden_size: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
     num_hidden_layers: int = Field(ge=1)
@@ -205,19 +197,15 @@ class Family(Settings):
     quantization_config: dict[str, Any] | None = None
 
     def decoder_layer(self, model: Any, index: int) -> Any:
-        """Layer `index` of `model`, a stages.models.decoder.Decoder; returns a DecoderLayer of the same file.
-
-        The types are Any because config/ imports nothing of stages/.
-        """
+        """The DecoderLayer `index` of the Decoder `model`; Any, because config/ imports nothing of stages/."""
         raise NotImplementedError
 
     def resolve(self) -> ModelConfig:
-        """The keys checked against one another. ConfigError names the one that cannot be."""
+        """Check the keys against one another. ConfigError names the wrong one."""
         heads = self.num_attention_heads
         kv_heads = self.num_key_value_heads or heads
         if heads % kv_heads:
-            allowed = f"must divide num_attention_heads={heads}"
-            raise ConfigError("num_key_value_heads", kv_heads, allowed)
+            raise ConfigError("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
         rope_theta = self.default_rope_theta if self.rope_theta is None else self.rope_theta
         return ModelConfig(
             family=self,
@@ -242,7 +230,6 @@ class Family(Settings):
         return self.rope_parameters or self.rope_scaling or {}
 
     def cached_head_dim(self) -> int:
-        """Features of one head in the KV cache."""
         heads = self.num_attention_heads
         if self.head_dim is None and self.hidden_size % heads:
             allowed = f"must be a multiple of num_attention_heads={heads} where head_dim is not given"
@@ -250,7 +237,7 @@ class Family(Settings):
         return even("head_dim", self.head_dim or self.hidden_size // heads)
 
     def required(self, name: str) -> int:
-        """The value of a key that some configs of the family do not have; ConfigError if this one has not."""
+        """The value of an optional key; ConfigError if it is missing."""
         value: int | None = getattr(self, name)
         if value is None:
             raise ConfigError(name, None, f"is required by {self.architecture}")
@@ -264,12 +251,10 @@ class _Architectures(Settings):
 
 
 def _read_family(raw: dict[str, Any]) -> Family:
-    """The family that the `architectures` of a config.json name, with the keys of that config.json."""
     architectures = _Architectures.parse(raw).architectures
     architecture = next((name for name in FAMILIES if name in architectures), None)
     if architecture is None:
-        reason = f"not supported; supported are {', '.join(FAMILIES)}"
-        raise ConfigError("architectures", architectures, reason)
+        raise ConfigError("architectures", architectures, f"not supported; supported are {', '.join(FAMILIES)}")
     module, name = FAMILIES[architecture].split(":")
     family: type[Family] = getattr(import_module(module), name)
     return family.parse({**raw, "architecture": architecture})
@@ -293,8 +278,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        reason = f"is not a model folder: {path.name} is missing"
-        raise ConfigError("model", str(path.parent), reason) from None
+        raise ConfigError("model", str(path.parent), f"is not a model folder: {path.name} is missing") from None
     except (OSError, ValueError) as error:
         raise ConfigError("model", str(path.parent), f"{path.name} cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -14,18 +14,16 @@ NUM_SUGGESTIONS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelPlan:
-    """Who holds what in one lane. Ranks are numbered stage by stage: `stage * tp_size + tp_rank`."""
+    """Who holds what in one lane. Rank = stage * tp_size + tp_rank."""
 
     tp_size: int
-    """Ranks that share every layer of a stage."""
     pp_size: int
-    """Stages."""
     layer_ranges: tuple[tuple[int, int], ...]
     """[start, end) of each stage's layers."""
     kv_heads_per_rank: int
-    """The same on every rank, though a head may be on several (see kv_heads)."""
+    """A head may be on several ranks (see kv_heads)."""
     expert_parallel: bool = False
-    """Whether a rank holds whole experts, not its part of each."""
+    """A rank holds whole experts, not a part of each."""
 
     def num_layers(self, stage: int) -> int:
         start, end = self.layer_ranges[stage]
@@ -41,10 +39,7 @@ class ParallelPlan:
         *,
         expert_parallel: bool = False,
     ) -> ParallelPlan:
-        """Cut `model`, or raise ConfigError with the reason and the nearest layouts that work.
-
-        `partition`: layers per stage; None splits evenly (see `even_partition`).
-        """
+        """Cut `model`; `partition` = layers per stage, None = even. ConfigError names the nearest layouts that work."""
         if expert_parallel and model.moe is None:
             raise ConfigError("enable_expert_parallel", True, f"{model.architecture} has no experts")
         if (reason := _tp_problem(model, tp_size, expert_parallel)) is not None:
@@ -67,12 +62,10 @@ class ParallelPlan:
 
 
 def kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> tuple[int, ...]:
-    """KV heads that a rank holds, in the order in which its query heads read them.
+    """KV heads of rank r, in the order in which its query heads, r·h to (r + 1)·h, read them.
 
-    Rank r has the query heads r·h to (r + 1)·h. Attention wants every local KV head to serve equally many of them:
-    gcd(h, G), with G query heads per KV head. That splits KV heads where tp_size divides them, and copies them where
-    they divide tp_size. In between a rank may hold one twice: 6 query and 3 KV heads on 2 ranks are (0, 0, 1) and
-    (1, 2, 2).
+    Attention wants every local KV head to serve equally many of those: gcd(h, G), with G query heads per KV head. So a
+    KV head may be on several ranks, or twice on one: 6 query and 3 KV heads on 2 ranks are (0, 0, 1) and (1, 2, 2).
     """
     heads = model.num_heads // tp_size
     group = model.num_heads // model.num_kv_heads
@@ -81,21 +74,17 @@ def kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> tuple[int, ...]:
 
 
 def expert_range(num_experts: int, size: int, rank: int) -> range:
-    """Experts of a rank: contiguous, the first ranks hold one more than the last."""
-    each, left_over = divmod(num_experts, size)
-    start = rank * each + min(rank, left_over)
-    return range(start, start + each + (rank < left_over))
+    """Experts of a rank: contiguous; the first ranks may hold one more than the last."""
+    each, num_larger = divmod(num_experts, size)
+    start = rank * each + min(rank, num_larger)
+    return range(start, start + each + (rank < num_larger))
 
 
 def even_partition(num_layers: int, pp_size: int) -> tuple[int, ...]:
-    """Layers per stage, as equal as they go.
-
-    What is left over goes to the stages from the last but one backwards: the last stage also computes the logits, the
-    first embeds and runs beside the scheduler.
-    """
-    each, left_over = divmod(num_layers, pp_size)
+    """Layers per stage, nearly equal; the last stage (logits), then the first (embedding, scheduler) get fewer."""
+    each, num_larger = divmod(num_layers, pp_size)
     layers = [each] * pp_size
-    for i in range(left_over):
+    for i in range(num_larger):
         layers[-2 - i] += 1
     return tuple(layers)
 
@@ -114,7 +103,7 @@ def _check_partition(layers: tuple[int, ...], num_layers: int, pp_size: int) -> 
 
 
 def _tp_problem(model: ModelConfig, tp_size: int, expert_parallel: bool) -> str | None:
-    """Why the layers cannot be shared by `tp_size` ranks, or None when they can."""
+    """Why `tp_size` ranks cannot share the layers; None = they can."""
     if tp_size < 1:
         return "must be at least 1"
     sizes = {"num_attention_heads": model.num_heads}
@@ -134,7 +123,7 @@ def _tp_problem(model: ModelConfig, tp_size: int, expert_parallel: bool) -> str 
 
 
 def _suggest(model: ModelConfig, tp_size: int, pp_size: int, expert_parallel: bool) -> str:
-    """The working layouts nearest in number of devices, then in tensor parallel size."""
+    """Working layouts, nearest in number of devices, then in tensor parallel size."""
     wanted = tp_size * pp_size
     works = [
         (tp, pp)

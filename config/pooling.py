@@ -15,11 +15,11 @@ class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of one embedding. Raises ConfigError."""
 
     pooling: Pooling = "last"
-    """The last token's hidden state or the mean over all tokens, after the model's final norm."""
+    """The last token's hidden state or the mean of all, after the final norm."""
     normalize: bool = True
     """Scale the vector to length 1."""
     dimensions: int | None = None
-    """Keep the first so many dimensions, for models trained for it (Matryoshka); normalised after the cut."""
+    """Keep only the first ones (Matryoshka models); normalised after the cut."""
 
     def __post_init__(self) -> None:
         if self.pooling not in get_args(Pooling):

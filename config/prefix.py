@@ -1,7 +1,4 @@
-"""The chained hash of a prompt's blocks, for the leader's prefix cache and for the routers.
-
-It is here because `stages` and `router` both need it and neither imports the other.
-"""
+"""Chained hashes of a prompt's blocks; here because stages/ and router/ need them and neither imports the other."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ ROOT = b"stagemesh"
 def block_hashes(token_ids: Sequence[int], block_size: int, parent: bytes = ROOT) -> list[bytes]:
     """Hash (16 bytes, xxh3) of every full block, over its parent's hash and its own tokens.
 
-    Equal hashes mean equal prefixes: a collision has a chance of 2^-64 at four billion blocks. A trailing partial block
-    has no hash.
+    Equal hashes mean equal prefixes: at four billion blocks a collision has a chance of 2^-64.
     """
     tokens = memoryview(array("I", token_ids)).cast("B")
     stride = 4 * block_size

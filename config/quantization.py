@@ -1,10 +1,8 @@
-"""Formats in which a checkpoint stores its linear layers, read from the `quantization_config` of config.json.
+"""Formats of a checkpoint's linear layers, from the `quantization_config` of config.json; others are refused.
 
-What would change the answers without being understood is refused by name. Layouts:
-
-- `fp8`: Hugging Face's fine-grained FP8 (DeepSeek-V3) with `weight_scale_inv`, and AutoFP8's per-tensor one.
+- `fp8`: Hugging Face's fine-grained FP8 (DeepSeek-V3), and AutoFP8's per-tensor one.
 - `compressed-tensors`: FP8 and INT8 weights with activations of the same type.
-- `awq`: AutoAWQ's GEMM layout. `gptq`: AutoGPTQ's layout, also with act-order and in its second version.
+- `awq`: AutoAWQ's GEMM layout. `gptq`: AutoGPTQ's, also with act-order and version 2.
 """
 
 from __future__ import annotations
@@ -21,28 +19,27 @@ from stagemesh.config.base import Settings
 from stagemesh.config.errors import ConfigError
 
 QuantizationName = Literal["auto", "fp8", "int8", "awq", "gptq", "compressed-tensors"]
-"""What a user may ask for; auto is what the checkpoint says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class W8A8:
-    """Weights and activations of 8 bits (W8A8): value = stored · scale."""
+    """Weights and activations of 8 bits: value = stored · scale."""
 
     kind: Literal["fp8", "int8"]
     """fp8 is e4m3fn."""
     weights: Literal["tensor", "channel", "block"] = "channel"
     """What shares a weight scale."""
     block: tuple[int, int] = (128, 128)
-    """Output and input features of a block; activations then have a scale per token and block of inputs."""
+    """Output and input features; activations then have a scale per token and block of inputs."""
     static_activations: bool = False
     """One activation scale per layer, from the checkpoint; else one per token, computed."""
     online: bool = False
-    """The checkpoint is not quantized; weights are, while they are loaded."""
+    """Weights are quantized while they are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class W4A16:
-    """Weights of 4 bits, packed eight to an int32: value = (stored - zero) · scale of the weight's group."""
+    """Weights of 4 bits, packed eight to an int32: value = (stored - zero) · scale of its group."""
 
     layout: Literal["awq", "gptq"]
     group_size: int
@@ -53,13 +50,13 @@ class W4A16:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantization:
-    """How the linear layers of one checkpoint are stored."""
+    """How a checkpoint's linear layers are stored."""
 
     method: str
     """The checkpoint's `quant_method`; "fp8" or "int8" when online."""
     format: W8A8 | W4A16
     dense: tuple[str, ...] = ()
-    """Regular expressions for the names of layers that stay dense, matched from the start."""
+    """Regular expressions (`re.match`) of layers that stay dense."""
 
     def covers(self, layer: str) -> bool:
         """Whether `layer` (`model.layers.0.mlp.down_proj`) is quantized."""
@@ -67,15 +64,13 @@ class Quantization:
 
     @property
     def description(self) -> str:
-        """One or two words for messages: "gptq 4-bit", "compressed-tensors int8"."""
+        """For messages, e.g. "gptq 4-bit"."""
         kind = "4-bit" if isinstance(self.format, W4A16) else self.format.kind
         return kind if kind == self.method else f"{self.method} {kind}"
 
 
 def resolve_quantization(requested: QuantizationName, stored: Quantization | None) -> Quantization | None:
-    """The format that a model runs in: `stored` in its checkpoint, or an online 8-bit one. ConfigError when
-    `requested` contradicts the checkpoint.
-    """
+    """The format to run in: `stored`, or an online 8-bit one. ConfigError when `requested` contradicts `stored`."""
     if requested == "auto":
         return stored
     if stored is None:
@@ -91,7 +86,7 @@ def resolve_quantization(requested: QuantizationName, stored: Quantization | Non
 
 
 def read_quantization(raw: Mapping[str, Any] | None) -> Quantization | None:
-    """From the `quantization_config` of a config.json; ConfigError names what is not supported."""
+    """From `quantization_config`; ConfigError names what is not supported."""
     if raw is None:
         return None
     method = raw.get("quant_method")
@@ -102,7 +97,7 @@ def read_quantization(raw: Mapping[str, Any] | None) -> Quantization | None:
 
 
 class _Json(Settings):
-    """Keys about how it was quantized (damping, dataset, versions, …) are not read."""
+    """Keys about how it was quantized (damping, dataset, …) are ignored."""
 
     model_config = pydantic.ConfigDict(extra="ignore")
 
@@ -120,23 +115,23 @@ class _Fp8Json(_Json):
     ignored_layers: list[str] | None = None
 
     def resolve(self) -> Quantization:
-        dense = _parts_of_names(self.modules_to_not_convert) + _exact_names(self.ignored_layers)
+        dense = _parts_of_names(self.modules_to_not_convert) + tuple(map(_exact, self.ignored_layers or []))
         static = self.activation_scheme == "static"
         if self.weight_block_size is None:
             format = W8A8(kind="fp8", weights="tensor", static_activations=static)
-            return Quantization(method="fp8", format=format, dense=dense)
-        rows, columns = self.weight_block_size
-        if static:
+        elif static:
             reason = "goes with one weight scale per matrix, not with weight_block_size"
             raise ConfigError("activation_scheme", "static", reason)
-        if min(rows, columns) < 1:
+        elif min(self.weight_block_size) < 1:
             raise ConfigError("weight_block_size", self.weight_block_size, "must be two sizes of at least 1")
-        format = W8A8(kind="fp8", weights="block", block=(rows, columns))
+        else:
+            rows, columns = self.weight_block_size
+            format = W8A8(kind="fp8", weights="block", block=(rows, columns))
         return Quantization(method="fp8", format=format, dense=dense)
 
 
 class _Values(_Json):
-    """How compressed-tensors describes weights or activations."""
+    """Weights or activations in compressed-tensors."""
 
     num_bits: Literal[8]
     type: Literal["float", "int"] = "int"
@@ -250,10 +245,6 @@ def _exact(name: str) -> str:
     return re.escape(name) + "$"
 
 
-def _exact_names(names: list[str] | None) -> tuple[str, ...]:
-    return tuple(map(_exact, names or []))
-
-
 def _parts_of_names(names: list[str] | None) -> tuple[str, ...]:
-    """`mlp.gate` stands for every layer below or called so; `layers.1` is not part of `layers.10`."""
+    """`mlp.gate` matches every layer called so or below; `layers.1` does not match `layers.10`."""
     return tuple(rf"(.*\.)?{re.escape(name)}(\.|$)" for name in names or [])

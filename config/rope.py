@@ -27,18 +27,18 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
-    """Positions that the model saw before "llama3", "dynamic" or "yarn" extended them."""
+    """Positions before "llama3", "dynamic" or "yarn" extends them."""
     beta_fast: float = 32.0
-    """Turns within the original positions above which "yarn" keeps a frequency; below beta_slow it divides it."""
+    """Turns within the original positions: "yarn" keeps faster frequencies and divides those below beta_slow."""
     beta_slow: float = 1.0
     truncate: bool = True
-    """Whether "yarn" rounds the features where it starts and stops blending to whole ones."""
+    """Whether "yarn" blends from whole feature to whole feature."""
     attention_factor: float = 1.0
-    """What "yarn" multiplies queries and keys with."""
+    """Factor of queries and keys with "yarn"."""
 
 
 def read_rope(raw: Mapping[str, Any], default_theta: float, max_position_embeddings: int) -> RopeConfig:
-    """From `rope_parameters` or `rope_scaling`; default_theta: rope_theta where `raw` names none."""
+    """From `rope_parameters` or `rope_scaling`; `default_theta` where `raw` names no rope_theta."""
     keys = {"rope_theta": default_theta, **raw}
     if "type" in keys:  # the name of rope_type in old configs
         keys.setdefault("rope_type", keys["type"])

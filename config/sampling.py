@@ -1,4 +1,4 @@
-"""How the tokens of a request are chosen: vLLM's `SamplingParams`, names and meanings."""
+"""How a request's tokens are chosen: names and meanings of vLLM's `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
 
 NO_LIMIT = 2**31 - 1
-"""Of max_tokens: longer than any model's context."""
+"""Of max_tokens: longer than any context."""
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
-    """The form of an answer: exactly one of the fields, named as in vLLM."""
+    """The form of an answer: exactly one field, named as in vLLM."""
 
     json: str | dict[str, Any] | None = None
-    """A JSON schema, as text or as an object."""
+    """A JSON schema, as text or object."""
     regex: str | None = None
-    """A regular expression that the whole answer matches."""
+    """Matches the whole answer."""
     choice: tuple[str, ...] | None = None
-    """The answer is one of these texts."""
     grammar: str | None = None
-    """A context-free grammar in Lark's notation, or in GBNF's (`root ::= …`)."""
+    """A context-free grammar in Lark or GBNF (`root ::= …`)."""
     json_object: bool | None = None
-    """Any JSON object."""
 
     def __post_init__(self) -> None:
         if isinstance(self.choice, list):
@@ -42,69 +40,61 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def json_schema(self) -> str:
-        """`json` as text; call it only where that is set."""
+        """`json` as text, where it is set."""
         return self.json if isinstance(self.json, str) else json.dumps(self.json)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of one request. Raises ConfigError.
-
-    Randomness is a pure function of (seed, position), so an answer does not change when it is computed again. A request
-    without a seed gets one before it reaches a lane.
-    """
+    """Settings of one request. Raises ConfigError. Randomness is a pure function of (seed, position)."""
 
     n: int = 1
-    """Answers per prompt. Each is a sequence of its own, choice i with seed + i (`seed_of_choice`)."""
+    """Answers per prompt; choice i has seed + i."""
     max_tokens: int = 16
-    """Most tokens to generate, at least 1; None = up to max_model_len, where the engine stops in any case."""
+    """Most tokens to generate; None = up to max_model_len, where the engine always stops."""
     min_tokens: int = 0
-    """Stop token ids and EOS are masked out until this many tokens exist."""
+    """Until then stop token ids and EOS are masked."""
     temperature: float = 1.0
     """In [0, 100]; 0 is greedy."""
     top_p: float = 1.0
     """Nucleus mass, in (0, 1]."""
     top_k: int = 0
-    """Keep the k most likely tokens; 0 and -1 turn it off."""
+    """Keep the k likeliest tokens; 0 and -1 = all."""
     min_p: float = 0.0
     """Keep tokens at least min_p times as likely as the likeliest, in [0, 1]."""
     seed: int | None = None
-    """Any 64-bit integer."""
+    """64 bits; a request without one gets one before it reaches a lane."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer; found in the text after detokenization, not by the engine."""
+    """End the answer; found in the detokenized text, not by the engine."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the answer, beside the model's EOS ids."""
+    """End the answer, beside the model's EOS ids."""
     ignore_eos: bool = False
-    """Go on past the model's EOS ids; stop_token_ids still stop."""
+    """Go on past EOS ids; stop_token_ids still stop."""
     include_stop_str_in_output: bool = False
-    """Keep the stop string, or the stop token's text, in the answer."""
+    """Keep the stop string, or stop token's text, in the answer."""
     skip_special_tokens: bool = True
-    """Leave special tokens out of the text."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of each token in the answer, in [-2, 2]."""
+    """Subtracted from the logits of the answer's tokens, in [-2, 2]."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit once for each time it is in the answer, in [-2, 2]."""
+    """The same, once per occurrence."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt or answer; above 0, 1 is off."""
     logit_bias: dict[int, float] = {}
-    """Added to the logits of these token ids; clipped to [-100, 100] as in vLLM."""
+    """Added to these ids' logits; clipped to [-100, 100] as in vLLM."""
     allowed_token_ids: tuple[int, ...] | None = None
-    """The only token ids that may be generated; None = all."""
+    """None = all."""
     bad_words: tuple[str, ...] = ()
     """Texts whose last token is never generated right after their other tokens."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    """`bad_words` as token ids; filled in where the prompt is tokenized."""
+    """`bad_words` tokenized, together with the prompt."""
     logprobs: int | None = None
-    """Log-probabilities of each generated token and of this many likeliest ones, -1 for all: the model's, before
-    penalties, masks and temperature."""
+    """For each generated token and this many likeliest ones, -1 = all; before penalties, masks and temperature."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens after the first; the prefix cache is then not read."""
+    """The same for the prompt's tokens; the prefix cache is then not read."""
     structured_outputs: StructuredOutputsParams | None = None
-    """The form of the answer."""
     pooling: PoolingParams | None = None
-    """Set in a request for the prompt's vector, which generates no token."""
+    """Set to get the prompt's vector; no token is generated."""
 
     def seed_of_choice(self, i: int) -> int | None:
-        """Seed of the i-th of n answers; None stays None."""
         return None if self.seed is None else (self.seed + i) % 2**64
 
     def __post_init__(self) -> None:
@@ -142,7 +132,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check(field, getattr(self, field), ok, reason)
 
     def _tidy(self) -> None:
-        """Convert lists, single strings and None, which scripts for vLLM pass, to the types of the fields."""
+        """Convert lists, single strings and None, which vLLM accepts, to the fields' types."""
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, name)
             if isinstance(value, str):

@@ -14,8 +14,7 @@ from stagemesh.config.errors import ConfigError
 IMPORT_PATH = "stagemesh.deployments.app:build"
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # How long a router that stops can still be reached. HAProxy notices within a second; the default of 30 s is for
-    # load balancers elsewhere.
+    # Seconds that a stopping router still answers: HAProxy needs one, the default of 30 suits remote balancers.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
 GRPC_SERVICERS = [
@@ -40,7 +39,7 @@ def render(args: Mapping[str, Any], *, host: str, port: int, grpc_port: int) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeFile:
-    """The part of a Serve config file that a launcher needs."""
+    """What a launcher needs of a Serve config file."""
 
     host: str
     port: int
@@ -52,7 +51,7 @@ class ServeFile:
 
     @classmethod
     def read(cls, path: str | Path) -> ServeFile:
-        """Raises ConfigError when the file cannot be read or has no stagemesh application."""
+        """ConfigError when it cannot be read or has no stagemesh application."""
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:

@@ -1,7 +1,4 @@
-"""y = x·Wᵀ + b. On the CPU the weight is kept in oneDNN's packed layout.
-
-Measured with bf16 on one core, 3072×576 out of cache, batch 1: 0.27 ms packed, 0.51 ms plain.
-"""
+"""y = x·Wᵀ + b, on the CPU in oneDNN's packed layout (bf16 3072×576, batch 1, one core: 0.27 ms, plain 0.51 ms)."""
 
 from __future__ import annotations
 

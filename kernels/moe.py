@@ -1,9 +1,9 @@
-"""A mixture of experts: which experts a token goes to, and the tokens of each expert together through it.
+"""A mixture of experts: the choice of a token's experts, and the weighted sum of their results.
 
     out[t] = Σ_j weights[t, j] · expert(expert_ids[t, j])(x[t]),    expert(x) = down · (silu(gate·x) ⊙ up·x)
 
-The T·k pairs of token and expert are sorted by expert, so each expert multiplies its tokens once. A token's results are
-added in float32 in the order of its choices, whatever else is in the step.
+The T·k pairs are sorted by expert, so each multiplies its tokens once. A token's results are added in float32 in the
+order of its choices, whatever else is in the step.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from stagemesh.kernels.silu_and_mul import silu_and_mul
 
 
 def top_k_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """[T, E] → weights float32 [T, top_k] and expert_ids int64 [T, top_k], the largest first.
-
-    With `renormalize` the weights of a token add up to 1.
-    """
+    """[T, E] → weights float32 and expert_ids int64, both [T, top_k], largest first; `renormalize`: to a sum of 1."""
     weights, expert_ids = router_logits.float().softmax(-1).topk(top_k, -1)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -32,8 +29,8 @@ def top_k_in_groups(
 ) -> tuple[Tensor, Tensor]:
     """The best top_k of the experts in the best top_groups groups (arXiv:2405.04434, 2.2.2; 2412.19437, 2.1.2).
 
-    scores: float32 [T, E], all positive. With `bias` [E] experts are chosen by score + bias and groups by their best
-    two; without it groups by their best one. Returns the scores, without bias, and expert_ids, both [T, top_k].
+    scores: float32 [T, E], positive. bias: [E], added for the choice only; groups then go by their best two experts,
+    else by their best one. Returns the scores without bias, and expert_ids, both [T, top_k].
     """
     choice = scores if bias is None else scores + bias
     by_group = choice.unflatten(1, (num_groups, -1))
@@ -46,9 +43,8 @@ def top_k_in_groups(
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
     """The weighted sum of each token's experts, [T, hidden] in the dtype of `x`.
 
-    x: [T, hidden].
-    gate_up: [E, 2·I, hidden], the gate above the up projection; down: [E, hidden, I].
-    weights: float32 [T, k]; expert_ids: int64 [T, k]. Ids outside 0..E-1 contribute nothing.
+    x: [T, hidden]. gate_up: [E, 2·I, hidden], gate above up. down: [E, hidden, I].
+    weights: float32 [T, k]. expert_ids: int64 [T, k]; ids outside 0..E-1 contribute nothing.
     """
 
     def expert(index: int, rows: Tensor) -> Tensor:

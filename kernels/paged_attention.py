@@ -1,8 +1,8 @@
 """Causal attention of a mixed batch (prefill chunks and decode tokens) over a paged KV cache.
 
 Sequence s has `context_lens[s]` cached tokens and `query_lens[s]` tokens in this step, already stored in the cache.
-Its i-th query attends to the first context_lens[s] + i + 1 slots of its block table:  softmax(q·Kᵀ·scale)·V.
-Query head h reads KV head h // G. With a sliding window of W slots it attends to the last W of them only.
+Query i attends to the first context_lens[s] + i + 1 slots of its block table:  softmax(q·Kᵀ·scale)·V.
+Query head h reads KV head h // G. With a sliding window of W it attends to the last W slots only.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ def paged_attention(
     """Attention output, [T, H, D] in the dtype of `q`.
 
     q: [T, H, D], sequences one after another; may be strided, the last dim is contiguous.
-    cache: [N, 2, K, B, D] with this step's tokens stored; dtype of `q`, or float8_e4m3fn. A cache [N, 1, K, B, D] holds
-        vectors that are key and value in one.
-    query_starts: int32 [S + 1], first token of each sequence, then T.
-    context_lens: int32 [S].
+    cache: [N, 2, K, B, D], or [N, 1, K, B, D] of vectors that are key and value in one; dtype of `q`, or float8_e4m3fn.
+    query_starts: int32 [S + 1], first token of each sequence, then T. context_lens: int32 [S].
     block_tables: int32 [S, max_blocks]; entries past the end of a sequence are not read.
-    sliding_window: slots that a query sees, its own included; None = all.
+    sliding_window: None = all slots.
     """
     if q.is_cuda and q.dtype == cache.dtype and cache.shape[1] == 2:
         from stagemesh.kernels.paged_attention_triton import paged_attention_triton
@@ -76,7 +74,7 @@ def paged_attention_torch(
 
 @dataclass(frozen=True, slots=True)
 class PagedAttentionStep:
-    """Store and attend for one step, on the device's own lengths and tables."""
+    """Store and attend for one step, with lengths and tables on the device."""
 
     query_starts: Tensor
     context_lens: Tensor
@@ -94,7 +92,7 @@ class PagedAttentionStep:
         device: torch.device,
         sliding_window: int | None = None,
     ) -> PagedAttentionStep:
-        """From host arrays as in CpuPagedAttention.prepare."""
+        """From host arrays, as CpuPagedAttention.prepare."""
         starts = np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32)
 
         def put(array: Ints) -> Tensor:
@@ -104,7 +102,7 @@ class PagedAttentionStep:
         return cls(*lens_and_tables, put(slots.astype(np.int64)), sliding_window)
 
     def __call__(self, q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
-        """Store `kv` [T, 2·K, D] in `cache` and return the attention of `q` [T, H, D]: [T, H·D]."""
+        """Store `kv` [T, 2·K, D]; attention of `q` [T, H, D], as [T, H·D]."""
         store_kv(kv, cache, self.slots)
         lens_and_tables = (self.query_starts, self.context_lens, self.block_tables)
         return paged_attention(q, cache, *lens_and_tables, scale, self.sliding_window).flatten(1)

@@ -1,11 +1,8 @@
-"""Triton kernel of paged_attention.py: one pass over the context with a running softmax (FlashAttention-2,
-arXiv:2307.08691).
+"""Triton kernel of paged_attention.py: one pass with a running softmax (FlashAttention-2, arXiv:2307.08691).
 
-A program takes one KV head and a tile of consecutive query tokens of one sequence; the G query heads that share the KV
-head are rows of the tile. Tiles are numbered without reading lengths from the device: sequence s owns tiles from
-query_starts[s] // TILE + s on; one behind the end of its sequence returns at once.
-
-Long contexts are not split over programs, so a small decode batch does not fill a large GPU.
+A program takes one KV head and a tile of consecutive query tokens of one sequence, times its G query heads. Tiles are
+numbered without reading lengths from the device: sequence s owns those from query_starts[s] // TILE + s on; one behind
+its end returns at once. Long contexts are not split, so a small decode batch does not fill a large GPU.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 PREFILL_ROWS, DECODE_ROWS = 64, 16
-"""Rows of a tile: tensor cores want at least 16; more reuse each key more often."""
+"""Tensor cores want at least 16; more rows reuse each key more often."""
 BLOCK_N = 64
 """Slots of context per iteration."""
 

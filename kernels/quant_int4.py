@@ -1,11 +1,9 @@
 """Linear layers with weights of 4 bits in groups: value = (stored - zero) · scale.
 
-Two published layouts pack eight values into an int32, value i at bits 4·i:
+Eight values share an int32, value i at bits 4·i:
 
-- AWQ (AutoAWQ's GEMM version) packs eight output features, interleaved: bits 4·i hold feature AWQ_ORDER[i].
-- GPTQ packs eight input features in their order; its zeros pack eight output features in their order.
-
-`int4_linear` takes weights as GPTQ packs them.
+- AWQ (AutoAWQ's GEMM version) packs output features, interleaved: bits 4·i hold feature AWQ_ORDER[i].
+- GPTQ packs input features in order, as `int4_linear` takes them; its zeros pack output features in order.
 """
 
 from __future__ import annotations
@@ -47,14 +45,13 @@ def int4_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, groups
     """x [T, in] → [T, out] in the dtype of `x`.
 
     weight: int32 [ceil(in / 8), out] as from pack_rows; rows past `in` do not matter.
-    scales: float32 [G, out]. zeros: uint8 [G, out].
-    groups: int64 [in], the group of each input feature, in any order.
+    scales: float32 [G, out]. zeros: uint8 [G, out]. groups: int64 [in], the group of each input feature.
     """
     return x @ dequantize_int4(weight, scales, zeros, groups).to(x.dtype)
 
 
 def dequantize_int4(weight: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tensor:
-    """float32 [in, out], as int4_linear takes them."""
+    """float32 [in, out] of int4_linear's weights."""
     stored = unpack_rows(weight)[: groups.shape[0]].float()
     return stored.sub_(zeros.float()[groups]).mul_(scales[groups])
 

@@ -1,4 +1,4 @@
-"""RMS norm over the last dim, computed in float32:  x / sqrt(mean(x²) + eps) · weight  (arXiv:1910.07467)."""
+"""RMS norm over the last dim in float32:  x / sqrt(mean(x²) + eps) · weight  (arXiv:1910.07467)."""
 
 from __future__ import annotations
 

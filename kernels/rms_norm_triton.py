@@ -1,6 +1,4 @@
-"""Triton kernels of rms_norm.py, one program per row. Names in all Triton files: i_ program ids, o_ offsets, m_ masks,
-b_ values of a block.
-"""
+"""Triton kernels of rms_norm.py, one program per row."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [T, heads, D] in place and return it; it may be a strided view, its last dim is contiguous.
+    """Rotate `x` [T, heads, D] in place and return it; may be strided, the last dim is contiguous.
 
-    cos, sin: [T, 1, D] in the dtype of `x`. Each half holds the same D/2 angles; the first half of `sin` is negated.
+    cos, sin: [T, 1, D] in the dtype of `x`. The halves hold the same angles; the first half of `sin` is negated.
     """
     if x.is_cuda:
         from stagemesh.kernels.rotary_triton import rotary_triton_

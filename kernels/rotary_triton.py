@@ -1,4 +1,4 @@
-"""Triton kernel of rotary.py. One program per token, all its heads."""
+"""Triton kernel of rotary.py, one program per token."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations

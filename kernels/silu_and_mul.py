@@ -1,4 +1,4 @@
-"""The gate of a SwiGLU MLP (arXiv:2002.05202): silu(gate) · up, the two side by side in one tensor."""
+"""The gate of a SwiGLU MLP (arXiv:2002.05202): silu(gate) · up, side by side in one tensor."""
 
 from __future__ import annotations
 

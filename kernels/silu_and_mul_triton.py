@@ -1,4 +1,4 @@
-"""Triton kernel of silu_and_mul.py. One program per token and stretch of features."""
+"""Triton kernel of silu_and_mul.py, one program per token and stretch of features."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations

@@ -11,8 +11,8 @@ from stagemesh.kernels.quant_w8a8 import FP8_MAX
 def store_kv(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Put token t of `kv` into slot `slots[t]` of `cache`.
 
-    kv: [T, 2·K, D], the K key heads before the K value heads; may be strided, the last dim is contiguous.
-    cache: [N, 2, K, B, D], contiguous, same dtype or float8_e4m3fn, which holds values up to ±448.
+    kv: [T, 2·K, D], key heads before value heads; may be strided, the last dim is contiguous.
+    cache: [N, 2, K, B, D], contiguous, same dtype or float8_e4m3fn (clamped to ±448).
     slots: int64 [T], block · B + offset in the block; all different.
     """
     if kv.is_cuda and kv.dtype == cache.dtype:
@@ -25,8 +25,7 @@ def store_kv(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
 
 def store_kv_torch(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
     _, kv_factor, num_kv_heads, block_size, _ = cache.shape
-    rows = slot_rows(slots, kv_factor * num_kv_heads, block_size)
-    store_kv_rows(kv, cache, rows)
+    store_kv_rows(kv, cache, slot_rows(slots, kv_factor * num_kv_heads, block_size))
 
 
 def slot_rows(slots: Tensor, num_heads: int, block_size: int) -> Tensor:

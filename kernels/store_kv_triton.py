@@ -1,4 +1,4 @@
-"""Triton kernel of store_kv.py. One program per token, its keys and values of all heads."""
+"""Triton kernel of store_kv.py, one program per token."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Chooses the lane of a request and says why. The same inputs give the same choice.
+"""Chooses the lane of a request and says why; equal inputs give equal choices.
 
-1. The ring orders the lanes for the prompt's key (its first tokens), alike in every router.
-2. A lane that this router has sent at least the key's tokens comes before the ring's first.
-3. A lane with a load above the bound is skipped; the next lane clockwise takes the request.
+1. The ring orders the lanes by the prompt's key (its first tokens), alike in every router.
+2. A lane that this router has sent at least the key's tokens comes first.
+3. A lane with a load above the bound is skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stagemesh.router.prefix_key import key_length, prefix_key
 from stagemesh.router.ring import HashRing
 
 _RANKS = {"serving": 0, "healing": 1, "starting": 1}
-"""By state; lower is better. A lane in any other state gets no request."""
+"""By state, lower is better; others get no request."""
 
 
 class NoLane(LookupError):
@@ -25,7 +25,7 @@ class NoLane(LookupError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaneChoice:
-    """The lane of one request, and what explains it."""
+    """The lane of one request, and why."""
 
     lane: str
     reason: str
@@ -49,7 +49,6 @@ class LaneChooser:
         self._ring = HashRing(())
 
     def set_lanes(self, lanes: Iterable[str]) -> None:
-        """Replace the set of lanes by those that run now."""
         names = set(lanes)
         if names != self._loads.lanes.keys():
             self._loads.set_lanes(sorted(names))
@@ -63,7 +62,7 @@ class LaneChooser:
         self._loads.finished(request_id)
 
     def choose(self, request_id: str, prompt_token_ids: Sequence[int]) -> LaneChoice:
-        """Choose a lane and count the request for it, in place of an earlier choice for it. Raises NoLane."""
+        """Choose a lane and count the request for it, in place of an earlier choice. Raises NoLane."""
         self._loads.finished(request_id)
         hashes = prefix_hashes(prompt_token_ids)
         choice = self._rank(prompt_token_ids, hashes)
@@ -76,15 +75,15 @@ class LaneChooser:
         if not lanes:
             raise NoLane("no lane is running")
         best = min(_RANKS[lane.state] for lane in lanes.values())
-        ready = {name: lane for name, lane in lanes.items() if _RANKS[lane.state] == best}
-        bound = load_bound((lane.tokens for lane in ready.values()), len(prompt_token_ids))
         clockwise = [name for name in self._ring.lanes_from(prefix_key(prompt_token_ids)) if name in lanes]
-        eligible = [name for name in clockwise if name in ready and lanes[name].tokens <= bound]
+        ready = [name for name in clockwise if _RANKS[lanes[name].state] == best]
+        bound = load_bound([lanes[name].tokens for name in ready], len(prompt_token_ids))
+        eligible = [name for name in ready if lanes[name].tokens <= bound]
         first = eligible[0]
-        num_passed = [name for name in clockwise if name in ready].index(first)
+        num_passed = ready.index(first)
         reason = f"ring, past {num_passed} overloaded" if num_passed else "ring"
         warm_tokens = 0
-        warm = self._prefixes.find(hashes, {name: lane.epoch for name, lane in ready.items()})
+        warm = self._prefixes.find(hashes, {name: lanes[name].epoch for name in ready})
         # Fewer tokens than the key's are shared by many prompts, which the ring spreads on purpose.
         if warm is not None and warm.num_tokens >= key_length(len(prompt_token_ids)):
             if warm.lane in eligible:
@@ -94,11 +93,11 @@ class LaneChooser:
                 reason += "; warm lane overloaded"
         if len(lanes) == 1:
             reason = "only lane"
-        ranked = [*eligible, *(name for name in clockwise if name in ready), *clockwise]
+        ranked = dict.fromkeys([*eligible, *ready, *clockwise])
         return LaneChoice(
             lane=first,
             reason=reason,
-            fallbacks=tuple(name for name in dict.fromkeys(ranked) if name != first),
+            fallbacks=tuple(name for name in ranked if name != first),
             warm_tokens=warm_tokens,
             load_tokens=lanes[first].tokens,
             bound_tokens=int(bound),

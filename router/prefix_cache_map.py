@@ -1,7 +1,4 @@
-"""Which lane a router last sent which prefix to, and so which lane probably has its KV.
-
-It differs from the ring's lane when another lane has joined since, or when the ring's was overloaded.
-"""
+"""Which lane a router last sent which prefix to: it probably has the KV, even if the ring now names another."""
 
 from __future__ import annotations
 
@@ -12,24 +9,21 @@ from typing import NamedTuple
 from stagemesh.config.prefix import block_hashes
 
 TOKENS_PER_ENTRY = 64
-"""Prefixes are remembered at multiples of this, coarser than a KV block."""
+"""Prefixes are remembered at multiples of this."""
 
 MAX_ENTRIES = 1 << 16
 """4 Mi tokens of prompts, in about 13 MB."""
 
 
 class WarmLane(NamedTuple):
-    """A lane that was sent the first `num_tokens` of the prompt before."""
+    """A lane that was sent the prompt's first `num_tokens` before."""
 
     lane: str
     num_tokens: int
 
 
 class PrefixCacheMap:
-    """Prefix → lane, for the `max_entries` most recently used prefixes.
-
-    An entry ends with the epoch of its lane: the next one starts with an empty cache.
-    """
+    """Prefix → lane, for the `max_entries` last used prefixes. An entry ends with the epoch of its lane."""
 
     def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
         self._max_entries = max_entries
@@ -39,7 +33,7 @@ class PrefixCacheMap:
         return len(self._entries)
 
     def remember(self, hashes: Sequence[bytes], lane: str, epoch: int) -> None:
-        """Note that the prompt with these `prefix_hashes` was sent to `lane`."""
+        """Note that this prompt was sent to `lane`."""
         # Longest first: the shortest prefix of a prompt, which others share, is forgotten last.
         for prefix_hash in reversed(hashes[: self._max_entries]):
             self._entries[prefix_hash] = (lane, epoch)
@@ -48,7 +42,7 @@ class PrefixCacheMap:
             self._entries.popitem(last=False)
 
     def find(self, hashes: Sequence[bytes], epochs: Mapping[str, int]) -> WarmLane | None:
-        """The lane with the longest known prefix. epochs: the lanes to choose from, with their epochs now."""
+        """The lane of `epochs` (lane → epoch) with the longest known prefix."""
         for depth in range(len(hashes), 0, -1):
             lane, epoch = self._entries.get(hashes[depth - 1], ("", 0))
             if epochs.get(lane) == epoch:

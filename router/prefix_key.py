@@ -1,4 +1,4 @@
-"""The key of a prompt: a hash of its first tokens, by which the ring finds its lane."""
+"""A prompt's key for the ring: a hash of its first tokens."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import xxhash
 
 MAX_KEY_TOKENS = 256
-"""Long enough to tell apart system prompts that begin alike, short enough that different questions about one document
-have one key. So many tokens take about one step to compute: prompts that share fewer gain little from one lane."""
+"""Long enough to tell apart system prompts that begin alike, short enough that questions about one document have one
+key. Prompts that share fewer tokens, about one step's work, gain little from one lane."""
 
 
 def key_length(num_tokens: int) -> int:
-    """Tokens of a prompt that make its key: 256, or the largest power of two that a shorter prompt has.
+    """Tokens that make the key: 256, or the largest power of two that a shorter prompt has.
 
-    So the key of a short prompt covers at least its first half: a text has one key with different questions at its end,
-    and a growing conversation changes its key rarely.
+    So a short text keeps its key with any question at its end, and a growing conversation rarely changes it.
     """
     if num_tokens >= MAX_KEY_TOKENS:
         return MAX_KEY_TOKENS

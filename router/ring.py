@@ -1,8 +1,7 @@
-"""A consistent-hash ring (Karger et al. 1997): the lane that a key belongs to, the same in every router.
+"""A consistent-hash ring (Karger et al. 1997): the lane of a key, the same in every router.
 
 Each lane has many points on a circle of 64-bit numbers; a key belongs to the first point clockwise. A lane that joins
-or leaves moves the keys of its own points only, and an overloaded lane's keys go to many lanes, because each of its
-points has another neighbour.
+or leaves moves only the keys of its own points, and the keys of an overloaded lane go to many lanes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ POINTS_PER_LANE = 128
 
 
 class HashRing:
-    """An immutable ring over a set of lane names, in any order."""
+    """An immutable ring over lane names."""
 
     def __init__(self, lanes: Iterable[str]) -> None:
         lanes = set(lanes)
