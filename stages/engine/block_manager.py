@@ -1,22 +1,21 @@
-"""Who holds which KV block: a pool with reference counts, shared by content.
+"""The KV blocks of a lane: a pool with reference counts, shared by content.
 
-A block is `block_size` KV slots. It is in exactly one of three places:
+A block is `block_size` KV slots, in exactly one of three places:
 
-    held       reference count > 0: in the block table of that many running sequences
-    evictable  count 0, but its hash is published; handed out last, least recently used first
-    empty      count 0 and nobody could find its content
+    held       reference count > 0: in the block tables of that many running sequences
+    evictable  count 0 and its hash is published; reused last, least recently used first
+    empty      count 0 and no hash
 
 Only full blocks are published, and a full block is never written again.
 
-The scheduler publishes and reuses blocks several steps before the workers get there. That is safe because *every stage
-runs the plans in the order of scheduling*, and a layer's KV lives in one stage:
+Blocks are published and reused before the workers run the steps. That is safe because *every stage runs the plans in
+the order of scheduling*, and a layer's KV lives in one stage:
 
 - Publish: when the step that fills the block is complete or, where its last token was a placeholder, with the
-  sequence's next step or its end. Later plans find it, so each stage writes the block before it reads it. Within one
-  step it would also depend on the order of writes and reads in a forward pass.
-- Reuse: a block given back may be handed out at once. A plan in flight that still uses it for its old owner runs first.
-- Abort: a plan that was sent is run in full, so a block published for an aborted sequence does get its content.
-- Re-wiring is the exception: the KV is gone, and `reset_prefix_cache` drops every hash.
+  sequence's next step or its end. Only later plans find it, so each stage writes the block before it reads it.
+- Reuse: a plan in flight that uses a released block for its old owner runs before the new owner's.
+- Abort: a plan that was sent runs in full, so a published block gets its content.
+- Re-wiring loses the KV: `reset_prefix_cache` drops every hash.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from collections.abc import Iterable, Sequence
 
 
 class BlockManager:
-    """The block pool of one lane. Every operation is O(1) per block."""
+    """Every operation is O(1) per block."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
@@ -44,7 +43,7 @@ class BlockManager:
         return len(self._empty) + len(self._evictable)
 
     def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
-        """Blocks that hold the longest known prefix of a chain of block hashes. Takes no reference."""
+        """Blocks of the longest known prefix of a chain of block hashes. Takes no reference."""
         blocks = []
         for block_hash in hashes:
             block = self._block_of.get(block_hash)
@@ -54,15 +53,12 @@ class BlockManager:
         return blocks
 
     def can_allocate(self, num_new: int, shared: Sequence[int] = ()) -> bool:
-        """Whether `num_new` blocks are left when those in `shared` (from `match_prefix`) are taken too."""
+        """Whether `num_new` blocks are free beside `shared` (from `match_prefix`)."""
         num_revived = sum(self._ref_counts[block] == 0 for block in shared)
         return num_new + num_revived <= self.num_free_blocks
 
     def allocate(self, num_new: int, shared: Sequence[int] = ()) -> list[int]:
-        """Takes a reference on `shared` and on `num_new` blocks of undefined content, in this order.
-
-        The caller has checked `can_allocate`, and gives all of them back with `release`.
-        """
+        """References `shared`, then `num_new` blocks of undefined content. `can_allocate` must hold."""
         for block in shared:
             if self._ref_counts[block] == 0:
                 del self._evictable[block]
@@ -73,15 +69,14 @@ class BlockManager:
         return [*shared, *fresh]
 
     def cache_block(self, block: int, block_hash: bytes) -> None:
-        """Lets later steps find a held block by its content. If two blocks have equal content, the first is kept."""
+        """Publishes a held block. If two blocks have equal content, the first is kept."""
         assert self._ref_counts[block] > 0 and self._hashes[block] is None
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block
             self._hashes[block] = block_hash
 
     def release(self, table: Sequence[int]) -> None:
-        """Gives back a sequence's references. Blocks that nobody holds now are evictable if published."""
-        # Last block first, so that eviction takes a chain from its end: without its start the rest is useless.
+        # Last block first, so that eviction takes a chain from its end: without its start its end is useless.
         for block in reversed(table):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
@@ -91,7 +86,7 @@ class BlockManager:
                     self._evictable[block] = None
 
     def reset_prefix_cache(self) -> None:
-        """Drops every published hash: the contents of the blocks are lost."""
+        """For when the contents of the blocks are lost."""
         self._empty.extend(self._evictable)
         self._evictable.clear()
         self._block_of.clear()

@@ -1,7 +1,7 @@
-"""The engine loop of a lane: schedule steps, send their plans, receive results, emit outputs. No Ray, no torch.
+"""The engine loop of a lane: receive results, schedule steps, send their plans, emit outputs.
 
-The loop has a thread of its own, so that no step waits for the process's event loop. Other threads reach the scheduler
-and the sockets only by `Engine.call`, which runs a function between two turns of the loop.
+It has its own thread, so that no step waits for the process's event loop. Other threads reach scheduler and sockets
+only by `Engine.call`, which runs a function between two turns of the loop.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ Result = TypeVar("Result")
 
 
 class TokenSink(Protocol):
-    """Where tokens go. Called in the engine's thread, never waits."""
+    """Where tokens go. Called in the engine's thread; never waits."""
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
-        """Hand `deltas` to the reader at `reply_to`; False when nobody reads there any more."""
+        """Hand `deltas` to the reader at `reply_to`; False when it is gone."""
 
-    def publish(self, stats: LaneStats) -> None:
-        """Tell everybody how the lane is."""
+    def publish(self, stats: LaneStats) -> None: ...
 
 
 @dataclass
@@ -53,7 +52,7 @@ class _Request:
 
 
 class Engine:
-    """Runs one lane. `on_failure(epoch, error)` is called from the engine's thread when a step fails."""
+    """Runs one lane. Calls `on_failure(epoch, error)` in its thread when a step fails."""
 
     def __init__(
         self, config: EngineConfig, lane: str, sink: TokenSink, on_failure: Callable[[int, Exception], None]
@@ -89,14 +88,11 @@ class Engine:
             self._end()
 
     def _step(self) -> None:
-        """Receive results, schedule steps and send their plans, emit outputs.
-
-        In this order because a result makes room for the next step, and the workers wait for its plan.
-        """
         epoch, scheduler = self._epoch, self._scheduler
         if epoch is None or scheduler is None:
             return
         try:
+            # First, because a result makes room for the next step, and the workers wait for its plan.
             self._receive_results(epoch, scheduler)
             epoch.check_deadline()
             self._schedule_steps(epoch, scheduler)
@@ -113,7 +109,6 @@ class Engine:
             self._stats.add_step(time.monotonic() - started)
 
     def _schedule_steps(self, epoch: Epoch, scheduler: Scheduler) -> None:
-        """As many as may be in flight."""
         while True:
             started, started_at = time.monotonic(), time.time()
             step = scheduler.schedule()
@@ -138,7 +133,7 @@ class Engine:
     # -- beside the loop ---------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        """Until a worker's message, a command, the next report or the deadline of a step."""
+        """Wait for a message, a command, the next report or a deadline."""
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
         until = self._stats.due_at
@@ -155,7 +150,6 @@ class Engine:
             self._commands.popleft()()
 
     def _fail_epoch_on_error(self, function: Callable[[], None]) -> None:
-        """An error inside a step ends the epoch, not the thread."""
         try:
             function()
         except Exception as error:
@@ -174,7 +168,7 @@ class Engine:
         return self._stats.make(SchedulerStats() if self._scheduler is None else self._scheduler.stats())
 
     def _end(self) -> None:
-        """The thread ends, possibly by an error: nobody may wait for it any more."""
+        """The thread ends, possibly by an error: no future may stay open."""
         with self._lock:
             self._closed = True
         self._run_commands()
@@ -185,7 +179,7 @@ class Engine:
     # -- requests, from any thread -----------------------------------------------------------------------
 
     def generate(self, request: EngineRequest) -> Future[RequestSummary]:
-        """Start a request; the future ends with it (ConfigError if it is refused)."""
+        """Start a request; the future ends with it, by ConfigError if it is refused."""
         done = _started()
         grammar = None
         if request.params.structured_outputs is not None:
@@ -211,7 +205,7 @@ class Engine:
         return done
 
     def abort(self, request_id: str) -> Future[None]:
-        """End a request nobody waits for any more; its blocks are free before the next step."""
+        """End a request; its blocks are free before the next step."""
         return self.call(self._abort, request_id)
 
     def stats(self) -> Future[LaneStats]:
@@ -229,11 +223,11 @@ class Engine:
     # -- the life of the lane, from any thread -----------------------------------------------------------
 
     def attach(self, channel: LeaderChannel, epoch: int, num_blocks: int) -> Future[None]:
-        """The lane is wired (again): serve on `channel`, which the engine owns from now on."""
+        """Serve on `channel`, which the engine then owns."""
         return self.call(self._attach, channel, epoch, num_blocks)
 
     def detach(self, state: str) -> Future[None]:
-        """The wiring is gone. Running requests wait, and are computed again after the next `attach`."""
+        """Stop serving. Running requests are computed again after the next `attach`."""
         return self.call(self._detach, state)
 
     def close(self) -> None:
@@ -248,7 +242,7 @@ class Engine:
                 self._wake = None
 
     def call(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
-        """Run `function(*args)` in the engine's thread. A caller may stop waiting; the function still runs."""
+        """Run `function(*args)` in the engine's thread, even if the caller stops waiting."""
         future = _started()
 
         def command() -> None:

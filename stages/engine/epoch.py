@@ -1,4 +1,4 @@
-"""One wiring of a lane: the channel to its workers, and the steps in flight on it."""
+"""One wiring of a lane: the channel to its workers and the steps in flight."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class _InFlight:
     step: ScheduledStep
     number: int
     due_from: float
-    """When it was sent, or when it became the oldest."""
+    """`time.monotonic()` when it was sent, or became the oldest."""
 
 
 class Epoch:
-    """From `Engine.attach` until a step fails or the lane is wired anew. Owns `channel`."""
+    """From `Engine.attach` until a step fails or the next wiring. Owns `channel`."""
 
     def __init__(self, number: int, channel: LeaderChannel, num_stages: int, step_timeout_s: float) -> None:
         self.number = number
@@ -33,7 +33,7 @@ class Epoch:
         self._in_flight: deque[_InFlight] = deque()
 
     def send(self, step: ScheduledStep, scheduled_at: float) -> None:
-        """Send the step's plan to every worker. scheduled_at: `time.time()` when its scheduling began."""
+        """Send the step's plan. scheduled_at: `time.time()` when its scheduling began."""
         self.channel.send(step.to_plan(self.number, self._next_step))
         steps_back = step.placeholder_steps_back
         if not steps_back and step.has_decodes:  # its tokens came, at the latest, with the last result
@@ -43,11 +43,11 @@ class Epoch:
         self._next_step += 1
 
     def receive(self) -> list[WorkerMessage]:
-        """What the workers have sent, without messages of an older epoch; never waits."""
+        """What the workers have sent in this epoch; never waits."""
         return [message for message in self.channel.receive() if message.epoch == self.number]
 
     def finish_step(self, result: StepResult) -> ScheduledStep:
-        """The oldest step in flight, which `result` has to be of."""
+        """The oldest step in flight; RuntimeError if `result` is of another."""
         oldest = self._in_flight.popleft()
         if oldest.number != result.step:
             raise RuntimeError(f"result of step {result.step} came while step {oldest.number} was due")
@@ -61,13 +61,12 @@ class Epoch:
         return self._in_flight[0].due_from + self._step_timeout_s if self._in_flight else None
 
     def check_deadline(self) -> None:
-        """Raises StepTimeout when a step is overdue."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             number = self._in_flight[0].number
             raise StepTimeout(f"step {number} had no result within step_timeout_s={self._step_timeout_s:g}")
 
     def close(self) -> None:
-        """Tell the workers to stop, and free the sockets. Raises ChannelClosed where one is out of reach."""
+        """Stop the workers, free the sockets. ChannelClosed if a worker is out of reach."""
         try:
             self.channel.send(StopRun(self.number))
         finally:

@@ -1,7 +1,6 @@
 """Structured outputs (JSON schema, regex, choice, grammar), by llguidance, on the leader.
 
-A grammar's state follows from the answer so far, which the leader knows whatever happens to the lane; workers get one
-bit per token id. llguidance needs neither torch nor the model.
+A grammar's state follows from the answer so far, which the leader keeps when the workers are lost.
 """
 
 from __future__ import annotations
@@ -25,30 +24,27 @@ _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
     "key_separator": ": ",
 }
 
-
 TokenMask = np.ndarray[tuple[int], np.dtype[np.uint8]]
 """One bit per token id, the lowest first in each byte."""
 
 
 def token_mask(token_ids: Sequence[int]) -> TokenMask:
-    """The mask of `token_ids` (at least one), as short as it can be."""
+    """The shortest mask of `token_ids`, at least one."""
     bits = np.zeros(max(token_ids) + 1, np.uint8)
     bits[list(token_ids)] = 1
     return np.packbits(bits, bitorder="little")
 
 
 class Grammar:
-    """The grammar of one answer."""
-
     def __init__(self, matcher: llguidance.LLMatcher, eos_only: TokenMask) -> None:
         self._matcher = matcher
         self._eos_only = eos_only
         self._consumed = array("i")
         self.error = ""
-        """Why only EOS may follow although the answer is incomplete; empty if all is well."""
+        """Why only EOS may follow an incomplete answer; empty if all is well."""
 
     def mask(self, output_token_ids: Sequence[int]) -> TokenMask:
-        """Which tokens may follow this answer: EOS among them where it may end, EOS alone once it has to.
+        """The tokens that may follow: EOS among them where the answer may end, alone where it must.
 
         Cheap for an answer that grows token by token.
         """
@@ -81,14 +77,14 @@ class GrammarFactory:
         self._lock = threading.Lock()
 
     def make(self, form: StructuredOutputsParams) -> Grammar:
-        """Raises ConfigError for a grammar that is not valid, and for a model without tokenizer or EOS."""
+        """Raises ConfigError for an invalid grammar, and for a model without tokenizer or EOS."""
         matcher = llguidance.LLMatcher(self._loaded(), _definition(form), log_level=0)
         if matcher.is_error():
             raise _refusal(form, matcher.get_error())
         return Grammar(matcher, token_mask(self._eos_token_ids))
 
     def _loaded(self) -> llguidance.LLTokenizer:
-        """Read on first use: it takes a second for a large vocabulary, and most lanes never need it."""
+        """Read on first use: a large vocabulary takes a second."""
         with self._lock:
             if self._tokenizer is None:
                 if not self._path.is_file() or not self._eos_token_ids:
@@ -106,14 +102,14 @@ class GrammarFactory:
 
 
 def check(form: StructuredOutputsParams) -> None:
-    """Raises ConfigError for a grammar that no model could follow. Needs no tokenizer."""
+    """Raises ConfigError for an invalid grammar. Needs no tokenizer."""
     is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_definition(form))
     if is_error:
         raise _refusal(form, messages[0])
 
 
 def _definition(form: StructuredOutputsParams) -> str:
-    """In llguidance's own language. Raises ConfigError."""
+    """In llguidance's language. Raises ConfigError."""
     try:
         if form.json is not None:
             json.loads(form.json_schema)

@@ -1,4 +1,4 @@
-"""Checks that queues, steps in flight, block tables and block pool agree; each raises AssertionError. For tests."""
+"""For tests: queues, steps in flight, block tables and block pool agree, or AssertionError."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _check_sequence(blocks: BlockManager, sequence: Sequence, num_in_flight: int
 
 
 def check_blocks(blocks: BlockManager, tables: Iterable[SequenceOf[int]]) -> None:
-    """Of the pool itself and with the block tables of the running sequences."""
+    """The pool agrees with itself and with `tables`, those of the running sequences."""
     numbers = range(blocks.num_blocks)
     holders: Counter[int] = Counter()
     for table in tables:
@@ -74,7 +74,7 @@ def check_blocks(blocks: BlockManager, tables: Iterable[SequenceOf[int]]) -> Non
 def check_contents(
     blocks: BlockManager, full: SequenceOf[int], hashes: SequenceOf[bytes], unfinished: SequenceOf[int]
 ) -> None:
-    """What is published of a block table is full, and under its own hash."""
+    """The published blocks of a table are full and have their own hashes."""
     for block, block_hash in zip(full, hashes, strict=True):
         check(blocks._hashes[block] in (None, block_hash), f"block {block} is published as something else")
     for block in unfinished:

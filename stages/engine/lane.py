@@ -1,4 +1,4 @@
-"""What a lane is to those who send it requests: four verbs and what they may rely on. No torch, no Ray."""
+"""The contract of a lane: four verbs, and what callers may rely on."""
 
 from __future__ import annotations
 
@@ -15,25 +15,22 @@ class StepTimeout(TimeoutError):
 class Lane(Protocol):
     """One whole copy of the model. Tokens go to the TokenSink that the lane was made with.
 
-    1. `start` comes first, and once. The lane is ready when it returns; where it raises, nothing that it began is left.
-    2. `generate` may be called from any thread, for any number of requests at once, and never raises. Its future cannot
-       be cancelled and ends with the request: a RequestSummary, ConfigError for a request that is refused, or
-       RuntimeError for one that `close` cut off or that came later.
-    3. When the future ends, the sink has had all tokens of the request, in order and each of them once.
-    4. `abort` ends a request with finish_reason "abort", and its blocks are free before the next step. An id that is
+    1. `start` comes first, and once. The lane is ready when it returns; if it raises, nothing it began remains.
+    2. `generate` may be called from any thread, and never raises. Its future cannot be cancelled and ends with the
+       request: a RequestSummary, ConfigError if the request is refused, RuntimeError if `close` came first.
+    3. Before the future ends, the sink has all tokens of the request, in order, each once.
+    4. `abort` ends a request with finish_reason "abort"; its blocks are free before the next step. An id that is
        unknown or has ended is no error.
-    5. A lane that can run no further step says so once, to the `on_failure` it was made with. Its requests stay open
-       until `close`.
+    5. A lane that can run no further step calls `on_failure` once. Its requests stay open until `close`.
     6. `close` ends every thread, process and socket of the lane. It may be called twice, before `start`, and after a
        `start` that failed.
 
-    In process: `deployments/offline/local_lane.py`; Ray actors for a script: `ray_lane.py` beside it. The served lane,
-    `deployments/lane/leader.py`, has the same verbs as coroutines: it awaits what is a future here, a cancelled call of
-    `generate` is an `abort`, and instead of failing (5) it heals.
+    `deployments/offline/` has one in process and one of Ray actors. The served lane, `deployments/lane/leader.py`, has
+    these verbs as coroutines: a cancelled call of `generate` is an `abort`, and instead of failing (5) it heals.
     """
 
     num_blocks: int
-    """KV blocks; known when `start` has returned."""
+    """KV blocks; known after `start`."""
 
     def start(self) -> None: ...
 

@@ -1,13 +1,12 @@
-"""What a request changes about the logits of its next token, worked out on the leader from the tokens so far.
+"""What a request changes about the logits of its next token, worked out on the leader.
 
-All of it is a pure function of prompt and answer, so an answer is the same alone, in a batch, after preemption and on
-another lane. No torch: workers get LogitsAdjustments.
+A pure function of prompt and output, so an answer is the same alone, batched, after preemption and on another lane.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,12 +14,9 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.grammar import Grammar, TokenMask, token_mask
 from stagemesh.stages.messages.step import LogitsAdjustments
 
-EncodeText = Callable[[str], list[int]]
-"""Text → token ids, without the tokenizer's special tokens."""
-
 
 class LogitsProcessor:
-    """Of one request. `adjustments` works for any answer so far, in any order."""
+    """Of one request. Its methods take outputs in any order."""
 
     def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], grammar: Grammar | None) -> None:
         self._params = params
@@ -40,25 +36,17 @@ class LogitsProcessor:
         cls, params: SamplingParams, prompt_token_ids: Sequence[int], grammar: Grammar | None = None
     ) -> LogitsProcessor | None:
         """None for a request that leaves the logits as they are."""
-        if (
-            grammar is None
-            and params.allowed_token_ids is None
-            and not params.logit_bias
-            and not params.bad_words_token_ids
-            and params.repetition_penalty == 1.0
-            and params.frequency_penalty == 0.0
-            and params.presence_penalty == 0.0
-        ):
-            return None
-        return cls(params, prompt_token_ids, grammar)
+        processor = cls(params, prompt_token_ids, grammar)
+        is_limited = grammar is not None or params.allowed_token_ids is not None or params.bad_words_token_ids
+        return processor if is_limited or params.logit_bias or processor._has_penalties else None
 
     @property
     def error(self) -> str:
-        """Why the answer ends before its grammar is complete; empty if all is well."""
+        """As in Grammar."""
         return "" if self._grammar is None else self._grammar.error
 
     def adjustments(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> LogitsAdjustments:
-        """For the token that follows `output_token_ids`, which may not be one of `banned_token_ids`."""
+        """For the token after `output_token_ids`, which may be none of `banned_token_ids`."""
         if self._has_penalties:
             self._count(output_token_ids)
         return LogitsAdjustments(
@@ -74,6 +62,7 @@ class LogitsProcessor:
         )
 
     def bad_endings(self, output_token_ids: Sequence[int]) -> list[int]:
+        """The token ids that would complete a bad word."""
         endings = []
         for word in self._params.bad_words_token_ids:
             num_before = len(word) - 1
@@ -83,8 +72,8 @@ class LogitsProcessor:
         return endings
 
     def _allowed_now(self, output_token_ids: Sequence[int], banned_token_ids: Sequence[int]) -> bytes:
-        """All limits as one mask. A limit that would leave no token is ignored: a grammar at its end allows only EOS,
-        whatever min_tokens says; and a grammar goes before allowed_token_ids."""
+        """All limits as one mask. A limit that would leave no token is ignored: min_tokens where a grammar allows only
+        EOS, allowed_token_ids where they contradict the grammar."""
         grammar = None if self._grammar is None else self._grammar.mask(output_token_ids)
         mask = _intersection(grammar, self._allowed)
         if mask is None or not banned_token_ids:
@@ -101,22 +90,6 @@ class LogitsProcessor:
         for token_id in output_token_ids[self._num_counted :]:
             self._counts[token_id] = self._counts.get(token_id, 0) + 1
         self._num_counted = len(output_token_ids)
-
-
-def bad_words_token_ids(words: Sequence[str], encode: EncodeText) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is tokenized at the start of a text and, where that is another first token, after a space.
-
-    vLLM's rule (`SamplingParams.update_from_tokenizer`).
-    """
-    variants: list[tuple[int, ...]] = []
-    for word in words:
-        plain = tuple(encode(word.lstrip()))
-        spaced = tuple(encode(" " + word.lstrip()))
-        if plain:
-            variants.append(plain)
-        if plain and spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
-            variants.append(spaced)
-    return tuple(variants)
 
 
 def _intersection(first: TokenMask | None, second: TokenMask | None) -> TokenMask | None:

@@ -1,14 +1,13 @@
-"""Decides which tokens of which sequences the lane computes in the next step, and processes the results. No torch.
+"""Decides which tokens of which sequences the lane computes in the next step, and processes the results.
 
 Each step fills one token budget: one token for each decoding sequence whose last token is known, then for those whose
-last token a step in flight samples, then further chunks of prompts already begun, then new prompts, each first come,
-first served. Which sequences run is decided in `sequence_queues.py`.
+last token a step in flight samples, then further chunks of begun prompts, then new prompts, each first come, first
+served. `sequence_queues.py` decides which sequences run.
 
-`num_micro_batches` steps in flight keep as many stages busy. Async scheduling adds one, so that a stage need not wait
-while a result travels to the leader and a plan back. That step has placeholders for tokens that are not sampled yet;
-the workers fill them in. If such a sequence has ended meanwhile, that part of the step is wasted work. Async scheduling
-pauses while a request runs whose next token depends on its tokens by more than the model (penalties, a grammar): the
-others would advance twice as often as it.
+`num_micro_batches` steps in flight keep as many stages busy. Async scheduling adds one, so that no stage waits while a
+result travels to the leader and a plan back. Its placeholders stand for tokens that are not sampled yet; the workers
+fill them in. If such a sequence has ended meanwhile, that part of the step is wasted work. Async scheduling pauses
+while a request with a logits processor runs: it cannot use placeholders, and the others would advance twice as often.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from stagemesh.stages.messages.request import TokenDelta
 from stagemesh.stages.messages.step import StepResult, TokenLogprobs
 
 MIN_SHARE_TOKENS = 256
-"""Micro-batches are not made smaller than this for balance: below it a forward pass takes the same time anyway."""
+"""Balance makes no micro-batch smaller than this: below it a forward pass takes the same time."""
 
 
 class Scheduler:
-    """Continuous batching over one block pool. `schedule` and `process_result` take steps in the same order."""
+    """Continuous batching. `schedule` and `process_result` take steps in the same order."""
 
     def __init__(
         self,
@@ -63,24 +62,17 @@ class Scheduler:
     # ---- requests ------------------------------------------------------------------------------------------
 
     def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: SequenceOf[int],
-        params: SamplingParams,
-        grammar: Grammar | None = None,
+        self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams, grammar: Grammar | None = None
     ) -> Sequence:
-        """Queues a request. Raises ConfigError if it can never run here, or if its id is in use."""
+        """Raises ConfigError if the request can never run here, or if its id is in use."""
         num_prompt = len(prompt_token_ids)
         if request_id in self._sequences:
             raise ConfigError("request_id", request_id, "a request with this id is still running")
         if num_prompt == 0:
             raise ConfigError("prompt", [], "must hold at least one token")
         if num_prompt + (params.pooling is None) > self.max_model_len:
-            raise ConfigError(
-                "prompt",
-                "…",
-                f"its {num_prompt} tokens leave no room for an answer in max_model_len={self.max_model_len}",
-            )
+            reason = f"its {num_prompt} tokens leave no room for an answer in max_model_len={self.max_model_len}"
+            raise ConfigError("prompt", "…", reason)
         sequence = Sequence(
             self._next_seq_id,
             request_id,
@@ -90,24 +82,22 @@ class Scheduler:
             max_model_len=self.max_model_len,
             grammar=grammar,
         )
-        # The KV of the last token is never computed. A sequence that fits alone can always be finished: in the worst
-        # case every later one is preempted for the oldest.
+        # The KV of the last token is never computed. A sequence that fits alone can always be finished: at worst every
+        # later one is preempted for the oldest.
         capacity = self.blocks.num_blocks * self.block_size
         if sequence.max_num_tokens - 1 > capacity:
-            raise ConfigError(
-                "prompt",
-                "…",
-                f"its {num_prompt} tokens and max_tokens={params.max_tokens} may need "
-                f"{sequence.max_num_tokens - 1} tokens of KV cache (max_model_len={self.max_model_len}), "
-                f"there are {capacity}",
+            reason = (
+                f"its {num_prompt} tokens and max_tokens={params.max_tokens} may need {sequence.max_num_tokens - 1} "
+                f"tokens of KV cache (max_model_len={self.max_model_len}), there are {capacity}"
             )
+            raise ConfigError("prompt", "…", reason)
         self._next_seq_id += 1
         self._sequences[request_id] = sequence
         self.queues.waiting.append(sequence)
         return sequence
 
     def abort_request(self, request_id: str) -> Sequence | None:
-        """Frees the request's blocks at once, in flight or not. None where the id is unknown."""
+        """Frees its blocks at once, in flight or not. None if the id is unknown."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             sequence.finish_reason = "abort"
@@ -115,7 +105,7 @@ class Scheduler:
         return sequence
 
     def preempt_all(self) -> None:
-        """The KV is lost: running sequences wait again with the tokens they have; steps in flight are dropped."""
+        """The KV is lost: running sequences wait again; steps in flight are dropped."""
         self._in_flight.clear()
         self.queues.preempt_all()
 
@@ -126,7 +116,7 @@ class Scheduler:
     # ---- results -------------------------------------------------------------------------------------------
 
     def process_result(self, step: ScheduledStep, result: StepResult) -> list[TokenDelta]:
-        """Of the oldest step in flight. Sequences aborted meanwhile get no delta."""
+        """Of `step`, the oldest in flight. Sequences aborted meanwhile get no delta."""
         assert self._in_flight and self._in_flight[0] is step, "results come in the order of the steps"
         self._in_flight.popleft()
         for entry in step.entries:
@@ -172,7 +162,7 @@ class Scheduler:
     # ---- one step ------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep | None:
-        """The next step, or None when nothing can be done before a result or a request comes."""
+        """The next step, or None until a result or a request comes."""
         is_async = not any(sequence.has_logits_processor for sequence in self.queues.running)
         if len(self._in_flight) >= self.num_micro_batches + is_async:
             return None
@@ -203,12 +193,12 @@ class Scheduler:
             self._schedule_placeholders(step, max_decodes)
 
     def _schedule_placeholders(self, step: ScheduledStep, max_decodes: int) -> None:
-        """Decodes whose last token is sampled by the oldest step in flight that samples for any of them."""
+        """Decodes whose last token the oldest step in flight with any of them samples."""
         for index, in_flight in enumerate(self._in_flight):
             for row, sequence in enumerate(in_flight.sampled):
                 if len(step.entries) == max_decodes:
                     return
-                if sequence.status is not SequenceStatus.RUNNING or not sequence.is_wholly_scheduled:
+                if sequence.status is not SequenceStatus.RUNNING or sequence.num_computed_tokens != sequence.num_tokens:
                     continue  # it ended, or is in a later step already
                 if sequence.num_tokens + 1 == sequence.max_num_tokens:
                     continue  # that token is its last
@@ -230,7 +220,7 @@ class Scheduler:
             self._schedule_tokens(step, admitted, min(admitted.num_uncomputed_tokens, share - step.num_tokens))
 
     def _token_share(self, step: ScheduledStep) -> int:
-        """Tokens that `step` may hold, so that a backlog of prompts is spread evenly over the micro-batches."""
+        """Most tokens of `step`: a backlog of prompts is spread evenly over the micro-batches."""
         if self.num_micro_batches == 1:
             return self.max_num_batched_tokens
         enough = self.max_num_batched_tokens * self.num_micro_batches
@@ -250,13 +240,10 @@ class Scheduler:
         num_prompt_logprobs = 0
         if sequence.needs_prompt_logprobs:
             num_prompt_logprobs = max(0, min(end, sequence.num_prompt_tokens - 1) - start)
-        block_table = sequence.block_table[: -(-end // self.block_size)]
+        table = sequence.block_table[: -(-end // self.block_size)]
         is_sampled = end >= sequence.num_tokens
-        step.append(
-            ScheduledSequence(
-                sequence, block_table, start, num_tokens, is_sampled, num_prompt_logprobs, placeholder_row
-            )
-        )
+        entry = ScheduledSequence(sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs, placeholder_row)
+        step.append(entry)
         sequence.num_computed_tokens = end
         sequence.num_in_flight += 1
         if end // self.block_size > sequence.num_published_blocks:
@@ -266,11 +253,9 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request has not ended."""
         return bool(self._sequences)
 
     def stats(self) -> SchedulerStats:
-        """O(requests)."""
         running, waiting = self.queues.running, self.queues.waiting
         return SchedulerStats(
             num_running=len(running),

@@ -16,14 +16,13 @@ from stagemesh.stages.messages.step import SampleSpec, TokenLogprobs
 
 class SequenceStatus(Enum):
     WAITING = "waiting"
-    """Holds no block: new, preempted, or its lane lost its KV."""
+    """New, preempted, or its lane lost its KV."""
     RUNNING = "running"
     FINISHED = "finished"
-    """Ended or aborted; holds no block."""
 
 
 class Sequence:
-    """Owned by the scheduler; others only read it."""
+    """Only the scheduler writes to it."""
 
     def __init__(
         self,
@@ -38,27 +37,27 @@ class Sequence:
     ) -> None:
         assert params.seed is not None, "a request has a seed before it reaches a leader"
         self.seq_id = seq_id
-        """Its place in the queue, kept through preemptions: a smaller number came earlier."""
+        """Its place in the order of arrival, kept through preemptions."""
         self.request_id = request_id
         self.params = params
         self.token_ids = array("i", prompt_token_ids)
         """Prompt, then output."""
         self.num_prompt_tokens = len(prompt_token_ids)
         self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
-        """Length at which it ends with "length"."""
+        """Where it ends with "length"."""
         self.block_table = array("i")
         self.block_hashes: list[bytes] = []
-        """Chained hash of each full block of known tokens, as far as needed yet."""
+        """Chained hash of each full block of known tokens, as far as needed."""
         self.num_published_blocks = 0
-        """Leading blocks of its table that others can find by their content, or that it found itself."""
+        """Leading blocks of its table whose content is in the prefix cache."""
         self.num_computed_tokens = 0
-        """Tokens whose KV is in the cache once all scheduled steps have run; one may be a placeholder."""
+        """Tokens whose KV is in the cache after all scheduled steps; one may be a placeholder."""
         self.num_cached_tokens = 0
-        """Prompt tokens that the prefix cache gave at the first admission."""
+        """Prompt tokens from the prefix cache at its first admission."""
         self.num_in_flight = 0
-        """Steps in flight that hold this sequence."""
+        """Steps in flight that compute tokens of it."""
         self.prompt_logprobs: list[TokenLogprobs] = []
-        """Of the prompt's tokens after the first, as far as they have come, if the request asks for them."""
+        """Of the prompt's tokens after the first, as far as they have come."""
         self.was_admitted = False
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
@@ -71,7 +70,7 @@ class Sequence:
         """Not sampled before min_tokens exist."""
         self._logits_processor = LogitsProcessor.of(params, prompt_token_ids, grammar)
         self.has_logits_processor = self._logits_processor is not None
-        """Its next token depends on its tokens by more than the model: it cannot follow a placeholder."""
+        """Its next token depends on its tokens beside the model: it cannot follow a placeholder."""
         self._spec = (params.temperature, params.top_p, max(params.top_k, 0), params.min_p, params.seed & (2**64 - 1))
 
     @property
@@ -93,18 +92,12 @@ class Sequence:
         return num_tokens if num_tokens > 0 else 0  # max() would take twice as long, in every loop of the scheduler
 
     @property
-    def is_wholly_scheduled(self) -> bool:
-        """Its known tokens are scheduled, and none beyond them."""
-        return len(self.token_ids) == self.num_computed_tokens
-
-    @property
     def needs_all_hidden(self) -> bool:
-        """Whether the hidden state of every prompt token is wanted, not only the last one's."""
         pooling = self.params.pooling
         return self.needs_prompt_logprobs or (pooling is not None and pooling.pooling == "mean")
 
     def hash_blocks(self, num_blocks: int, block_size: int) -> list[bytes]:
-        """Hashes of its first `num_blocks` blocks, all of which must be full of known tokens."""
+        """Hashes of its first `num_blocks` blocks, all full of known tokens."""
         known = len(self.block_hashes)
         if known < num_blocks:
             tokens = self.token_ids[known * block_size : num_blocks * block_size]
@@ -113,7 +106,7 @@ class Sequence:
         return self.block_hashes[:num_blocks]
 
     def sample_spec(self, position: int) -> SampleSpec:
-        """How to choose the token at `position` (its index in `token_ids`)."""
+        """How to sample the token at `position` of `token_ids`."""
         must_go_on = position - self.num_prompt_tokens < self.params.min_tokens
         banned_token_ids = self.banned_token_ids if must_go_on else []
         edits = None
@@ -126,7 +119,7 @@ class Sequence:
         return SampleSpec(*self._spec, position, banned_token_ids, edits, self.params.logprobs)
 
     def take_prompt_logprobs(self, start: int, logprobs: SequenceOf[TokenLogprobs]) -> None:
-        """Log-probabilities of the prompt's tokens from `start` on. Those from before a preemption stay."""
+        """Of the prompt's tokens from `start` on. Those from before a preemption stay."""
         self.prompt_logprobs += logprobs[len(self.prompt_logprobs) + 1 - start :]
 
     def append(self, token_id: int) -> None:

@@ -1,4 +1,4 @@
-"""Which sequences run: the waiting and the running ones, admission and preemption against the block pool."""
+"""Which sequences wait and which run: admission and preemption against the block pool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _by_arrival = attrgetter("seq_id")
 
 
 class SequenceQueues:
-    """Both queues are in order of arrival, also after preemptions. Only running sequences hold blocks."""
+    """Both queues are in order of arrival. Only running sequences hold blocks."""
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int) -> None:
         self.blocks = blocks
@@ -26,14 +26,14 @@ class SequenceQueues:
         self._filled: dict[bytes, int] = {}
         self.num_preemptions = 0
         self.prefix_queries = 0
-        """Prompt tokens looked up in the prefix cache, once per request."""
+        """Prompt tokens, once per request."""
         self.prefix_hits = 0
         self.prompt_tokens = 0
 
     def admit(self) -> Sequence | None:
-        """Moves the first waiting sequence to the running ones, if there is room; returns it.
+        """Moves the first waiting sequence, if there is room, to the running ones; returns it.
 
-        It gets blocks for all of its known tokens, so that a prompt never stops half-way for want of blocks.
+        It gets blocks for all of its known tokens, so that no prompt stops half-way.
         """
         # One spare block per running sequence, or a newcomer is preempted again at the next block boundary.
         num_spare = len(self.running)
@@ -71,7 +71,7 @@ class SequenceQueues:
             self.prefix_hits += sequence.num_cached_tokens
 
     def reserve_block(self, sequence: Sequence) -> bool:
-        """A block for the token that `sequence` computes next, if need be by preempting a later sequence.
+        """A block for the next token of `sequence`, if need be by preempting a later sequence.
 
         False: none can be preempted before a step in flight ends.
         """
@@ -87,14 +87,11 @@ class SequenceQueues:
         return True
 
     def _pick_victim(self) -> Sequence | None:
-        """The latest running sequence that is in no step in flight, where its work would be wasted."""
-        for sequence in reversed(self.running):
-            if sequence.num_in_flight == 0:
-                return sequence
-        return None
+        """The latest running sequence that has no work in flight."""
+        return next((sequence for sequence in reversed(self.running) if sequence.num_in_flight == 0), None)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """It waits with the tokens that it has; its KV may survive as cached blocks."""
+        """It keeps its tokens; its KV may survive as cached blocks."""
         self.running.remove(sequence)
         self._release_blocks(sequence)
         self.num_preemptions += 1
@@ -130,12 +127,12 @@ class SequenceQueues:
         sequence.status = SequenceStatus.WAITING
 
     def mark_filled(self, sequence: Sequence) -> None:
-        """Notes the blocks that the step being built fills, for `cache_filled_blocks`."""
+        """Notes the blocks that the step being built fills."""
         for block_hash, block in self._newly_full(sequence):
             self._filled.setdefault(block_hash, block)
 
     def cache_filled_blocks(self) -> None:
-        """The step is complete: later ones may share the blocks that it fills."""
+        """The step is complete: later steps may share the blocks that it fills."""
         for block_hash, block in self._filled.items():
             self.blocks.cache_block(block, block_hash)
         self._filled.clear()

@@ -1,4 +1,4 @@
-"""What a lane reports of itself, summed up over its life, and when the next report is due."""
+"""What a lane reports, summed up over its life, and when the next report is due."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from stagemesh.stages.messages.step import WorkerStats
 
 MIN_PERIOD_S = 0.1
 HEARTBEAT_S = 1.0
-"""A report goes out at least this often, so that its absence means something."""
+"""Longest time between reports, so that a missing one means something."""
 
 
 class SchedulerStats(NamedTuple):
-    """The scheduler's part of a LaneStats."""
-
     num_running: int = 0
     num_waiting: int = 0
     queued_prefill_tokens: int = 0
@@ -33,7 +31,7 @@ class SchedulerStats(NamedTuple):
 
 
 class StatsCollector:
-    """Makes the LaneStats of one lane. Used from the engine's thread."""
+    """Makes the LaneStats of one lane, in the engine's thread."""
 
     def __init__(self, lane: str, block_size: int) -> None:
         self._lane = lane
@@ -48,7 +46,7 @@ class StatsCollector:
         self._expert_imbalance: dict[int, list[float]] = {}  # by stage
         self._reported_at = 0.0
         self.has_news = True
-        """Something has changed that should not wait for the heartbeat."""
+        """The next report should not wait for the heartbeat."""
 
     @property
     def due_at(self) -> float:
@@ -60,13 +58,13 @@ class StatsCollector:
         self.has_news = True
 
     def add_step(self, schedule_s: float) -> None:
-        """A step has ended; taking its result in took `schedule_s`."""
+        """schedule_s: time spent on the step's result."""
         self._num_steps += 1
         self.schedule_s += schedule_s
         self.has_news = True
 
     def add_worker(self, stats: WorkerStats, step_times: StepTimes) -> None:
-        """A stage has reported. step_times: of the epoch that it ran in."""
+        """step_times: of the epoch in which the stage ran."""
         model_s, step_overhead_s = step_times.ran(stats.stage, stats.spans)
         self._model_s += model_s
         self._step_overhead_s += step_overhead_s
@@ -76,7 +74,6 @@ class StatsCollector:
             self._expert_imbalance[stats.stage] = stats.expert_imbalance
 
     def reported(self) -> None:
-        """A report goes out now."""
         self._reported_at, self.has_news = time.monotonic(), False
 
     def make(self, scheduler: SchedulerStats) -> LaneStats:

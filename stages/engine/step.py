@@ -1,4 +1,4 @@
-"""One step as the scheduler composed it, and the plan that tells the workers of it."""
+"""One step as scheduled, and its plan for the workers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from stagemesh.stages.engine.sequence import Sequence
 from stagemesh.stages.messages.step import PoolSpec, PromptLogprobsSpec, SampleSpec, StepPlan
 
 _UNUSED = array("i", [-1]).tobytes()
+"""Pads a block table."""
 
 
 class ScheduledSequence(NamedTuple):
@@ -16,79 +17,76 @@ class ScheduledSequence(NamedTuple):
 
     sequence: Sequence
     block_table: array[int]
-    """A copy, as far as this step reaches: the sequence's own one grows, and goes with a preemption."""
+    """A copy, as far as this step reaches."""
     start: int
     num_tokens: int
     is_sampled: bool
     """The step reaches the last known token or the placeholder after it."""
     num_prompt_logprobs: int
-    """How many of these tokens are followed by a prompt token whose log-probability is asked for."""
+    """Of these tokens, those followed by a prompt token whose log-probability is wanted."""
     placeholder_row: int | None
-    """Not None: its only token is a placeholder, for the token of this row of the step that samples it."""
+    """Not None: its only token is a placeholder, for this row of the step that samples it."""
+
+    @property
+    def is_pooled(self) -> bool:
+        return self.sequence.params.pooling is not None
+
+    def token_ids(self) -> bytes:
+        """int32, as in StepPlan."""
+        if self.placeholder_row is not None:
+            return array("i", [-1 - self.placeholder_row]).tobytes()
+        return self.sequence.token_ids[self.start : self.start + self.num_tokens].tobytes()
+
+    def sample_spec(self) -> SampleSpec | None:
+        if not self.is_sampled or self.is_pooled:
+            return None
+        return self.sequence.sample_spec(self.start + self.num_tokens)
 
 
 class ScheduledStep:
-    """One step as scheduled. `to_plan` may be called at any later time and gives the same plan."""
+    """`to_plan` may be called at any later time and gives the same plan."""
 
     __slots__ = ("entries", "num_tokens", "placeholder_steps_back", "pooled", "sampled")
 
     def __init__(self) -> None:
         self.entries: list[ScheduledSequence] = []
         self.sampled: list[Sequence] = []
-        """The sequences that it samples a token for, in plan order."""
+        """Sequences that it samples a token for, in plan order."""
         self.pooled: list[Sequence] = []
-        """The sequences whose embedding it completes, in plan order."""
+        """Sequences whose embedding it completes, in plan order."""
         self.num_tokens = 0
         self.placeholder_steps_back = 0
-        """How many steps back its placeholders are sampled; 0 where it knows all its tokens."""
+        """How many steps back its placeholders are sampled; 0 if it has none."""
 
     def append(self, entry: ScheduledSequence) -> None:
         self.entries.append(entry)
         self.num_tokens += entry.num_tokens
         if entry.is_sampled:
-            (self.sampled if entry.sequence.params.pooling is None else self.pooled).append(entry.sequence)
+            (self.pooled if entry.is_pooled else self.sampled).append(entry.sequence)
 
     @property
     def has_decodes(self) -> bool:
-        """Whether it computes tokens that were sampled before it."""
+        """Whether it computes sampled tokens."""
         return any(entry.start >= entry.sequence.num_prompt_tokens for entry in self.entries)
 
     def to_plan(self, epoch: int, step: int) -> StepPlan:
-        max_blocks = max(len(entry.block_table) for entry in self.entries)
-        seq_ids: list[int] = []
-        query_lens, context_lens, token_ids = array("i"), array("i"), array("i")
-        tables: list[bytes] = []
-        samples: list[SampleSpec | None] = []
-        prompt_logprobs, pools = [], []
-        for index, entry in enumerate(self.entries):
-            sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs, placeholder_row = entry
-            seq_ids.append(sequence.seq_id)
-            query_lens.append(num_tokens)
-            context_lens.append(start)
-            if placeholder_row is None:
-                token_ids.extend(sequence.token_ids[start : start + num_tokens])
-            else:
-                token_ids.append(-1 - placeholder_row)
-            tables.append(table.tobytes())
-            tables.append(_UNUSED * (max_blocks - len(table)))
-            is_pooled = sequence.params.pooling is not None
-            if is_pooled:
-                pools.append(_pool_spec(index, entry))
-            samples.append(sequence.sample_spec(start + num_tokens) if is_sampled and not is_pooled else None)
-            if num_prompt_logprobs:
-                prompt_logprobs.append(_prompt_logprobs_spec(index, entry))
+        entries = self.entries
+        tables = [entry.block_table for entry in entries]
+        max_blocks = max(map(len, tables))
         return StepPlan(
             epoch=epoch,
             step=step,
-            seq_ids=seq_ids,
-            query_lens=query_lens.tobytes(),
-            context_lens=context_lens.tobytes(),
-            token_ids=token_ids.tobytes(),
-            block_tables=b"".join(tables),
+            seq_ids=[entry.sequence.seq_id for entry in entries],
+            query_lens=array("i", [entry.num_tokens for entry in entries]).tobytes(),
+            context_lens=array("i", [entry.start for entry in entries]).tobytes(),
+            token_ids=b"".join([entry.token_ids() for entry in entries]),
+            block_tables=b"".join([table.tobytes() + _UNUSED * (max_blocks - len(table)) for table in tables]),
             max_blocks=max_blocks,
-            samples=samples,
-            prompt_logprobs=prompt_logprobs,
-            pools=pools,
+            samples=[entry.sample_spec() for entry in entries],
+            prompt_logprobs=[
+                _prompt_logprobs_spec(i, entry) for i, entry in enumerate(entries) if entry.num_prompt_logprobs
+            ],
+            pools=[_pool_spec(i, entry) for i, entry in enumerate(entries) if entry.is_pooled],
             placeholder_step=step - self.placeholder_steps_back if self.placeholder_steps_back else -1,
         )
 

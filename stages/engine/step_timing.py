@@ -1,9 +1,8 @@
-"""How the time of a lane's steps divides into time inside the model and step overhead. No torch, no Ray.
+"""Divides the time of a lane's steps into time inside the model and step overhead.
 
-With several steps in flight a step waits at each stage for the step before it, and scheduling costs nothing while the
-stages are busy. So a step's overhead is counted from when all that it needs exists, less the waits for other steps,
-stage by stage. On CUDA a stage that does not sample reports when its work was queued; the last stage's time then
-includes that work. Times are seconds of `time.time()`: the sums are off by as much as the machines' clocks differ.
+Scheduling costs nothing while the stages are busy. So a step's overhead counts from when all that it needs exists, less
+its waits for the step before it at each stage. On CUDA a stage that does not sample reports when its work was queued;
+the last stage's time includes that work. Times are seconds of `time.time()`, as exact as the machines' clocks agree.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 
 
 class StepTimes:
-    """Adds up the steps of one epoch, as plans leave and stages report. Used from one thread."""
+    """The times of one epoch's steps. For one thread."""
 
     def __init__(self, num_stages: int) -> None:
         self._scheduled: deque[tuple[float, int]] = deque()
@@ -24,14 +23,14 @@ class StepTimes:
         self._sampled_at: deque[float] = deque(maxlen=num_stages + 2)
 
     def scheduled(self, at: float, steps_back: int) -> None:
-        """The next step: its scheduling began at `at`; it needs the tokens of the step so many back, 0 for none."""
+        """Scheduling of the next step began at `at`; it needs the tokens of the step `steps_back`, 0 for none."""
         self._scheduled.append((at, steps_back))
 
     def ran(self, stage: int, spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        """`stage` had its next steps inside the model during `spans`; every step is reported once, in order.
+        """`stage` ran its next steps inside the model during `spans`; each step is reported once, in order.
 
-        Returns what this adds to the time inside the model, over all stages, and to the step overhead, over the steps
-        that every stage has reported now.
+        Returns what this adds to the time inside the model and, for steps that all stages have reported, to the
+        overhead.
         """
         self._spans[stage].extend(spans)
         step_overhead_s = 0.0
@@ -40,7 +39,7 @@ class StepTimes:
         return sum(end - start for start, end in spans), step_overhead_s
 
     def _overhead_s(self) -> float:
-        """Of the oldest step, which is then forgotten."""
+        """Takes out the oldest step."""
         ready_at, steps_back = self._scheduled.popleft()
         if 0 < steps_back <= len(self._sampled_at):
             ready_at = self._sampled_at[-steps_back]

@@ -1,7 +1,7 @@
-"""Step plans to the workers and results back, tokens and stats to the routers: ZeroMQ with msgpack, no pickle.
+"""Plans to the workers and results back, tokens and stats to the routers: msgpack over ZeroMQ.
 
-Every epoch opens fresh sockets, so a message of an older epoch has nowhere to arrive. PUSH/PULL keeps the
-order of each sender, blocks nobody and queues what is sent before the peer has connected.
+Every epoch opens fresh sockets, which no message of an older epoch can reach. PUSH/PULL keeps the order of each sender,
+never blocks and queues what is sent before the peer has connected.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from stagemesh.stages.messages.request import LaneStats, TokenBatch, TokenDelta
 from stagemesh.stages.messages.step import LeaderMessage, SampledTokens, ToWorker, WorkerMessage
 
 ROUTER_IDLE_S = 60.0
-"""A router that gets no token for this long is forgotten until the next one."""
+"""The link to a router closes after this long without a token."""
 
 
 class ChannelClosed(RuntimeError):
-    """A peer can no longer be reached, or the message would not fit its queue."""
+    """A peer's queue is full: it is gone."""
 
 
 def bind_random_port(socket: zmq.Socket[Any], host: str) -> str:
-    """Bind to a free port of `host`; returns the address."""
     port = socket.bind_to_random_port(f"tcp://{host}")
     return f"tcp://{host}:{port}"
 
 
 class _PlanSockets:
-    """PUSH sockets to the plan sockets of some workers; every message goes to all of them."""
+    """PUSH sockets to the plan sockets of workers; every message goes to all."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._context = context
@@ -46,7 +45,7 @@ class _PlanSockets:
             self._sockets.append(socket)
 
     def send(self, message: ToWorker) -> None:
-        """Never waits; raises ChannelClosed where a queue is full (its worker is gone)."""
+        """Never waits; raises ChannelClosed."""
         data = self._encoder.encode(message)
         for socket in self._sockets:
             try:
@@ -61,7 +60,7 @@ class _PlanSockets:
 
 
 class LeaderChannel:
-    """The leader's end: a PUSH socket per worker, one PULL socket for all results. One thread may use it."""
+    """The leader's end: a PUSH socket per worker, one PULL socket for all results. For one thread."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
         self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
@@ -73,7 +72,7 @@ class LeaderChannel:
         self._workers.connect(addresses)
 
     def send(self, message: LeaderMessage) -> None:
-        """To every worker; raises ChannelClosed where a queue is full (its worker is gone)."""
+        """To every worker; never waits; raises ChannelClosed."""
         self._workers.send(message)
 
     def receive(self) -> list[WorkerMessage]:
@@ -93,8 +92,6 @@ class LeaderChannel:
 
 
 class WorkerChannel:
-    """A worker's end: bound before the wiring is known, then connected."""
-
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
@@ -117,7 +114,7 @@ class WorkerChannel:
         self._results.send(self._encoder.encode(message))
 
     def send_sampled_tokens(self, tokens: SampledTokens) -> None:
-        """To the workers that fill placeholders; raises ChannelClosed as LeaderChannel.send does."""
+        """To the workers of stage 0; never waits; raises ChannelClosed."""
         self._first_stage.send(tokens)
 
     def close(self) -> None:
@@ -134,7 +131,7 @@ class _Link:
 
 
 class RouterLinks:
-    """A leader's sockets to the routers: tokens to one, stats to all. One thread may use it."""
+    """A leader's sockets to the routers: tokens to one, stats to all. For one thread."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, lane: str) -> None:
         self._context = context
@@ -145,7 +142,7 @@ class RouterLinks:
         self.stats_address = bind_random_port(self._stats, host)
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
-        """Send `deltas` in one message; False when the router's queue is full, which means that it is gone."""
+        """Send `deltas` in one message; False when the router's queue is full: it is gone."""
         if not reply_to:
             return True  # the leader's own warm-up
         link = self._routers.get(reply_to)

@@ -1,4 +1,4 @@
-"""What travels between routers and leaders: requests, their tokens, and the stats of a lane."""
+"""Messages between routers and leaders: requests, tokens, stats."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ class TokenDelta(msgspec.Struct, array_like=True):
 
     request_id: str
     offset: int
-    """Index of the first of `token_ids` in the answer; a gap or an overlap is a protocol error."""
+    """Index in the answer of the first of `token_ids`; a gap or an overlap is a protocol error."""
     token_ids: list[int]
     finish_reason: str | None = None
     """None while running; else "stop" (EOS or a stop id), "length", "abort", "error"."""
     stop_token_id: int | None = None
-    """The stop or EOS id that ended it, also the last of token_ids."""
+    """The stop or EOS id that ended it, the last of token_ids."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache."""
     error: str = ""
-    """With finish_reason "error": what went wrong."""
+    """With finish_reason "error"."""
     logprobs: list[TokenLogprobs] | None = None
-    """One per token id, if the request asked for them."""
+    """One per token id; None if not wanted."""
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Of the prompt's tokens after the first; on the first delta of a request that asked for them."""
+    """Of the prompt's tokens after the first; on the first delta, if wanted."""
     embedding: bytes = b""
-    """float32: the prompt's vector, if the request is for that; its only delta."""
+    """float32: the vector of a pooled prompt, in its only delta."""
 
 
 class TokenBatch(msgspec.Struct, array_like=True):
-    """All new tokens of one router's requests after one turn of the engine's loop."""
+    """New tokens of one router's requests after one turn of the engine's loop."""
 
     lane: str
     deltas: list[TokenDelta]
 
 
 class LaneStats(msgspec.Struct, array_like=True):
-    """The state and load of a lane, published to the routers when it changes, at most ten times a second."""
+    """State and load of a lane, published when they change, at most ten times a second. Sums are over its life."""
 
     lane: str
     """The leader's Serve replica id."""
@@ -51,45 +51,44 @@ class LaneStats(msgspec.Struct, array_like=True):
     num_running: int
     num_waiting: int
     queued_prefill_tokens: int
-    """Prompt tokens admitted or waiting whose KV is not computed yet."""
+    """Tokens of running and waiting sequences without KV yet."""
     running_kv_tokens: int
     num_blocks: int
     num_free_blocks: int
     """Free or evictable."""
     num_preemptions: int
     prefix_queries: int
-    """Prompt tokens looked up in the prefix cache so far."""
+    """Prompt tokens looked up in the prefix cache."""
     prefix_hits: int
     prompt_tokens: int
     generation_tokens: int
     num_steps: int
     schedule_s: float
-    """Sum over steps: scheduling, sending the plan, processing the result."""
+    """Scheduling, sending plans, processing results."""
     step_overhead_s: float
-    """Sum over steps: what each took beside its time inside the model and its waits for other steps. It includes
-    scheduling as far as a step had to wait for that."""
+    """Time of steps outside the model and not waiting for other steps; includes scheduling that a step waited for."""
     model_s: float
-    """Sum over steps and stages: inside the model."""
+    """Inside the model, summed over stages."""
     block_size: int
     expert_tokens: list[int] = []
-    """As in WorkerStats, over the life and all stages of the lane."""
+    """As in WorkerStats, over all stages."""
     expert_imbalance: float = 0.0
-    """The mean over all MoE layers of the lane, as last reported; 0 before a report."""
+    """Mean over all MoE layers, as last reported; 0 before a report."""
 
 
 class EngineRequest(msgspec.Struct):
-    """One choice of one prompt. Its answer is a pure function of these fields, so it can be computed again anywhere."""
+    """One choice of one prompt. Its answer is a pure function of these fields: any lane can compute it again."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    """With a definite seed, max_tokens that fit the model, and bad words as token ids."""
+    """With a seed, max_tokens that fit the model, and bad words as token ids."""
     reply_to: str = ""
-    """Where its tokens go, in the terms of the lane's TokenSink: the address of a router's PULL socket, say."""
+    """For the lane's TokenSink, such as the address of a router's PULL socket."""
 
 
 class RequestSummary(msgspec.Struct):
-    """What `generate` returns when the request has ended, so that the router can check that no token is missing."""
+    """How a request ended; shows whether a token is missing."""
 
     request_id: str
     num_tokens: int
@@ -103,8 +102,8 @@ LaneStatus = Literal["unavailable", "overloaded", "lost", "timeout", "internal"]
 class LaneError(RuntimeError):
     """A lane could not take or finish a request. `deployments/ingress/errors.py` says what the client sees.
 
-    status: "unavailable" no lane can generate now; "overloaded" queues are full, try again later;
-    "lost" the lane died on the way; "timeout" a deadline passed; "internal" a lane broke its own protocol.
+    status: "unavailable" no lane can generate now; "overloaded" queues are full; "lost" the lane died;
+    "timeout" a deadline passed; "internal" a lane broke its protocol.
     """
 
     def __init__(self, status: LaneStatus, message: str) -> None:

@@ -1,6 +1,6 @@
-"""What travels between a leader and the workers of its lane: step plans and results.
+"""Messages between a leader and its workers: step plans and results.
 
-Integer arrays are little-endian int32 bytes for `numpy.frombuffer`, because decoding lists of ints takes too long.
+Integer arrays are little-endian int32 bytes, because decoding lists of ints is slow.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ import msgspec
 
 
 class LogitsAdjustments(msgspec.Struct, array_like=True, frozen=True):
-    """What a request changes about the logits of one token, in this order."""
+    """Changes to the logits of one token, in this order."""
 
     allowed: bytes = b""
     """One bit per token id, the lowest first in each byte; ids past its end are not allowed. Empty allows all."""
     bias_ids: bytes = b""
-    """int32: token ids whose logits `bias` (float32, as many) is added to."""
+    """int32: token ids to whose logits `bias` (float32) is added."""
     bias: bytes = b""
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     prompt_ids: bytes = b""
-    """int32: distinct token ids of the prompt; empty unless repetition_penalty needs them."""
+    """int32: distinct prompt token ids; empty without repetition_penalty."""
     output_ids: bytes = b""
-    """int32: distinct token ids generated so far; `output_counts` (int32) says how often each."""
+    """int32: distinct output token ids; `output_counts` (int32): how often each."""
     output_counts: bytes = b""
 
 
@@ -34,27 +34,27 @@ class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
     seed: int
     """Unsigned 64-bit."""
     position: int
-    """Of the token to be sampled; with `seed` it fixes the randomness."""
+    """Of the sampled token; with `seed` it fixes the randomness."""
     banned_token_ids: list[int]
-    """Never chosen in this step: EOS and stop ids before min_tokens, endings of bad words."""
+    """EOS and stop ids before min_tokens, endings of bad words."""
     edits: LogitsAdjustments | None = None
     num_logprobs: int | None = None
-    """Likeliest tokens to report beside the chosen one; -1 for all, None for no report."""
+    """Likeliest tokens to report beside the chosen one; -1: all, None: no report."""
 
 
 class PromptLogprobsSpec(msgspec.Struct, array_like=True, frozen=True):
-    """Report how likely the model found the prompt tokens that follow those of this step."""
+    """Report how likely the prompt tokens after those of this step are."""
 
     sequence: int
     """Its index in the plan."""
     target_ids: bytes
-    """int32: the token that follows each of the sequence's first tokens in this step."""
+    """int32: the tokens that follow the sequence's first ones in this step."""
     num_logprobs: int
     """As in SampleSpec."""
 
 
 class PoolSpec(msgspec.Struct, array_like=True, frozen=True):
-    """Make one vector of a prompt; in every step of that prompt."""
+    """Make one vector of a prompt; in each of its steps."""
 
     sequence: int
     """Its index in the plan."""
@@ -67,33 +67,33 @@ class PoolSpec(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
-    """One forward pass for every worker of a lane. S sequences, T tokens in all."""
+    """One forward pass of S sequences, T tokens in all."""
 
     epoch: int
     step: int
-    """Rises by one per plan within an epoch."""
+    """From 0 in each epoch, one more per plan."""
     seq_ids: list[int]
-    """[S]; each number is a sequence's for its life in the lane."""
+    """[S]; fixed for a sequence's life in the lane."""
     query_lens: bytes
-    """int32 [S]: tokens of each sequence in this step; sums to T."""
+    """int32 [S]: tokens in this step."""
     context_lens: bytes
-    """int32 [S]: tokens whose KV is in the cache before this step."""
+    """int32 [S]: tokens with KV in the cache before this step."""
     token_ids: bytes
-    """int32 [T], flattened in sequence order. Position of a token = context_len + offset in its query.
-    -1 - i is the placeholder of the i-th token that step `placeholder_step` samples."""
+    """int32 [T], in sequence order. A token's position is context_len + its offset in the query. -1 - i is the
+    placeholder of the i-th token that step `placeholder_step` samples."""
     block_tables: bytes
     """int32 [S, max_blocks] row-major, -1 = unused."""
     max_blocks: int
     samples: list[SampleSpec | None]
-    """[S]; None where no token is sampled: the step ends inside the prompt, or the sequence is pooled."""
+    """[S]; None where the step ends inside the prompt, or the sequence is pooled."""
     prompt_logprobs: list[PromptLogprobsSpec] = []
     pools: list[PoolSpec] = []
     placeholder_step: int = -1
-    """An earlier step, or -1 where token_ids has no placeholders."""
+    """An earlier step; -1 without placeholders."""
 
 
 class SampledTokens(msgspec.Struct, array_like=True, tag="tokens"):
-    """From rank 0 of the last stage straight to the ranks of stage 0, which fill placeholders with them."""
+    """From rank 0 of the last stage to all ranks of stage 0, for placeholders."""
 
     epoch: int
     step: int
@@ -106,14 +106,14 @@ class StopRun(msgspec.Struct, array_like=True, tag="stop"):
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
-    """How likely the model itself found one token: natural logarithms, before penalties, masks, temperature."""
+    """Of one token: natural logarithms, before penalties, masks, temperature."""
 
     token_id: int
     logprob: float
     rank: int
     """1 for the likeliest token."""
     top_ids: list[int]
-    """The likeliest tokens, falling, as many as were asked for."""
+    """The likeliest tokens, likeliest first."""
     top_logprobs: list[float]
 
 
@@ -123,9 +123,9 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
     epoch: int
     step: int
     token_ids: list[int]
-    """One per sequence of the plan that had a SampleSpec, in plan order."""
+    """One per SampleSpec of the plan."""
     logprobs: list[TokenLogprobs | None] = []
-    """As long as token_ids, None where the request did not ask; empty where no request did."""
+    """One per token id, None where not wanted; empty if no request wants them."""
     prompt_logprobs: list[list[TokenLogprobs]] = []
     """One list per PromptLogprobsSpec of the plan."""
     pooled: list[bytes] = []
@@ -133,17 +133,17 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
 
 
 class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
-    """From rank 0 of each stage, about once a second under load: what happened since the last one."""
+    """From rank 0 of each stage, about once a second under load: of the time since the last one."""
 
     epoch: int
     stage: int
     spans: list[tuple[float, float]]
-    """Start and end (`time.time()`) of each step inside the model: its layers, and sampling on the last stage."""
+    """Start and end (`time.time()`) of each step inside the model: layers, and sampling on the last stage."""
     expert_tokens: list[int] = []
-    """[E]: tokens of each expert, summed over steps and the stage's MoE layers; empty for a dense model. A token counts
-    once per layer for each of its top k."""
+    """[E]: tokens of each expert, summed over steps and MoE layers, each token once per layer for each of its top k;
+    empty for a dense model."""
     expert_imbalance: list[float] = []
-    """One per MoE layer of the stage, in the last step: its busiest expert's tokens over the mean; 1 is even."""
+    """Per MoE layer, in the last step: the busiest expert's tokens over the mean; 1 is even."""
 
 
 WorkerMessage = StepResult | WorkerStats

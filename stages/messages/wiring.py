@@ -1,4 +1,4 @@
-"""How the workers of a lane meet in an epoch: each opens sockets, then all get the one `Wiring` made of them."""
+"""How the workers of a lane meet in an epoch: each opens sockets, then all get one `Wiring`."""
 
 from __future__ import annotations
 
@@ -11,31 +11,29 @@ Rank = tuple[int, int]
 
 @dataclass(frozen=True)
 class Endpoints:
-    """What a worker opened for an epoch."""
-
     plan_address: str
     store_port: int | None
-    """Port of the rendezvous store; only of stage 0, tp rank 0, and None in a lane of one rank."""
+    """Of the rendezvous store, which stage 0, tp rank 0 has in a lane of several ranks; else None."""
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """What every worker of a lane is told for one epoch."""
+    """What every worker of a lane is told in an epoch."""
 
     epoch: int
     store_host: str
     store_port: int
-    """0 in a lane of one rank, which has no store."""
+    """0 without a store."""
     results_to: str
     """Address of the leader's result socket."""
     sampled_tokens_to: tuple[str, ...]
-    """Plan sockets of stage 0, by TP rank: the rank that samples sends its tokens there too."""
+    """Plan sockets of stage 0, by TP rank, for the rank that samples."""
     num_blocks: int
-    """KV blocks of the lane: the least that any of its ranks has room for."""
+    """KV blocks: the least that any rank has room for."""
 
 
 def make_wiring(epoch: int, endpoints: Mapping[Rank, Endpoints], results_to: str, num_blocks: int) -> Wiring:
-    """The wiring of an epoch, from what every rank has opened for it. results_to: the leader's result socket."""
+    """endpoints: of every rank."""
     first = endpoints[0, 0]
     return Wiring(
         epoch=epoch,
@@ -49,7 +47,7 @@ def make_wiring(epoch: int, endpoints: Mapping[Rank, Endpoints], results_to: str
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker is doing, so that a stuck one can be named."""
+    """What a worker is doing, to name a stuck one."""
 
     stage: int
     tp_rank: int
@@ -57,4 +55,4 @@ class Progress:
     step: int
     phase: str
     seconds: float
-    """Time in this phase so far."""
+    """In this phase so far."""

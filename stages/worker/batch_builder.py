@@ -1,15 +1,16 @@
-"""Step plans → batches on the device: token ids, rotary angles, KV slots and block tables."""
+"""Step plans → batches on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from stagemesh.kernels.paged_attention import Ints, PagedAttentionStep
 from stagemesh.kernels.paged_attention_cpu import CpuPagedAttention
-from stagemesh.stages.layers.forward_batch import ForwardBatch
+from stagemesh.stages.layers.forward_batch import Attend, ForwardBatch
 from stagemesh.stages.layers.rotary import RotaryTable
 from stagemesh.stages.messages.step import StepPlan
 
@@ -32,12 +33,15 @@ class BatchBuilder:
         self._rotary = rotary
         self._block_size = block_size
         self._device = device
-        self._sliding_window = sliding_window
-        shape = (num_heads, num_kv_heads, block_size, head_dim)
-        self._cpu = CpuPagedAttention(*shape, dtype, sliding_window, kv_factor) if device.type == "cpu" else None
+        self._prepare: Callable[[Ints, Ints, Ints, Ints], Attend]
+        if device.type == "cpu":
+            shape = (num_heads, num_kv_heads, block_size, head_dim)
+            self._prepare = CpuPagedAttention(*shape, dtype, sliding_window, kv_factor).prepare
+        else:
+            self._prepare = partial(PagedAttentionStep.on_device, device=device, sliding_window=sliding_window)
 
     def build(self, plan: StepPlan, sampled_token_ids: Sequence[int] = ()) -> ForwardBatch:
-        """sampled_token_ids: what step `plan.placeholder_step` sampled, for the placeholders."""
+        """sampled_token_ids: of step `plan.placeholder_step`."""
         query_lens = np.frombuffer(plan.query_lens, np.int32)
         context_lens = np.frombuffer(plan.context_lens, np.int32)
         token_ids = np.frombuffer(plan.token_ids, np.int32)
@@ -57,10 +61,5 @@ class BatchBuilder:
         slots = block_tables[sequence_of, block_index] * np.int64(self._block_size) + offsets
 
         cos, sin = self._rotary.at(torch.from_numpy(positions.astype(np.int64)).to(self._device))
-        step = (query_lens, context_lens, block_tables, slots)
-        attend = (
-            self._cpu.prepare(*step)
-            if self._cpu
-            else PagedAttentionStep.on_device(*step, self._device, self._sliding_window)
-        )
+        attend = self._prepare(query_lens, context_lens, block_tables, slots)
         return ForwardBatch(torch.from_numpy(token_ids.astype(np.int64)).to(self._device), cos, sin, attend)

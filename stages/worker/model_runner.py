@@ -1,8 +1,9 @@
-"""One rank's part of the model: loads it, runs step plans through it, samples. No sockets, no Ray."""
+"""One rank's part of the model: loads it, runs step plans through it, samples."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,21 +22,19 @@ from stagemesh.stages.layers.tensor_parallel import TensorGroup, TensorShard
 from stagemesh.stages.messages.step import StepPlan, StepResult, TokenLogprobs
 from stagemesh.stages.models.decoder import Decoder
 from stagemesh.stages.worker.batch_builder import BatchBuilder
-from stagemesh.stages.worker.kv_cache import KVCache, host_memory_available
+from stagemesh.stages.worker.kv_cache import host_memory_available, make_kv_cache
 from stagemesh.stages.worker.pooler import Pooler
 from stagemesh.stages.worker.sampler import sample, token_logprobs
 
 logger = logging.getLogger(__name__)
 
 PROMPT_LOGPROBS_ROWS = 128
-"""Prompt tokens whose logits, over the whole vocabulary, are in memory at a time."""
+"""Prompt tokens whose logits are in memory at a time."""
 
 
 class ModelRunner:
-    """Rank `tp_rank` of stage `stage`.
-
-    Life: `load`, `allocate_kv`, `set_group` (again in each epoch), then for every plan `execute`, and `sample` on the
-    last stage. One caller at a time.
+    """Life: `load`, `allocate_kv`, `set_group` (in each epoch), then for every plan `execute`, and `sample` on the last
+    stage. One caller at a time.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class ModelRunner:
         device: torch.device,
         make_method: LinearMethodFactory | None = None,
     ) -> None:
-        """make_method: for the linear layers; by default that of the config's quantization."""
+        """make_method: by default that of the config's quantization."""
         self._config = config
         self._make_method = make_method or linear_methods(config.quantization)
         self._device = device
@@ -56,7 +55,7 @@ class ModelRunner:
         self._tp = TensorShard(tp_rank, config.plan.tp_size)
         self._block_size = config.block_size
         self._model: Decoder | None = None
-        self._cache: KVCache | None = None
+        self._cache: list[Tensor] | None = None
         self._batches: BatchBuilder | None = None
         self._pooler = Pooler()
         self._moe_layers: list[MoE] = []
@@ -66,19 +65,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def load(self) -> None:
-        """Read this rank's weights from the model folder; ConfigError names what does not fit the model."""
-        model_config = self._config.model
-        layers = self._config.plan.layer_ranges[self._stage]
-        model = Decoder(
-            model_config, layers, self._tp, self._make_method, expert_parallel=self._config.plan.expert_parallel
-        )
-        with Checkpoint(self._config.local_model_path(), self._dtype, self._device) as checkpoint:
+        """Read this rank's weights; ConfigError names what does not fit the model."""
+        config, model_config = self._config, self._config.model
+        layers, expert_parallel = config.plan.layer_ranges[self._stage], config.plan.expert_parallel
+        model = Decoder(model_config, layers, self._tp, self._make_method, expert_parallel=expert_parallel)
+        with Checkpoint(config.local_model_path(), self._dtype, self._device) as checkpoint:
             unused = model.load(checkpoint)
         if unused and self._tp.rank == 0:
             logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), ", ".join(unused[:10]))
         kv_factor, num_kv_heads, block_size, head_dim = model.kv_block_shape(self._block_size)
         rotary = RotaryTable(
-            model_config.rope, model_config.rotary_dim, self._config.max_model_len, self._dtype, self._device
+            model_config.rope, model_config.rotary_dim, config.max_model_len, self._dtype, self._device
         )
         num_heads = model_config.num_heads // self._tp.size
         shape = (num_heads, num_kv_heads, block_size, head_dim)
@@ -90,11 +87,10 @@ class ModelRunner:
     def kv_bytes_per_block(self) -> int:
         """Over the layers of this stage."""
         model = self._loaded()
-        shape = model.kv_block_shape(self._block_size)
-        return int(np.prod(shape)) * self._kv_dtype.itemsize * len(model.layers)
+        return math.prod(model.kv_block_shape(self._block_size)) * self._kv_dtype.itemsize * len(model.layers)
 
     def max_kv_blocks(self) -> int:
-        """How many blocks this rank has room for beside its weights; ConfigError if not even one."""
+        """As many as fit beside this rank's weights; ConfigError if not even one."""
         budget = self._config.kv_cache_memory_bytes
         if budget is None:
             budget = self._cuda_kv_budget()
@@ -106,7 +102,7 @@ class ModelRunner:
         return blocks
 
     def _cuda_kv_budget(self) -> int:
-        """Bytes that gpu_memory_utilization leaves beside what is in use on the device and the largest step."""
+        """Bytes that gpu_memory_utilization leaves beside the memory in use and the largest step."""
         free, total = torch.cuda.mem_get_info(self._device)
         activations = self._measure_activations()
         utilization = self._config.gpu_memory_utilization
@@ -135,12 +131,11 @@ class ModelRunner:
         return peak
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """A new cache of `num_blocks` blocks; the contents of an earlier one are lost."""
+        """Replace the cache; its contents are lost."""
         model = self._loaded()
-        self._cache = None
-        self._cache = KVCache(
-            len(model.layers), num_blocks, model.kv_block_shape(self._block_size), self._kv_dtype, self._device
-        )
+        self._cache = None  # frees its memory first
+        shape = model.kv_block_shape(self._block_size)
+        self._cache = make_kv_cache(len(model.layers), num_blocks, shape, self._kv_dtype, self._device)
 
     def set_group(self, group: TensorGroup) -> None:
         assert (group.rank, group.size) == (self._tp.rank, self._tp.size)
@@ -149,22 +144,22 @@ class ModelRunner:
     # -- steps -------------------------------------------------------------------------------------------
 
     def empty_hidden(self, num_tokens: int) -> Tensor:
-        """A buffer for the activations of the stage before: [num_tokens, hidden] in the model's dtype."""
+        """A buffer for activations: [num_tokens, hidden] in the model's dtype."""
         return torch.empty(num_tokens, self._config.model.hidden_size, dtype=self._dtype, device=self._device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, hidden: Tensor | None, sampled_token_ids: Sequence[int] = ()) -> Tensor:
         """Run the plan's T tokens through this stage: hidden states [T, hidden].
 
-        The first stage takes None, and what step `plan.placeholder_step` sampled for the placeholders; the others take
-        what the stage before returned.
+        hidden: what the stage before returned; None on the first. sampled_token_ids: of step `plan.placeholder_step`,
+        on the first stage.
         """
         model = self._loaded()
         assert self._cache is not None and self._batches is not None, "allocate_kv() comes first"
         batch = self._batches.build(plan, sampled_token_ids)
         if hidden is None:
             hidden = model.embed(batch.token_ids)
-        hidden = model.forward(hidden, batch, self._cache.layers)
+        hidden = model.forward(hidden, batch, self._cache)
         if self._moe_layers:
             tokens = torch.stack([layer.tokens_per_expert for layer in self._moe_layers]).sum(0)
             self._expert_tokens = tokens if self._expert_tokens is None else self._expert_tokens + tokens
@@ -172,10 +167,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample(self, plan: StepPlan, hidden: Tensor) -> StepResult | None:
-        """Last stage: what StepResult says, on tp rank 0; None on the other ranks, which must call it too.
-
-        hidden: what `execute` returned for this plan.
-        """
+        """Last stage: `hidden` is what `execute` returned. None on tp ranks but 0, which must call it too."""
         result = StepResult(plan.epoch, plan.step, [])
         if plan.prompt_logprobs:
             result.prompt_logprobs = self._prompt_logprobs(plan, hidden)
@@ -214,7 +206,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, hidden: Tensor, rows: Literal["sampled", "all"] = "sampled") -> Tensor | None:
-        """Last stage: [n, vocab_size] on tp rank 0, for the last token of each sampled sequence or for all T tokens."""
+        """Last stage, tp rank 0: [n, vocab_size] for the last token of each sampled sequence or for all T tokens."""
         if rows == "sampled":
             last = np.cumsum(np.frombuffer(plan.query_lens, np.int32)) - 1
             sampled = last[[spec is not None for spec in plan.samples]]
@@ -223,11 +215,11 @@ class ModelRunner:
         return self._loaded().logits(hidden)
 
     def expert_load(self) -> dict[int, list[int]]:
-        """Layer → tokens that each of its experts got in the last step; the same on every rank of the stage."""
+        """Layer → tokens of each expert in the last step; the same on every rank of the stage."""
         return {layer: moe.tokens_per_expert.tolist() for layer, moe in self._loaded().mixtures.items()}
 
     def take_expert_tokens(self) -> list[int]:
-        """Tokens that each expert got since the last call, summed over the stage's layers. Waits for the device.
+        """Tokens of each expert since the last call, summed over layers. Waits for the device.
 
         Empty on tp ranks but 0, and in a dense model.
         """
@@ -240,7 +232,7 @@ class ModelRunner:
 
 
 def _widest_plan(num_tokens: int, max_model_len: int, block_size: int) -> StepPlan:
-    """A prefill of `num_tokens` tokens in as few sequences as fit, nothing sampled."""
+    """A prefill in as few sequences as fit, nothing sampled."""
     query_lens = np.full(-(-num_tokens // max_model_len), max_model_len, np.int32)
     query_lens[-1] = num_tokens - query_lens[:-1].sum()
     width = -(-int(query_lens.max()) // block_size)

@@ -12,19 +12,19 @@ from torch import Tensor
 from stagemesh.stages.messages.step import PoolSpec, StepPlan
 
 MAX_SUMS = 4096
-"""Running sums kept at a time, far more than sequences run; the oldest beyond are of requests aborted half-way."""
+"""Running sums, far more than sequences run: the oldest beyond are of aborted requests."""
 
 
 class Pooler:
-    """Keeps the running sum of each prompt that is pooled by its mean and not whole yet. Last stage, tp rank 0."""
+    """Keeps a running sum of each unfinished prompt that is pooled by its mean. Last stage, tp rank 0."""
 
     def __init__(self) -> None:
         self._sums: OrderedDict[int, Tensor] = OrderedDict()
 
     def pool(self, plan: StepPlan, hidden: Tensor, norm: Callable[[Tensor], Tensor]) -> list[bytes]:
-        """One vector (float32) for each PoolSpec of the plan whose prompt ends in this step.
+        """float32: one vector for each PoolSpec of the plan whose prompt ends in this step.
 
-        hidden: [T, hidden] of the plan, before the model's final `norm`.
+        hidden: [T, hidden], before the model's final `norm`.
         """
         query_lens = np.frombuffer(plan.query_lens, np.int32)
         context_lens = np.frombuffer(plan.context_lens, np.int32)

@@ -1,10 +1,10 @@
 """Chooses the next token of every sequence of a step.
 
-Randomness is a pure function of (seed, position): a uniform number selects a token from the cumulative distribution, in
-token-id order, over the tokens that are kept. A row does not depend on the rows beside it.
+Randomness is a pure function of (seed, position): a uniform number selects from the cumulative distribution of the kept
+tokens, in token-id order. A row does not depend on the rows beside it.
 
-First come the request's adjustments to its logits (allowed tokens, bias, penalties), then the limits in vLLM's order,
-each on what the one before left: temperature, min_p, top_k, top_p. Tokens that tie with a limit's threshold are kept.
+After the logits adjustments come the limits in vLLM's order, each on what remains: temperature, min_p, top_k, top_p.
+Tokens that tie with a threshold are kept.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from stagemesh.stages.messages.step import LogitsAdjustments, SampleSpec, TokenL
 
 _MASK64 = 2**64 - 1
 _NUCLEUS_CANDIDATES = 256
-"""How many of the likeliest tokens are sorted first in search of a nucleus; nearly always enough."""
+"""Likeliest tokens sorted first in search of a nucleus; nearly always enough."""
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
-    """One token id per row of `logits` [n, vocab]; `specs` [n]. May overwrite `logits`."""
+    """[n] token ids for `logits` [n, vocab], which it may overwrite."""
     if any(spec.edits is not None for spec in specs):
         logits = logits.float()
     for row, spec in enumerate(specs):
@@ -37,14 +37,13 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
     random_rows = [row for row, spec in enumerate(specs) if spec.temperature > 0.0]
     if random_rows:
         chosen[random_rows] = _draw(logits[random_rows], [specs[row] for row in random_rows])
-    token_ids: list[int] = chosen.tolist()
-    return token_ids
+    return chosen.tolist()
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """How likely each row of `logits` [n, vocab], as the model gave it, finds its token of `token_ids` [n].
+    """How likely each row of the model's `logits` [n, vocab] finds its token of `token_ids` [n].
 
-    counts: how many likeliest tokens to name for each row; -1 for all.
+    counts: likeliest tokens to name for each row; -1 for all.
     """
     if not token_ids:
         return []
@@ -62,7 +61,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[in
 
 
 def _adjust(row: Tensor, edits: LogitsAdjustments) -> None:
-    """Changes `row`, float32 [vocab], in vLLM's order: allowed tokens, bias, repetition, frequency, presence."""
+    """Changes `row`, float32 [vocab], in vLLM's order."""
     if edits.allowed:
         bits = np.unpackbits(np.frombuffer(edits.allowed, np.uint8), count=len(row), bitorder="little")
         row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), -math.inf)
@@ -88,7 +87,7 @@ def _on_device(values: np.ndarray[Any, Any], like: Tensor) -> Tensor:
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """int64 [n]; the lowest id where several are equal."""
+    """int64 [n]; the lowest of equal ids."""
     if logits.device.type == "cpu":
         # numpy's is vectorised: 0.2 ms for 32 rows of 49152 in bf16, torch's takes 5.6 ms.
         return torch.from_numpy(logits.float().numpy().argmax(-1))
@@ -96,7 +95,7 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for (seed, position): 53 bits of splitmix64's finalizer over both."""
+    """In [0, 1): 53 bits of splitmix64's finalizer over both."""
     return (_mix(_mix(seed & _MASK64) + position * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
 
 
@@ -109,7 +108,7 @@ def _mix(x: int) -> int:
 
 
 def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """[n, vocab] → int64 [n]. In float64, so that rounding does not decide between a token and its neighbour."""
+    """[n, vocab] → int64 [n]. In float64, so that rounding does not decide between neighbours."""
     scores = logits.double()
     # The likeliest token's logit becomes 0 before the division, so that a tiny temperature cannot overflow.
     scores.sub_(scores.amax(-1, keepdim=True)).div_(_column([spec.temperature for spec in specs], logits))
@@ -168,7 +167,7 @@ def _where(is_on: Sequence[bool], least: Tensor) -> Tensor:
 
 
 def _likeliest(scores: Tensor, count: int) -> Tensor:
-    """The `count` highest scores of each row, or all there are, falling."""
+    """The `count` highest scores of each row, or all, falling."""
     vocab_size = scores.shape[-1]
     if count < vocab_size:
         return scores.topk(count, -1).values

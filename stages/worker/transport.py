@@ -1,8 +1,7 @@
-"""How activations go from one stage to the next.
+"""Moves activations from one stage to the next, point-to-point (NCCL on CUDA, gloo on CPU).
 
-A way to move them is one short class: `torch.distributed` point-to-point here (NCCL on CUDA, gloo on CPU), Ray's
-object store in `deployments/lane/object_store.py`. Rank r of a stage talks to rank r of its neighbours only: after
-the last all-reduce of a stage every rank of its group holds the same activations.
+`deployments/lane/object_store.py` moves them by Ray's object store. Rank r of a stage talks only to rank r of its
+neighbours, because after a stage's last all-reduce all its ranks have the same activations.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 MAX_SENDS_IN_FLIGHT = 4
-"""A sender waits for its oldest send beyond this many: back-pressure where the next stage is slower."""
+"""Beyond these a sender waits for its oldest send: back-pressure from a slower stage."""
 
 
 class ActivationTransport(Protocol):
-    """Moves `hidden` [T, hidden_size] of one step from a stage to the next."""
+    """Moves `hidden` [T, hidden_size] to the next stage."""
 
     def send(self, step: int, hidden: torch.Tensor) -> None:
-        """Send `hidden`; it must not be written to afterwards. May return before it has arrived."""
+        """Nobody may write to `hidden` afterwards. May return before it has arrived."""
 
     def receive(self, step: int, into: torch.Tensor) -> torch.Tensor:
         """Wait for the activations of `step`; `into` has their shape, dtype and device and may hold them."""
@@ -31,7 +30,7 @@ class ActivationTransport(Protocol):
 
 
 class DistTransport:
-    """`torch.distributed` point-to-point. Steps arrive in the order of sending, so their numbers are not sent."""
+    """Steps arrive in the order of sending, so their numbers are not sent. A rank is None if there is no such stage."""
 
     def __init__(self, previous_rank: int | None, next_rank: int | None) -> None:
         self._previous_rank = previous_rank
@@ -52,16 +51,3 @@ class DistTransport:
 
     def close(self) -> None:
         self._in_flight.clear()
-
-
-class NoTransport:
-    """For a lane of one stage: there is nothing to move."""
-
-    def send(self, step: int, hidden: torch.Tensor) -> None:
-        raise AssertionError("a lane of one stage sends no activations")
-
-    def receive(self, step: int, into: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("a lane of one stage receives no activations")
-
-    def close(self) -> None:
-        pass

@@ -1,7 +1,7 @@
-"""One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop. No Ray.
+"""One rank of one stage: wired into a lane for an epoch at a time, running step plans until told to stop.
 
 Life: `load` and `profile` once, then for every epoch `open` → `connect` → `run`. `stop` and `progress` may be called
-from another thread at any time; everything else comes from one caller at a time.
+from any thread at any time, the others by one caller at a time.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from stagemesh.stages.messages.channel import WorkerChannel
 from stagemesh.stages.messages.step import SampledTokens, StepPlan, StepResult, StopRun, WorkerStats
 from stagemesh.stages.messages.wiring import Endpoints, Progress, Wiring
 from stagemesh.stages.worker.model_runner import ModelRunner
-from stagemesh.stages.worker.transport import ActivationTransport, DistTransport, NoTransport
+from stagemesh.stages.worker.transport import ActivationTransport, DistTransport
 
 POLL_MS = 100
-"""How soon an idle worker sees that it was stopped."""
+"""How soon an idle worker sees `stop`."""
 STATS_PERIOD_S = 1.0
 
 
 class Worker:
-    """Rank `tp_rank` of stage `stage` of a lane. `host` is the private address that its sockets bind to."""
+    """host: the private address that its sockets bind to."""
 
     def __init__(self, config: EngineConfig, stage: int, tp_rank: int, host: str) -> None:
         self._config = config
@@ -49,7 +49,7 @@ class Worker:
         self._runner = ModelRunner(config, stage, tp_rank, self._device)
         self._channel: WorkerChannel | None = None
         self._store: TCPStore | None = None
-        self._transport: ActivationTransport = NoTransport()
+        self._transport: ActivationTransport = DistTransport(None, None)
         self._num_blocks = 0
         self._stop = threading.Event()
         self._epoch = 0
@@ -63,7 +63,6 @@ class Worker:
 
     @property
     def channel(self) -> WorkerChannel:
-        """Of the epoch."""
         assert self._channel is not None, "open() comes first"
         return self._channel
 
@@ -73,7 +72,7 @@ class Worker:
         self._enter("idle")
 
     def profile(self) -> int:
-        """How many KV blocks this rank has room for beside its weights."""
+        """KV blocks that fit beside this rank's weights."""
         self._enter("KV profile")
         num_blocks = self._runner.max_kv_blocks()
         self._enter("idle")
@@ -82,7 +81,7 @@ class Worker:
     # -- wiring ------------------------------------------------------------------------------------------
 
     def open(self, epoch: int) -> Endpoints:
-        """Open this epoch's sockets. Ends what is left of an earlier epoch."""
+        """Open this epoch's sockets; closes those of an earlier one."""
         self._disconnect()
         self._epoch = epoch
         self._messages.clear()
@@ -97,14 +96,14 @@ class Worker:
         return Endpoints(self._channel.address, port)
 
     def connect(self, wiring: Wiring, make_transport: Callable[[], ActivationTransport] | None = None) -> None:
-        """Join the lane: process groups, transport, KV cache. All ranks of the lane must call it at the same time.
+        """Join the lane: process groups, transport, KV cache. All ranks must call it at the same time.
 
-        `make_transport` replaces point-to-point. Raises what `torch.distributed` raises when a peer is missing.
+        `make_transport` replaces point-to-point. Raises what `torch.distributed` raises if a peer is missing.
         """
         assert wiring.epoch == self._epoch, "open() comes first"
         self._enter("rendezvous")
         samples = self._is_last and self._tp_rank == 0
-        own_address = self.channel.address  # its own tokens it keeps
+        own_address = self.channel.address  # it keeps its own tokens
         sampled_tokens_to = [to for to in wiring.sampled_tokens_to if samples and to != own_address]
         self.channel.connect(wiring.results_to, sampled_tokens_to)
         self._runner.set_group(self._init_process_groups(wiring))
@@ -112,26 +111,17 @@ class Worker:
         if wiring.num_blocks != self._num_blocks:
             self._runner.allocate_kv(wiring.num_blocks)
             self._num_blocks = wiring.num_blocks
-        if make_transport is not None:
-            self._transport = make_transport()
-        elif self._plan.pp_size > 1:
-            tp_size = self._plan.tp_size
-            self._transport = DistTransport(
-                None if self._is_first else self._rank - tp_size, None if self._is_last else self._rank + tp_size
-            )
+        previous_rank = None if self._is_first else self._rank - self._plan.tp_size
+        next_rank = None if self._is_last else self._rank + self._plan.tp_size
+        self._transport = make_transport() if make_transport else DistTransport(previous_rank, next_rank)
         self._enter("idle")
 
     def _init_process_groups(self, wiring: Wiring) -> TensorGroup:
         if self._world_size == 1:
             return SingleRank()
         if self._store is None:
-            self._store = TCPStore(
-                wiring.store_host,
-                wiring.store_port,
-                self._world_size,
-                is_master=False,
-                timeout=timedelta(seconds=self._config.startup_timeout_s),
-            )
+            timeout = timedelta(seconds=self._config.startup_timeout_s)
+            self._store = TCPStore(wiring.store_host, wiring.store_port, self._world_size, timeout=timeout)
         dist.init_process_group(
             backend="nccl" if self._device.type == "cuda" else "gloo",
             store=PrefixStore(f"epoch-{wiring.epoch}", self._store),
@@ -139,13 +129,11 @@ class Worker:
             world_size=self._world_size,
             timeout=timedelta(seconds=self._config.peer_timeout_s),
         )
-        if self._plan.tp_size == 1:
-            return SingleRank()
         tp_size = self._plan.tp_size
+        if tp_size == 1:
+            return SingleRank()
         # Every rank makes the groups of all stages, as torch.distributed asks for.
-        groups = [
-            dist.new_group(list(range(stage * tp_size, (stage + 1) * tp_size))) for stage in range(self._plan.pp_size)
-        ]
+        groups = [dist.new_group(list(range(first, first + tp_size))) for first in range(0, self._world_size, tp_size)]
         return DistGroup(groups[self._stage])
 
     def close(self) -> None:
@@ -155,7 +143,6 @@ class Worker:
 
     def _disconnect(self) -> None:
         self._transport.close()
-        self._transport = NoTransport()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -169,7 +156,7 @@ class Worker:
     # -- the run loop ------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run plans until StopRun or `stop`. Raises when a peer is lost; the epoch is over either way."""
+        """Run plans until StopRun or `stop`. Raises if a peer is lost. Ends the epoch."""
         self._stats_sent_at = time.monotonic()
         try:
             with torch.inference_mode():
@@ -186,7 +173,7 @@ class Worker:
             self._enter("idle")
 
     def _poll_messages(self) -> bool:
-        """Take in the next message; False if there was none for a while."""
+        """Take in the next message; False if none came for POLL_MS."""
         message = self.channel.receive(POLL_MS)
         if message is None:
             return False
@@ -221,9 +208,9 @@ class Worker:
             self._send_stats()
 
     def _wait_for_sampled_tokens(self, plan: StepPlan) -> list[int] | None:
-        """The tokens for the plan's placeholders, on stage 0; None when the worker is stopped meanwhile.
+        """The tokens for the plan's placeholders, on stage 0; None if the worker is stopped meanwhile.
 
-        Has no deadline of its own: the leader stops this worker when the step that samples them is overdue.
+        Has no deadline: the leader stops this worker when the step that samples them is overdue.
         """
         if not self._is_first or plan.placeholder_step < 0:
             return []
@@ -257,7 +244,7 @@ class Worker:
     # -- for other threads -------------------------------------------------------------------------------
 
     def stop(self, epoch: int) -> None:
-        """End the run of `epoch` (not of a later one) as soon as its current step is over."""
+        """End the run of `epoch`, not of a later one, after its current step."""
         if epoch == self._epoch:
             self._stop.set()
 
@@ -267,7 +254,7 @@ class Worker:
 
 
 def pick_device(kind: str, tp_rank: int) -> torch.device:
-    """The device of a rank. On CUDA number 0 where CUDA_VISIBLE_DEVICES is set: Ray shows a worker only its own."""
+    """On CUDA number 0 where CUDA_VISIBLE_DEVICES is set: Ray shows a worker only its own."""
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError("device=cuda: this worker sees no CUDA device")
