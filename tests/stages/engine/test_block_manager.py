@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.integrity import check_blocks, check_contents
 
 from stagemesh.config.prefix import block_hashes
 from stagemesh.stages.engine.block_manager import BlockManager
-from stagemesh.stages.engine.integrity import check_blocks, check_contents
 
 HASHES = block_hashes(range(64), block_size=4)
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support.integrity import check_scheduler
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.stages.engine.integrity import check_scheduler
 from stagemesh.stages.engine.scheduler import MIN_SHARE_TOKENS, Scheduler
 from stagemesh.stages.engine.sequence import SequenceStatus
 from stagemesh.stages.engine.step import ScheduledStep

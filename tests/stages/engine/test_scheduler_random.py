@@ -17,9 +17,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.integrity import check_scheduler
 
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.stages.engine.integrity import check_scheduler
 from stagemesh.stages.engine.scheduler import Scheduler
 from stagemesh.stages.engine.step import ScheduledStep
 from stagemesh.stages.messages.step import SampleSpec, StepPlan, StepResult
