@@ -24,9 +24,7 @@ from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
 class Attention:
-    """q, k, v from one product, an optional norm per head, rotary positions, paged attention, output. The KV heads
-    of a rank are config/parallel.py's kv_heads.
-    """
+    """q, k, v from one product, optional norms per head, rotary positions, paged attention."""
 
     def __init__(
         self,
@@ -43,12 +41,11 @@ class Attention:
         self.head_dim = dim
         self.scale = dim**-0.5
         q_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
-        q_rows = [shard_slice(q_size, tp)]
         kv_rows = _rows_of(local_kv_heads, dim)
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
             [
-                OutputShard(f"{name}.q_proj", q_size, q_rows),
+                OutputShard(f"{name}.q_proj", q_size, [shard_slice(q_size, tp)]),
                 OutputShard(f"{name}.k_proj", kv_size, kv_rows),
                 OutputShard(f"{name}.v_proj", kv_size, kv_rows),
             ],
@@ -69,7 +66,7 @@ class Attention:
         self.out.load(checkpoint)
 
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden]. The new keys and values go into `cache` [N, 2, K, B, D]."""
+        """[T, hidden] → [T, hidden]. New keys and values go to `cache` [N, 2, K, B, D]."""
         heads = self.num_heads
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2·K, D]
         if self.q_norm and self.k_norm:
@@ -81,7 +78,7 @@ class Attention:
 
 
 def _rows_of(heads: Sequence[int], dim: int) -> list[slice]:
-    """Rows of a projection that make up `heads`, neighbours in one slice."""
+    """Rows of `heads`, neighbours in one slice."""
     rows: list[slice] = []
     for head in heads:
         if rows and rows[-1].stop == head * dim:

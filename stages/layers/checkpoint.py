@@ -1,10 +1,7 @@
 """Reading a checkpoint: only safetensors, only the slices that this rank owns.
 
-Layers ask for a tensor by name and full shape (`Checkpoint.read`); one that does not fit is refused by tensor and
-file. Every rank maps the files, so ranks of one machine share the page cache.
-
-While it loads, a rank takes no more memory than its part of the model and one tensor, where matrices that are
-multiplied as one count as one (q, k, v; gate, up).
+Ranks map the files and share the page cache of their machine. Loading takes memory for the rank's part of the model
+and one tensor more; matrices multiplied as one (q, k, v; gate, up) count as one.
 """
 
 from __future__ import annotations
@@ -22,13 +19,13 @@ from stagemesh.config.checkpoint import checkpoint_files
 from stagemesh.config.errors import ConfigError
 
 Read = tuple[str, tuple[int, ...], tuple[slice, ...]]
-"""Name, shape and part of a tensor, as Checkpoint.read takes them."""
+"""Name, shape and part, as Checkpoint.read takes them."""
 
 
 class Checkpoint:
-    """The tensors of a model folder by name. Use as a context manager: files stay mapped until its end.
+    """The tensors of a model folder, mapped until this context manager ends.
 
-    Raises ConfigError when a file is missing, truncated, or not safetensors.
+    ConfigError: a file is missing, truncated, or not safetensors.
     """
 
     def __init__(self, folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -49,7 +46,7 @@ class Checkpoint:
         self._open.clear()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of tensor `name`; None where the checkpoint has no such tensor."""
+        """Of tensor `name`; None where there is none."""
         if name not in self._file_of:
             return None
         return tuple(self._slice(name).get_shape())
@@ -57,16 +54,16 @@ class Checkpoint:
     def read(
         self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Tensor `name`, which must be of `shape`, cut to `part` (a slice for each of the leading dims).
+        """Tensor `name` of full shape `shape`, cut to `part` (slices of the leading dims), on this checkpoint's device.
 
-        On this checkpoint's device, in its dtype or `dtype`. Floats of two bytes and more are converted; quantized
-        values are not. ConfigError names tensor and file when it is missing, of another shape or type, or unreadable.
+        In `dtype`, by default the checkpoint's; only floats of two bytes and more are converted. ConfigError names a
+        tensor that is missing, unreadable, or of another shape or type, and its file.
         """
         mapped = self.view(name, shape, part, dtype)
         return mapped.to(device=self.device, dtype=dtype or self.dtype, copy=True)
 
     def stack(self, reads: Sequence[Read], dtype: torch.dtype | None = None) -> Tensor:
-        """`read` for each of `reads`, joined along the first dim; only the result takes memory."""
+        """`read` each, joined along the first dim; only the result takes memory."""
         mapped = [self.view(*read, dtype) for read in reads]
         lengths = [len(part) for part in mapped]
         out = torch.empty(sum(lengths), *mapped[0].shape[1:], dtype=dtype or self.dtype, device=self.device)
@@ -75,7 +72,7 @@ class Checkpoint:
         return out
 
     def view(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...], dtype: torch.dtype | None) -> Tensor:
-        """`read` as a view of the mapped file, in the file's dtype."""
+        """`read` as a view of the file, in its dtype."""
         if name not in self._file_of:
             raise ConfigError("model", str(self._folder), f"the checkpoint has no tensor {name!r}")
         file = self._file_of[name]
@@ -97,14 +94,12 @@ class Checkpoint:
         return tensor
 
     def _slice(self, name: str) -> Any:
-        """Its shape and, once indexed, its contents."""
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = safe_open(str(file), framework="pt")
         return self._open[file].get_slice(name)
 
     def unread(self) -> set[str]:
-        """Tensors of the checkpoint that nobody has read."""
         return self._file_of.keys() - self._read
 
 

@@ -1,7 +1,6 @@
 """Token embedding and output head, cut along the vocabulary.
 
-Rank r of n owns rows [r·P, (r+1)·P), P = ceil(V / n); the last ranks may own fewer, or none. The embedding sums over
-ranks; the head gathers logits to rank 0 and cuts them to V.
+Rank r of n owns rows [r·P, (r+1)·P), P = ceil(V / n); the last ranks may own fewer, or none.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 
 class VocabParallel:
-    """A matrix [V, hidden_size] of which each rank owns some rows."""
+    """A matrix [V, hidden_size] cut by rows."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, tp: TensorShard) -> None:
         self.name = name
@@ -28,7 +27,7 @@ class VocabParallel:
         self.weight: Tensor
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
-        """[P, hidden_size]: this rank's rows, zeros below them where the vocabulary has ended."""
+        """[P, hidden_size]: this rank's rows, then zeros."""
         rows = checkpoint.read(self.name, (self.vocab_size, self.hidden_size), (slice(self.start, self.end),))
         missing = self.padded_rows - len(rows)
         return pad(rows, (0, 0, 0, missing)) if missing else rows
@@ -49,14 +48,14 @@ class VocabParallelEmbedding(VocabParallel):
 
 
 class VocabParallelHead(VocabParallel):
-    """Hidden states to logits. A tied head is read under the embedding's name."""
+    """Hidden states to logits."""
 
     def load(self, checkpoint: Checkpoint, tied_to: VocabParallelEmbedding | None = None) -> None:
-        """`tied_to`: this rank's own embedding of the same weights; then nothing is read again."""
+        """tied_to: this rank's embedding, where it holds the same weights."""
         self.weight = pack_weight(tied_to.weight if tied_to else self.read(checkpoint))
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
-        """[n, hidden_size] → logits [n, vocab_size] on rank 0, None on the others."""
+        """[n, hidden_size] → [n, vocab_size] on rank 0, None on others."""
         logits = linear(hidden, self.weight)
         if self.tp.size == 1:
             return logits

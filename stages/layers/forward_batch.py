@@ -1,4 +1,4 @@
-"""What all layers share in one step: tokens, rotary angles, attention."""
+"""What all layers share in one step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One step of S sequences and T tokens on the device of a rank. Valid until the next one is made."""
+    """T tokens, on the rank's device. Valid until the next is made."""
 
     token_ids: Tensor
     """int64 [T]."""

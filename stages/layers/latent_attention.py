@@ -1,13 +1,11 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): the cache holds a short vector that keys and values are
-projections of.
-"""
+"""Multi-head latent attention (arXiv:2405.04434): the cache holds latents; keys and values are their projections."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from stagemesh.config.model import MlaConfig
+from stagemesh.config.model import ModelConfig
 from stagemesh.kernels.rotary import rotary_
 from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.forward_batch import ForwardBatch
@@ -23,22 +21,21 @@ from stagemesh.stages.layers.norm import RMSNorm
 from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 NORM_EPS = 1e-6
-"""Of the norms on the latents, whatever rms_norm_eps says."""
+"""Of the norms on latents, whatever rms_norm_eps says."""
 
 
 class LatentAttention:
     def __init__(
         self,
         name: str,
-        mla: MlaConfig,
-        num_heads: int,
-        hidden_size: int,
+        config: ModelConfig,
         tp: TensorShard,
         *,
-        bias: bool,
         make_method: LinearMethodFactory = dense_method,
     ) -> None:
-        self.mla = mla
+        assert config.mla is not None
+        self.mla = mla = config.mla
+        hidden_size, num_heads, bias = config.hidden_size, config.num_heads, config.output_bias
         self.num_heads = num_heads // tp.size
         self.query_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
 
@@ -83,7 +80,7 @@ class LatentAttention:
         del self.expand
 
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden]. The new latents go into `cache` [N, 1, 1, B, kv_lora_rank + rope]."""
+        """[T, hidden] → [T, hidden]. New latents go to `cache` [N, 1, 1, B, kv_lora_rank + rope]."""
         mla, num_tokens = self.mla, len(x)
         hidden = self.query_norm(self.query_latent(x)) if self.query_latent and self.query_norm else x
         query = self.query(hidden).view(num_tokens, self.num_heads, self.query_dim)
@@ -98,5 +95,5 @@ class LatentAttention:
         return self.out(torch.bmm(attended.transpose(0, 1), self.value).transpose(0, 1).flatten(1))
 
     def _halves(self, x: Tensor) -> Tensor:
-        """Rotary pairs half the dim apart; reordering queries and keys alike keeps their product."""
+        """Rotary pairs half the dim apart: the same order for queries and keys."""
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.mla.rope_interleave else x

@@ -1,8 +1,4 @@
-"""Linear layers and how they are cut over the ranks of a stage.
-
-A layer names its rank's parts of the checkpoint matrices (`WeightShard`); a `LinearMethod` reads them in the
-checkpoint's format and multiplies: `DenseMethod` here, the quantized ones in quantized_linear.py.
-"""
+"""Linear layers, cut over the ranks of a stage."""
 
 from __future__ import annotations
 
@@ -20,33 +16,32 @@ from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 @dataclass(frozen=True)
 class WeightShard:
-    """A rectangle of the checkpoint matrix `name`; a dense one is [out_features, in_features]."""
+    """A rank's part of matrix `name` [out_features, in_features]."""
 
     name: str
     """Without `.weight` or `.bias`."""
     out_features: int
     in_features: int
     rows: slice
-    """Output features of this rank."""
+    """Output features."""
     columns: slice
-    """Input features of this rank."""
+    """Input features."""
 
 
 class LinearMethod(Protocol):
-    """Holds and applies the parts of one layer, stacked along the output."""
+    """Reads and applies a layer's parts, stacked along the output, in the checkpoint's format."""
 
-    def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
-        """Read the parts; with `with_bias` their biases as well."""
+    def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None: ...
 
     def dequantize(self) -> Tensor:
-        """The weights as floats, [rows of all parts, columns], for callers that need the dequantized matrix."""
+        """Float weights [rows of all parts, columns]."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, columns] → [T, rows of all parts]."""
 
 
 class DenseMethod:
-    """Weights as they are: float tensors [out, in]."""
+    """Float weights [out, in]."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -63,7 +58,7 @@ class DenseMethod:
 
 
 def read_weight(checkpoint: Checkpoint, parts: Sequence[WeightShard], dtype: torch.dtype | None = None) -> Tensor:
-    """Parts of float tensors, [rows of all parts, columns]."""
+    """[rows of all parts, columns]."""
     reads = [(f"{p.name}.weight", (p.out_features, p.in_features), (p.rows, p.columns)) for p in parts]
     return checkpoint.stack(reads, dtype)
 
@@ -73,7 +68,7 @@ def read_bias(checkpoint: Checkpoint, parts: Sequence[WeightShard]) -> Tensor:
 
 
 LinearMethodFactory = Callable[[str], LinearMethod]
-"""From a layer's name (`model.layers.0.self_attn.o_proj`) to its method: formats leave some layers dense."""
+"""By a layer's name (`model.layers.0.self_attn.o_proj`): formats leave some layers dense."""
 
 
 def dense_method(name: str) -> LinearMethod:
@@ -87,11 +82,11 @@ class OutputShard:
     name: str
     out_features: int
     rows: Sequence[slice]
-    """Rows of this rank, in the order in which they are stacked."""
+    """Rows of this rank in stacking order."""
 
 
 class ColumnParallelLinear:
-    """Each rank computes some output features of matrices that share their input. Nothing is communicated."""
+    """Each rank computes some outputs of matrices that share an input."""
 
     def __init__(
         self,
@@ -114,7 +109,7 @@ class ColumnParallelLinear:
 
 
 class RowParallelLinear:
-    """Each rank multiplies its part of the input features; the sum over ranks is whole on every rank."""
+    """Each rank multiplies its part of the inputs; the sum is on every rank."""
 
     def __init__(
         self,
@@ -129,9 +124,8 @@ class RowParallelLinear:
         self.bias = bias and tp.rank == 0  # added once, then summed
         self.tp = tp
         self.method = make_method(name)
-        self.parts = [
-            WeightShard(name, out_features, in_features, slice(0, out_features), shard_slice(in_features, tp))
-        ]
+        columns = shard_slice(in_features, tp)
+        self.parts = [WeightShard(name, out_features, in_features, slice(0, out_features), columns)]
 
     def load(self, checkpoint: Checkpoint) -> None:
         self.method.load(checkpoint, self.parts, self.bias)
@@ -145,7 +139,7 @@ class RowParallelLinear:
 
 
 def shard_slice(features: int, tp: TensorShard) -> slice:
-    """This rank's part of `features`, which the number of ranks divides."""
+    """This rank's equal part of `features`."""
     assert features % tp.size == 0, f"{features} features over {tp.size} ranks"
     part = features // tp.size
     return slice(tp.rank * part, (tp.rank + 1) * part)

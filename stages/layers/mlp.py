@@ -1,4 +1,4 @@
-"""The gated MLP of Llama-like models, cut along its intermediate features."""
+"""The gated MLP, cut along its intermediate features."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ class GatedMLP:
         return self.down(silu_and_mul(self.gate_up(x)))
 
     def partial(self, x: Tensor) -> Tensor:
-        """This rank's summand of the output, for callers that add more before the ranks are summed."""
+        """This rank's summand of the output."""
         return self.down.partial(silu_and_mul(self.gate_up(x)))

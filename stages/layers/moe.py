@@ -1,13 +1,11 @@
-"""A mixture of experts: router, experts, and the expert that all tokens share.
+"""A mixture of experts, cut over the ranks of a stage in one of two ways:
 
-The experts are cut over the ranks of a stage in one of two ways:
+- Tensor parallel: each rank has a part of every expert's intermediate features; one all-reduce.
+- Expert parallel: each rank has some whole experts (config/parallel.py: expert_range). Replicated: it applies them to
+  all tokens; one all-reduce. Dispatched: it takes an equal share of the tokens; an all-to-all sends them to their
+  experts, another returns the results, an all-gather joins them.
 
-- Tensor parallel: every rank has its part of the intermediate features of every expert; one all-reduce.
-- Expert parallel: every rank has some experts, whole (config/parallel.py: expert_range), and all tokens. Replicated:
-  each rank computes what its experts add to all tokens; one all-reduce. Dispatched: each rank takes an equal share of
-  the tokens, sends each to the ranks of its experts by all-to-all, gets the results back, and an all-gather joins them.
-
-Every rank routes all tokens, so all know who sends how much to whom, and no counts travel.
+Every rank routes all tokens, so no counts are sent.
 """
 
 from __future__ import annotations
@@ -25,13 +23,12 @@ from stagemesh.stages.layers.mlp import GatedMLP
 from stagemesh.stages.layers.tensor_parallel import TensorShard
 
 MIN_DISPATCH_TOKENS = 1024
-"""Tokens in a step from which they are dispatched. Time of dispatching over replicating, measured with
-tests/bench/bench_expert_parallel.py on gloo, hidden 512: 256 tokens 1 on 4 to 8 ranks, 1.35 on 2; 1024 tokens 0.7 on 6
-and 8, 1 on 4, 1.2 on 2; 4096 tokens 0.5 on 8, 0.5 to 0.8 on 4, 0.95 on 2. Not yet on NCCL."""
+"""Steps with fewer tokens replicate them. Time of dispatching over replicating (tests/bench/bench_expert_parallel.py,
+gloo, not NCCL): 256 tokens 1 on 4 to 8 ranks, 1.35 on 2; 1024 tokens 0.7 on 8, 1.2 on 2; 4096 tokens 0.5 on 8."""
 
 
 class Experts:
-    """The experts of one rank: numbers `local_experts`, each cut over `shard`."""
+    """A rank's experts, each cut over `shard`."""
 
     def __init__(
         self,
@@ -73,7 +70,7 @@ class Experts:
         self.down = checkpoint.stack(downs).unflatten(0, (len(self.names), -1))
 
     def __call__(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-        """What the experts of this rank add to x [T, hidden]; ids are those of the model, [T, k]."""
+        """What this rank's experts add to x [T, hidden]; weights, expert_ids: [T, k]."""
         expert_ids = expert_ids - self.local_experts.start
         if (unfused := self.unfused_experts) is not None:
             return apply_experts(x, weights, expert_ids, len(unfused), lambda i, rows: unfused[i].partial(rows))
@@ -81,7 +78,7 @@ class Experts:
 
 
 class MoE:
-    """Each token's top k experts, and the shared expert where there is one."""
+    """Each token's top k experts and, in some families, a shared expert."""
 
     def __init__(
         self,
@@ -109,7 +106,7 @@ class MoE:
             local_experts, shard = expert_range(moe.num_experts, tp.size, tp.rank), TensorShard()
             sizes = [len(expert_range(moe.num_experts, tp.size, rank)) for rank in range(tp.size)]
             self.expert_to_rank = torch.arange(tp.size).repeat_interleave(torch.tensor(sizes))
-            """int64 [E]: the rank of each expert."""
+            """int64 [E]."""
         self.experts = Experts(
             f"{name}.{names.expert}",
             names.projections,
@@ -121,11 +118,10 @@ class MoE:
         )
         self.shared = None
         if moe.shared_intermediate_size:
-            sizes_of_shared = (hidden_size, moe.shared_intermediate_size, tp)
-            shared_name = f"{name}.{names.shared_expert}"
-            self.shared = GatedMLP(shared_name, *sizes_of_shared, bias=False, make_method=make_method)
+            shared_sizes = (hidden_size, moe.shared_intermediate_size, tp)
+            self.shared = GatedMLP(f"{name}.{names.shared_expert}", *shared_sizes, bias=False, make_method=make_method)
         self.tokens_per_expert = torch.zeros(moe.num_experts, dtype=torch.int64)
-        """Of the last step, [E], the same on every rank of the stage."""
+        """[E], of the last step, the same on every rank."""
 
     def load(self, checkpoint: Checkpoint) -> None:
         num_experts = self.moe.num_experts
@@ -152,7 +148,7 @@ class MoE:
         return self.tp.all_reduce(part if self.shared is None else part + self._shared_part(x))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights float32 and expert_ids int64, both [T, top_k]."""
+        """Weights float32, expert_ids int64, both [T, top_k]."""
         moe = self.moe
         logits = linear(x.float() if moe.float32_router else x, self.router)
         if not moe.sigmoid and moe.num_groups == 1:
@@ -166,15 +162,14 @@ class MoE:
         return weights * moe.weight_scale, expert_ids
 
     def _shared_part(self, x: Tensor) -> Tensor:
-        """This rank's summand of the shared expert's output."""
         assert self.shared is not None
         part = self.shared.partial(x)
         return part if self.shared_gate is None else torch.sigmoid(linear(x, self.shared_gate)) * part
 
     def dispatch(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-        """[T, hidden] whole on every rank → the experts' [T, hidden], whole on every rank.
+        """[T, hidden] → the experts' [T, hidden], both whole on every rank.
 
-        Rank r takes tokens r·share to (r + 1)·share. A pair is a token and one of its experts, numbered t·k + j.
+        Rank r takes tokens [r·share, (r + 1)·share). Pair t·k + j is token t with its j-th expert.
         """
         num_tokens, top_k, size, rank = len(x), expert_ids.shape[1], self.tp.size, self.tp.rank
         share = -(-num_tokens // size)
@@ -197,5 +192,5 @@ class MoE:
 
 
 def should_dispatch(num_tokens: int, size: int) -> bool:
-    """Whether dispatching a step's tokens beats replicating them."""
+    """Whether dispatching beats replicating."""
     return size > 1 and num_tokens >= MIN_DISPATCH_TOKENS

@@ -1,4 +1,4 @@
-"""RMS norm with its weight, whole on every rank."""
+"""RMS norm, whole on every rank."""
 
 from __future__ import annotations
 

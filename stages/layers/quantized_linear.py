@@ -1,6 +1,6 @@
-"""Linear methods of the quantized formats: they read a rank's parts of packed tensors and multiply.
+"""Linear methods of the quantized formats.
 
-Parts may begin and end anywhere: a cut inside a group, block or packed word reads what covers it.
+A cut inside a group, block or packed word reads what covers it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,13 @@ from stagemesh.stages.layers.linear import (
 )
 
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
-"""Both multiply: the second is Hugging Face's name for what DeepSeek took for an inverse."""
+"""Both multiply, whatever the second name says."""
 INPUT_SCALES = ("input_scale", "activation_scale")
 UNPACKED = 2**20
-"""Weights converted at a time; each takes up to 12 bytes meanwhile."""
+"""Weights converted at a time, each in up to 12 bytes."""
 
 
 def linear_methods(quantization: Quantization | None) -> LinearMethodFactory:
-    """What makes the method of each layer."""
     if quantization is None:
         return dense_method
 
@@ -60,7 +59,7 @@ def linear_methods(quantization: Quantization | None) -> LinearMethodFactory:
 
 @dataclass(frozen=True, slots=True)
 class _W8A8Piece:
-    """Parts that share their activations' scale, as w8a8_linear takes them."""
+    """Parts that share an activation scale."""
 
     weight: Tensor
     scale: Tensor
@@ -75,7 +74,7 @@ class W8A8Method:
         self.dtype = FP8 if format.kind == "fp8" else torch.int8
         self.pieces: list[_W8A8Piece] = []
         self.padding = (0, 0)
-        """Zeros before and after this rank's inputs that complete its first and last group."""
+        """Zeros before and after the inputs that complete groups."""
         self.bias: Tensor | None = None
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[WeightShard], with_bias: bool) -> None:
@@ -88,8 +87,7 @@ class W8A8Method:
 
     def dequantize(self) -> Tensor:
         before, after = self.padding
-        matrices = [dequantize(piece.weight, piece.scale) for piece in self.pieces]
-        whole = torch.cat(matrices)
+        whole = torch.cat([dequantize(piece.weight, piece.scale) for piece in self.pieces])
         return whole[:, before : whole.shape[1] - after]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -130,7 +128,7 @@ class W8A8Method:
 
 @dataclass(frozen=True, slots=True)
 class _W4A16Piece:
-    """Parts whose inputs lie in the same groups, as int4_linear takes them."""
+    """Parts whose inputs have the same groups."""
 
     weight: Tensor
     scales: Tensor
@@ -139,7 +137,6 @@ class _W4A16Piece:
 
     @staticmethod
     def join(pieces: list[_W4A16Piece]) -> _W4A16Piece:
-        """One for all, of the same groups."""
         if len(pieces) == 1:
             return pieces[0]
         weights, scales, zeros = ([getattr(p, name) for p in pieces] for name in ("weight", "scales", "zeros"))
@@ -147,7 +144,7 @@ class _W4A16Piece:
 
 
 class W4A16Method:
-    """AWQ and GPTQ. Both are kept as GPTQ packs them."""
+    """AWQ and GPTQ, kept as GPTQ packs them."""
 
     def __init__(self, format: W4A16) -> None:
         self.format = format
@@ -190,7 +187,7 @@ class W4A16Method:
     def _read_gptq(self, checkpoint: Checkpoint, part: WeightShard) -> _W4A16Piece:
         """qweight [in / 8, out], qzeros [groups, out / 8], scales [groups, out], g_idx [in].
 
-        With act-order the inputs of a rank lie in any of the groups: it reads those between the first and the last.
+        With act-order inputs lie in any groups: those from first to last are read.
         """
         name = part.name
         _check_packed(name, "in_features", part.in_features)
@@ -222,13 +219,13 @@ class W4A16Method:
         return _W4A16Piece(weight, scales, zeros, groups.to(scales.device))
 
     def _consecutive_groups(self, part: WeightShard) -> tuple[int, Tensor]:
-        """Number of groups of the matrix, and the group of each of the rank's inputs where groups are consecutive."""
+        """The number of groups and, without act-order, the group of each local input."""
         size = part.in_features if self.format.group_size == -1 else self.format.group_size
         return -(-part.in_features // size), torch.arange(part.columns.start, part.columns.stop) // size
 
 
 def _read_quantized(checkpoint: Checkpoint, parts: Sequence[WeightShard], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Plain weights in `dtype`, [rows of all parts, columns], and a scale for each row."""
+    """Weights in `dtype` [rows of all parts, columns], and a scale per row."""
     heights = [part.rows.stop - part.rows.start for part in parts]
     width = parts[0].columns.stop - parts[0].columns.start
     weight = torch.empty(sum(heights), width, dtype=dtype, device=checkpoint.device)
@@ -243,7 +240,7 @@ def _read_quantized(checkpoint: Checkpoint, parts: Sequence[WeightShard], dtype:
 
 
 def _stretches(part: slice, length: int) -> Iterator[slice]:
-    """`part` in pieces of `length`, the last one perhaps shorter."""
+    """`part` in pieces of at most `length`."""
     return (slice(start, min(start + length, part.stop)) for start in range(part.start, part.stop, length))
 
 
@@ -253,23 +250,23 @@ def add_bias(outputs: list[Tensor], bias: Tensor | None) -> Tensor:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """uint8 [in, out] → pack_rows, with rows of zeros up to a whole word."""
+    """pack_rows of uint8 [in, out], the last word filled."""
     return pack_rows(pad(weight, (0, 0, 0, -weight.shape[0] % PER_WORD)))
 
 
 def _used(group_of: Tensor) -> tuple[int, int, Tensor]:
-    """The range of groups that occur, and each input's group within it."""
+    """The range of groups used, each input's group within it."""
     first, last = int(group_of.min()), int(group_of.max()) + 1
     return first, last, group_of - first
 
 
 def _covering(part: slice, size: int) -> slice:
-    """The blocks of `size` that hold the elements of `part`."""
+    """The blocks of `size` that hold `part`."""
     return slice(part.start // size, -(-part.stop // size))
 
 
 def _inside(part: slice, size: int) -> slice:
-    """`part` within the elements of its covering blocks."""
+    """`part` within its covering blocks."""
     start = part.start // size * size
     return slice(part.start - start, part.stop - start)
 
@@ -280,13 +277,13 @@ def _check_packed(name: str, what: str, features: int) -> None:
 
 
 def _present(checkpoint: Checkpoint, layer: str, names: tuple[str, ...]) -> str:
-    """The first of `names` that the layer has a tensor for, else the first, for the error."""
+    """The first of `names` that exists, else the first, for the error."""
     full = [f"{layer}.{name}" for name in names]
     return next((name for name in full if checkpoint.shape(name) is not None), full[0])
 
 
 def _read_scalar(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One number, which writers store with the shape [], [1] or [1, 1]."""
+    """A number of shape [], [1] or [1, 1]."""
     shape = checkpoint.shape(name)
     expected = shape if shape in ((), (1,), (1, 1)) else (1,)
     return checkpoint.read(name, expected, dtype=torch.float32).reshape(())

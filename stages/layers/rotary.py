@@ -1,4 +1,4 @@
-"""Rotary position angles: one table per model, one lookup per step."""
+"""Rotary position angles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stagemesh.config.rope import RopeConfig
 
 
 class RotaryTable:
-    """cos and sin of every position below `max_positions`, as kernels/rotary.py takes them."""
+    """cos and sin of positions below `max_positions`, for kernels/rotary.py."""
 
     def __init__(
         self, rope: RopeConfig, head_dim: int, max_positions: int, dtype: torch.dtype, device: torch.device
@@ -31,8 +31,7 @@ class RotaryTable:
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> Tensor:
     """float32 [head_dim / 2]: radians per position of each pair of features.
 
-    "dynamic" follows `max_positions`, the longest context that is served, not the current length: keys in the cache are
-    rotated once.
+    "dynamic" follows `max_positions`, not the current length: keys in the cache are rotated once.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents
@@ -51,31 +50,27 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> 
 
 
 def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, others blended.
-
-    The bounds are original_max_position_embeddings over low_freq_factor and over high_freq_factor.
+    """Llama 3.1's scaling: wavelengths above original_max_position_embeddings / low_freq_factor are stretched, those
+    below original_max_position_embeddings / high_freq_factor kept, others blended.
     """
     turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    keep = keep.clamp(0, 1)
+    keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / rope.factor)
 
 
 def _dynamic_theta(rope: RopeConfig, head_dim: int, max_positions: int) -> float:
-    """NTK-aware scaling: a larger base, so that the longest wavelength grows with the context."""
+    """NTK-aware scaling: the longest wavelength grows with the context."""
     growth = max(1.0, max_positions / rope.original_max_position_embeddings)
     return float(rope.theta * (rope.factor * growth - (rope.factor - 1)) ** (head_dim / (head_dim - 2)))
 
 
 def _yarn(frequencies: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
-    """YaRN (arXiv:2309.00071, 3.2): features that turn often are kept, the slow ones stretched by `factor`.
-
-    Between beta_fast and beta_slow turns within the original positions the two are blended, linearly in the
-    index of the feature.
+    """YaRN (arXiv:2309.00071, 3.2): features with more than beta_fast turns in the original positions are kept, those
+    with fewer than beta_slow stretched, others blended linearly by index.
     """
 
     def index_of(turns: float) -> float:
-        """The feature pair, as a real number, that makes so many turns."""
+        """The (fractional) feature pair with so many turns."""
         wavelength = rope.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 

@@ -1,7 +1,6 @@
-"""The tensor-parallel group: what the ranks of one stage do together.
+"""What the ranks of one stage do together.
 
-Layers hold a `TensorShard`: which part is theirs, fixed for life, and the `TensorGroup`, replaced whenever the lane is
-wired anew.
+Layers hold a `TensorShard`: their part and the `TensorGroup`, which is replaced when the lane is wired anew.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 
 class TensorGroup(Protocol):
-    """Collectives over the ranks of a stage; all ranks call the same ones in the same order."""
+    """Collectives over a stage; all ranks call them in the same order."""
 
     @property
     def rank(self) -> int: ...
@@ -25,18 +24,16 @@ class TensorGroup(Protocol):
     def size(self) -> int: ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, the same bits on each; `x` may be overwritten."""
+        """The sum, the same bits on every rank; may overwrite `x`."""
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        """The ranks' `x`, all of one shape, side by side along `dim` in rank order."""
+        """All `x`, of one shape, joined along `dim` in rank order."""
 
     def gather_to_rank0(self, x: Tensor, dim: int) -> Tensor | None:
         """As all_gather on rank 0; None on the others."""
 
     def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
-        """The first send_rows[0] rows of `x` to rank 0, the next to rank 1, …; returns what the ranks sent here,
-        receive_rows[r] rows from rank r, in rank order.
-        """
+        """Sends send_rows[r] rows of `x` to rank r, returns receive_rows[r] rows from it, both in rank order."""
 
 
 class SingleRank:
@@ -59,7 +56,7 @@ class SingleRank:
 
 
 class DistGroup:
-    """A `torch.distributed` process group. Errors of a lost peer are torch's own."""
+    """A `torch.distributed` process group. A lost peer raises torch's errors."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group

@@ -1,4 +1,4 @@
-"""A decoder-only language model, or the layers of it that one stage holds."""
+"""A decoder-only language model, or one stage's layers of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NORM = "model.norm"
 HEAD = "lm_head.weight"
 
 HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
-"""Buffers that old checkpoints carry and every implementation computes for itself."""
+"""Buffers in old checkpoints that implementations compute."""
 
 
 class AttentionBlock(Protocol):
@@ -39,7 +39,7 @@ class FeedForward(Protocol):
 
 
 class DecoderLayer(Protocol):
-    """One layer, as a family makes it. Its keys and values are in `cache`."""
+    """One layer, as a family makes it."""
 
     @property
     def feed_forward(self) -> FeedForward: ...
@@ -51,8 +51,7 @@ class DecoderLayer(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(residual, hidden_states) → (residual, hidden_states), all [T, hidden]; the layer's output is their sum.
 
-        They travel apart because add and norm are one kernel. `hidden_states` is None at the start of a stage, where
-        nothing is left to be added.
+        They stay apart because add and norm are one kernel. `hidden_states` is None at the start of a stage.
         """
 
 
@@ -82,10 +81,7 @@ class PreNormLayer:
 
 
 class Decoder:
-    """Layers [start, end) of a model; the embedding if start is 0, norm and head if end is the last layer.
-
-    Written as if for one device: each layer knows what this rank holds of it. Made empty, filled by `load`.
-    """
+    """Layers [start, end) of a model, with the first the embedding, with the last norm and head. Filled by `load`."""
 
     def __init__(
         self,
@@ -139,17 +135,17 @@ class Decoder:
 
     @property
     def mixtures(self) -> dict[int, MoE]:
-        """The mixtures of experts of this stage, by layer."""
+        """By layer."""
         blocks = {index: layer.feed_forward for index, layer in enumerate(self.layers, self.start)}
         return {index: block for index, block in blocks.items() if isinstance(block, MoE)}
 
     def kv_block_shape(self, block_size: int) -> tuple[int, ...]:
-        """Of one block of one layer's cache on this rank, as kernels/README.md describes it."""
+        """Of one layer's block on this rank, as kernels/README.md describes it."""
         num_kv_heads = len(kv_heads(self.config, self.tp.size, self.tp.rank))
         return (self.config.kv_factor, num_kv_heads, block_size, self.config.head_dim)
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
-        """Read this rank's weights; returns the checkpoint's tensors that no stage of this model uses."""
+        """Read this rank's weights; returns the tensors that no stage of the model uses."""
         if self.embedding:
             self.embedding.load(checkpoint)
         for layer in self.layers:

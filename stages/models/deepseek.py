@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3: latent attention, and a mixture with shared experts behind the first, dense layers."""
+"""DeepSeek-V2 and V3: latent attention, dense layers first, then mixtures with shared experts."""
 
 from __future__ import annotations
 
@@ -55,17 +55,7 @@ class DeepseekV2(Llama):
     def attention(self, model: Decoder, name: str) -> AttentionBlock:
         from stagemesh.stages.layers.latent_attention import LatentAttention
 
-        config = model.config
-        assert config.mla is not None
-        return LatentAttention(
-            name,
-            config.mla,
-            config.num_heads,
-            config.hidden_size,
-            model.tp,
-            bias=config.output_bias,
-            make_method=model.make_method,
-        )
+        return LatentAttention(name, model.config, model.tp, make_method=model.make_method)
 
     def _mla(self, rope: RopeConfig) -> MlaConfig:
         nope, turning = self.required("qk_nope_head_dim"), self.required("qk_rope_head_dim")

@@ -1,4 +1,4 @@
-"""Llama 2, 3.x, and the layer that most families kept."""
+"""Llama 2, 3.x."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 class Llama(Family):
     expert_names: ClassVar[MoeNames | None] = None
-    """Of families that have experts."""
 
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -40,7 +39,6 @@ class Llama(Family):
         return Attention(name, model.config, model.tp, make_method=model.make_method)
 
     def feed_forward(self, model: Decoder, index: int, name: str) -> FeedForward:
-        """An MLP, or a mixture in the layers that have one."""
         from stagemesh.stages.layers.mlp import GatedMLP
         from stagemesh.stages.layers.moe import MoE
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window. Mixtral: Mistral with a mixture of experts in every layer."""
+"""Mistral: Llama with a sliding window. Mixtral: with experts in every layer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Qwen2: Llama with a bias on queries, keys and values. Qwen3: with a norm on every head of queries and keys. Either
-with a mixture of experts, that of Qwen2 with an expert which all tokens share.
+"""Qwen2: Llama with a bias on q, k and v. Qwen3: with a norm per head of q and k. Either with experts, Qwen2 with a
+shared one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ class Qwen3(Llama):
 
 
 class QwenMoe(Llama):
-    """What the mixtures of both have in common."""
-
     expert_names: ClassVar[MoeNames] = MoeNames(
         router="mlp.gate",
         expert="mlp.experts.{}",

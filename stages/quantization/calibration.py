@@ -1,7 +1,6 @@
-"""What the linear layers of a model get to see of a text, one decoder layer at a time.
+"""The inputs of a model's linear layers on a text.
 
-The model runs as a pipeline of one layer per stage, each over the whole text before the next, so only one layer and
-the hidden states between two are in memory.
+One decoder layer at a time runs over the whole text, as a pipeline stage; memory holds it and the hidden states.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ BLOCK_SIZE = 16
 
 
 class RecordingMethod:
-    """A dense layer that records statistics of its inputs. Not a DenseMethod: mixtures stack those of experts."""
+    """Records statistics of a dense layer's inputs. No DenseMethod: Experts stack those."""
 
     def __init__(self) -> None:
         self.dense = DenseMethod()
         self.matrices: dict[str, Tensor] = {}
-        """Its weights, float32 [out, in], by name; they share the input."""
+        """Float32 weights [out, in] by name."""
         self.num_tokens = 0
         self.largest = 0.0
-        """Largest absolute input."""
+        """Max of |x|."""
         self._moment: Tensor | None = None
         self._magnitude: Tensor | None = None
 
@@ -57,9 +56,7 @@ class RecordingMethod:
 
     @property
     def moment(self) -> Tensor:
-        """Mean of x·xᵀ over the tokens, [in, in]; the identity where there were none, as for an expert without
-        tokens.
-        """
+        """Mean of x·xᵀ, [in, in]; the identity if no token came."""
         if self._moment is None:
             return torch.eye(next(iter(self.matrices.values())).shape[1])
         return self._moment / self.num_tokens
@@ -70,15 +67,13 @@ class RecordingMethod:
         return self.moment.diagonal() if self._magnitude is None else self._magnitude / self.num_tokens
 
     def replace(self, matrices: dict[str, Tensor]) -> None:
-        """Continue with other weights."""
         self.dense.weight = pack_weight(torch.cat([matrices[name] for name in self.matrices]))
 
 
 def layers_with_inputs(model: str, samples: Sequence[Sequence[int]]) -> Iterator[list[RecordingMethod]]:
-    """The linear layers of each decoder layer, after `samples` (token ids) have gone through it in float32.
+    """The linear layers of each decoder layer, after `samples` (token ids) ran through it in float32.
 
-    A caller may `replace` weights: later layers then see the output of those. Without samples there
-    are only the weights.
+    Later layers see the output of weights that the caller replaced.
     """
     longest = max(map(len, samples), default=1)
     num_layers = EngineConfig.resolve(EngineArgs(model=model, device="cpu")).model.num_layers
@@ -112,7 +107,7 @@ def layers_with_inputs(model: str, samples: Sequence[Sequence[int]]) -> Iterator
 
 
 def _prefill(token_ids: Sequence[int]) -> StepPlan:
-    """One whole sequence, in blocks 0, 1, …; nothing is sampled."""
+    """One whole sequence in blocks 0, 1, …; samples nothing."""
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
     return StepPlan(
         epoch=0,

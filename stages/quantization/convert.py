@@ -1,4 +1,4 @@
-"""Making a quantized checkpoint out of a plain one, in the published layouts."""
+"""Makes a quantized checkpoint of a plain one, in the published layouts."""
 
 from __future__ import annotations
 
@@ -30,36 +30,33 @@ FP8_BLOCK = 128
 MIN_GROUP_SIZE = 8
 
 ROWS_ABSORB = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
-"""AWQ divides the inputs of the first by dividing the outputs of the second."""
+"""AWQ divides the first's inputs by dividing the second's outputs."""
 NORM_ABSORBS = {
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): "input_layernorm",
     ("mlp.gate_proj", "mlp.up_proj"): "post_attention_layernorm",
 }
-"""Likewise, where these layers are all that read the norm; in a mixture the router reads it as well."""
+"""Likewise where only these layers read the norm; a mixture's router reads it too."""
 ROUTERS = "gate.weight"
-"""How the names of a mixture's routers end."""
 DENSE = ("lm_head", "gate", "shared_expert_gate")
-"""Layers that stay dense, by the last part of their name."""
+"""Last part of the names of layers that stay dense."""
 NEVER_CLIPPED = ("q_proj", "k_proj")
-"""Clipping harms attention scores more than the error of their inputs tells."""
+"""Clipping harms attention scores more than output errors show."""
 
 Read = Callable[[str], Tensor | None]
-"""A tensor of the source by name, float32, or None."""
+"""A tensor of the source by name, float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What `quantize_checkpoint` makes."""
-
     to: Literal["awq", "gptq", "fp8", "int8"]
     group_size: int = 128
-    """4 bits: inputs that share a scale; halved until it divides every layer's inputs."""
+    """4 bits: inputs that share a scale, at most (fitting_group_size)."""
     act_order: bool = False
     """gptq: round the most important inputs first."""
     scheme: Literal["channel", "tensor", "block"] = "channel"
-    """8 bits: what shares a weight scale. Blocks of 128x128 are for fp8 only."""
+    """8 bits: what shares a weight scale; 128x128 blocks for fp8 only."""
     static_activations: bool = False
-    """8 bits: one activation scale per layer, from the calibration text."""
+    """8 bits: an activation scale per layer, from calibration text."""
 
     @property
     def needs_text(self) -> bool:
@@ -74,11 +71,10 @@ def quantize_checkpoint(
     report: Callable[[int, int], None] = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `model` in the format of `recipe` to the folder `out`.
+    """Write `model`, quantized by `recipe`, to the folder `out`; ConfigError before anything is written.
 
-    samples: token ids of calibration text. report: called after each layer with the number done and the total.
-    Embedding, head, norms and biases stay, except for norms that take up AWQ's scales. Raises ConfigError before
-    anything is written.
+    samples: token ids of calibration text. report: gets the layers done and their total after each. Embedding, head
+    and biases stay; norms may absorb AWQ's scales.
     """
     folder = find_model(model)
     config = ModelConfig.from_folder(folder)
@@ -107,7 +103,6 @@ def quantize_checkpoint(
 
 
 def quantization_config(recipe: Recipe, group_size: int) -> dict[str, Any]:
-    """The `quantization_config` of config.json."""
     if recipe.to == "awq":
         settings = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
         return settings | {"modules_to_not_convert": list(DENSE)}
@@ -137,7 +132,7 @@ def quantization_config(recipe: Recipe, group_size: int) -> dict[str, Any]:
 
 
 def fitting_group_size(group_size: int, shapes: dict[str, tuple[int, ...]]) -> int:
-    """`group_size`, halved until it divides the inputs of every layer. ConfigError names one that it cannot."""
+    """`group_size`, halved until it divides every layer's inputs; ConfigError where none does."""
     size = group_size
     for name, (outputs, inputs) in shapes.items():
         while inputs % size:
@@ -172,7 +167,7 @@ def _check(folder: Path, config: ModelConfig, recipe: Recipe, out: Path, has_tex
 def _convert_layer(
     methods: list[RecordingMethod], recipe: Recipe, group_size: int, read: Read
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """New tensors by name, and the names of those that they replace."""
+    """New tensors by name, and the names replaced."""
     replaced = {f"{name}.weight" for method in methods for name in method.matrices}
     if recipe.to == "awq":
         tensors = _awq_layer(methods, group_size, read)
@@ -207,7 +202,7 @@ def _w8a8_layer(methods: list[RecordingMethod], recipe: Recipe) -> dict[str, Ten
 
 
 def _largest_input(method: RecordingMethod, methods: list[RecordingMethod]) -> float:
-    """Of an expert without tokens: that of its layer's other experts."""
+    """For an expert without tokens, that of the others."""
 
     def projection(other: RecordingMethod) -> str:
         return next(iter(other.matrices)).rsplit(".", 1)[1]
@@ -292,7 +287,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 class _Source:
-    """The tensors of the plain checkpoint; those in `done` are not copied."""
+    """The plain checkpoint; `done`: not to be copied."""
 
     def __init__(self, folder: Path) -> None:
         self._file_of = checkpoint_files(folder)
@@ -303,12 +298,12 @@ class _Source:
         return self._read(name).float() if name in self._file_of else None
 
     def like_before(self, name: str, tensor: Tensor) -> Tensor:
-        """In the dtype of the source's tensor of that name, unless quantized or new."""
+        """In the source's dtype, unless quantized or new."""
         is_changed = name in self._file_of and tensor.dtype == torch.float32
         return (tensor.to(self._read(name).dtype) if is_changed else tensor).contiguous()
 
     def linear_shapes(self) -> dict[str, tuple[int, ...]]:
-        """[out, in] of the matrices within layers that are to be quantized."""
+        """[out, in] of the matrices to be quantized."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self._file_of:
             if name.startswith("model.layers.") and name.endswith(".weight") and not name.endswith(ROUTERS):
@@ -333,7 +328,7 @@ class _Source:
 
 
 class _ShardWriter:
-    """Collects tensors and writes a file whenever `shard_bytes` are together."""
+    """Writes tensors to files of at most `shard_bytes`, or of one tensor."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         self._folder = folder
@@ -361,7 +356,7 @@ class _ShardWriter:
         return self._folder / f"shard-{number}.unfinished"
 
     def finish(self) -> None:
-        """Write the last tensors and name the files, now that their number is known."""
+        """Write the last tensors, then name the files."""
         self._write()
         count = len(self._shards)
         if count == 1:

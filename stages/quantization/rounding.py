@@ -1,7 +1,6 @@
 """Rounding a weight matrix to 4 bits so that the layer's output changes least.
 
-The output's error on inputs x is Σ ‖E·x‖² = tr(E·H·Eᵀ), E the error of the weights, H = Σ x·xᵀ. Weights are [out, in]
-as in the model; groups run along `in`.
+The output's error is Σ ‖E·x‖² = tr(E·H·Eᵀ), E the weights' error, H = Σ x·xᵀ. Weights are [out, in], groups along `in`.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 LEVELS = 15
-"""Values of 4 bits are 0..15."""
+"""Largest 4-bit value."""
 SCALE_STEPS = 20
-"""Exponents between 0 and 1 that are tried for AWQ's scales."""
+"""Exponents in [0, 1) tried for AWQ's scales."""
 SHRINKS = tuple(1 - 0.05 * i for i in range(9))
-"""Shares of a group's range that are tried: clipping the largest weight refines the others."""
+"""Shares of a group's range tried: clipping refines the rest."""
 DAMPING = 0.01
-"""What GPTQ adds to the diagonal of H, relative to its mean."""
+"""GPTQ's addend to the diagonal of H, relative to its mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ def output_error(difference: Tensor, moment: Tensor) -> float:
 
 
 def round_awq(weight: Tensor, group_size: int, moment: Tensor | None = None) -> Rounded:
-    """Round to nearest. With H, the range of each group is clipped where that lowers the output's error."""
+    """Round to nearest. With `moment` (H), groups are clipped where that lowers the error."""
     grouped = weight.unflatten(1, (-1, group_size))
     groups = torch.arange(weight.shape[1], device=weight.device) // group_size
     best = _awq_grid(grouped, 1.0)
@@ -70,7 +69,7 @@ def round_awq(weight: Tensor, group_size: int, moment: Tensor | None = None) -> 
 
 
 def _awq_grid(grouped: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scales (values of float16) and zeros, [out, G], for a share of each group's range and 0."""
+    """Scales (float16 values) and zeros, [out, G]."""
     low, high = grouped.amin(2).clamp(max=0) * shrink, grouped.amax(2).clamp(min=0) * shrink
     scales = ((high - low).clamp(min=1e-4) / LEVELS).half().float()
     return scales, (-low / scales).round().clamp(0, LEVELS)
@@ -81,16 +80,16 @@ def _store(grouped: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def _group_errors(grouped: Tensor, scales: Tensor, zeros: Tensor, blocks: Tensor) -> Tensor:
-    """[out, G]: the output's error that each group causes alone. blocks: [G, group_size, group_size]."""
+    """[out, G]: the error by each group alone. blocks: [G, group_size, group_size]."""
     back = (_store(grouped, scales, zeros) - zeros[:, :, None]) * scales[:, :, None]
     difference = (back - grouped).transpose(0, 1)  # [G, out, group_size]
     return (torch.bmm(difference, blocks) * difference).sum(2).T
 
 
 def search_input_scales(weights: Sequence[Tensor], magnitude: Tensor, moment: Tensor, group_size: int) -> Tensor:
-    """Factors [in] for the weights of layers that share an input, which is divided by them (arXiv:2306.00978, 3.2).
+    """AWQ's factors [in] for weights that share an input, which is divided by them (arXiv:2306.00978, 3.2).
 
-    A power of `magnitude` [in], the mean |x|, whose exponent is searched for; 0 is among those tried.
+    A power of `magnitude` [in], the mean |x|; the best exponent tried, 0 included.
     """
     best, lowest = torch.ones_like(magnitude), float("inf")
     for step in range(SCALE_STEPS):
@@ -106,10 +105,7 @@ def search_input_scales(weights: Sequence[Tensor], magnitude: Tensor, moment: Te
 
 
 def round_gptq(weight: Tensor, moment: Tensor, group_size: int, act_order: bool = False) -> Rounded:
-    """The algorithm of arXiv:2210.17323 with symmetric groups (zero 8).
-
-    With `act_order`, inputs with much weight in H are rounded first, and groups are made in that order.
-    """
+    """arXiv:2210.17323 with symmetric groups (zero 8). act_order: inputs are rounded and grouped by falling H[i, i]."""
     inputs = weight.shape[1]
     diagonal = moment.diagonal()
     order = diagonal.argsort(descending=True) if act_order else torch.arange(inputs, device=weight.device)
@@ -141,7 +137,7 @@ def round_gptq(weight: Tensor, moment: Tensor, group_size: int, act_order: bool 
 
 
 def _symmetric_scale(block: Tensor, importance: Tensor) -> Tensor:
-    """[out]: of a group [out, group_size], the tried one with the least error weighted by `importance` [group_size]."""
+    """Scales [out] of least error. block: [out, group_size], importance: [group_size]."""
     largest = block.abs().amax(1).clamp(min=1e-4)
     best, lowest = largest, torch.full_like(largest, float("inf"))
     for shrink in SHRINKS:

@@ -1,4 +1,4 @@
-"""Chat templates of Hugging Face models: Jinja in a sandbox, with the helpers that templates expect."""
+"""Hugging Face chat templates: Jinja in a sandbox."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stagemesh.config.errors import ConfigError
 
 
 class ChatTemplate:
-    """One compiled template. `variables` (bos_token, eos_token, …) are seen by every rendering."""
+    """One compiled template. Every rendering sees `variables` (bos_token, …)."""
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         try:
@@ -30,11 +30,9 @@ class ChatTemplate:
         self.source = source
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        """The prompt text for a conversation of {"role", "content", …} messages.
+        """The prompt text. ConfigError names `messages` where the template refuses them.
 
-        variables: e.g. add_generation_prompt (default true), tools, and whatever else the template knows.
-
-        Whatever the template does not accept raises ConfigError naming `messages`.
+        variables: add_generation_prompt (default true), tools and others.
         """
         try:
             return self._template.render(
@@ -50,7 +48,7 @@ class ChatTemplate:
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """As in transformers' chat_template_utils, so that a template means the same here."""
+    """As in transformers' chat_template_utils."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
@@ -81,7 +79,7 @@ def _tojson(
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; when serving it is its body."""
+    """`{% generation %}`, a mark for training, is its body here."""
 
     tags = {"generation"}
 

@@ -1,4 +1,4 @@
-"""From token ids back to text while they are generated: bytes, then whole characters, then stop strings."""
+"""Token ids to text: bytes, whole characters, stop strings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ _SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspac
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes that each token id adds to the text, worked out on first use and kept.
+    """The bytes that each token id adds to the text, filled on first use.
 
-    Streaming on bytes costs O(1) per token however the characters are cut; decoding growing windows of ids
-    with the tokenizer does not. Both decoders in use today are bytes underneath: byte-level BPE (Llama 3,
-    Qwen) and SentencePiece with byte fallback (Llama 2, Mistral). Anything else in `decoder`, the section of
-    that name in tokenizer.json, raises ConfigError.
+    `decoder`, from tokenizer.json: byte-level BPE (Llama 3, Qwen) or SentencePiece with byte fallback (Llama 2,
+    Mistral); ConfigError for any other.
     """
 
     def __init__(
@@ -36,16 +34,15 @@ class TokenBytes(dict[int, bytes]):
     def __missing__(self, token_id: int) -> bytes:
         # Ids past the tokenizer's own (a head padded to a round size) have no token and add nothing.
         token = None if token_id in self._skipped_ids else self._token_of_id(token_id)
-        self[token_id] = found = b"" if token is None else self._bytes_of_token(token)
-        return found
+        self[token_id] = token_bytes = b"" if token is None else self._bytes_of_token(token)
+        return token_bytes
 
 
 class IncrementalDetokenizer:
-    """Turns one answer's token ids into text, piece by piece. A partial character is held until it is whole.
+    """Turns one answer's token ids into text, whole characters only.
 
-    All pieces joined, `finish()` included, are the UTF-8 decoding of all bytes joined: bytes that can never
-    become a character give U+FFFD where they stand, a sequence cut off by the end gives one in `finish()`.
-    A leading space is kept, because an answer continues its prompt.
+    The pieces, `finish()` included, are the UTF-8 decoding of all bytes, U+FFFD where they are no character. A leading
+    space is kept: an answer continues its prompt.
     """
 
     __slots__ = ("_bytes_of", "_decode")
@@ -55,55 +52,54 @@ class IncrementalDetokenizer:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """Text that became certain with these tokens, possibly empty."""
+        """Text that became certain, possibly empty."""
         if len(token_ids) == 1:
             return self._decode(self._bytes_of[token_ids[0]])
         return self._decode(b"".join([self._bytes_of[token_id] for token_id in token_ids]))
 
     def finish(self) -> str:
-        """What was held back; the answer has no more tokens."""
+        """What was held back."""
         return self._decode(b"", True)
 
 
 class StopStrings:
-    """Cuts a stream of text before the first of some stop strings, wherever the pieces were cut.
+    """Cuts a stream of text before the first stop string. What may be the beginning of one is held back.
 
-    Text that may yet turn out to begin a stop string is held back. The stop string that is complete first
-    wins; of two that are complete at the same character, the longer.
+    The stop string that is complete first wins; of two complete at the same character, the longer.
     """
 
-    __slots__ = ("_held", "_keep", "_longest", "_stops", "hit")
+    __slots__ = ("_keep", "_longest", "_stops", "_undecided", "hit")
 
     def __init__(self, stops: Iterable[str], *, keep: bool = False) -> None:
-        """keep: the text ends behind the stop string instead of before it."""
+        """keep: cut behind the stop string."""
         self._stops = tuple(stops)
         self._keep = keep
         self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
+        self._undecided = ""
         self.hit: str | None = None
-        """The stop string that was found; everything from its first character on (behind its last) was dropped."""
+        """The stop string that cut the text."""
 
     def feed(self, text: str) -> str:
-        """Text that is certainly before any stop string, possibly empty."""
+        """Text that is certainly before the cut, possibly empty."""
         if self.hit is not None or not text:
             return ""
-        text = self._held + text
+        text = self._undecided + text
         matches = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         if matches:
-            self._held = ""
+            self._undecided = ""
             end, start, self.hit = min(matches)
             return text[: end if self._keep else start]
         safe = self._first_possible_start(text)
-        self._held = text[safe:]
+        self._undecided = text[safe:]
         return text[:safe]
 
     def finish(self) -> str:
-        """What was held back and turned out to be ordinary text."""
-        held, self._held = self._held, ""
-        return held
+        """What was held back."""
+        text, self._undecided = self._undecided, ""
+        return text
 
     def _first_possible_start(self, text: str) -> int:
-        """Where the longest suffix begins that is a proper prefix of a stop string; len(text) if none is."""
+        """Start of the longest suffix that is a proper prefix of a stop string, or len(text)."""
         first = len(text)
         earliest = max(0, len(text) - self._longest + 1)
         for stop in self._stops:
@@ -130,12 +126,8 @@ def _bytes_of_token(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes, as byte-level BPE writes them in its vocabulary."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    """GPT-2's printable stand-ins for the 256 bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 

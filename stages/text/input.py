@@ -1,8 +1,6 @@
-"""Prompts in: text, token ids or a conversation, with sampling parameters, become the requests that a lane takes.
+"""Prompts in: text, token ids or a conversation become EngineRequests, for HTTP, gRPC and `LLM`.
 
-The one place where that happens, for HTTP, gRPC and `LLM`. What leaves it is decided to the last detail, seed included,
-so that an answer is a pure function of its EngineRequest. Every refusal is a ConfigError that names the field as the
-user wrote it.
+An answer is a pure function of its EngineRequest, seed included. ConfigErrors name the field as the user wrote it.
 """
 
 from __future__ import annotations
@@ -33,12 +31,11 @@ from stagemesh.stages.text.tool_calls import (
 )
 
 Prompt = str | Sequence[int]
-"""Text, or token ids."""
 MakeToolParser = Callable[[], ToolParser]
 
 
 class PromptTooLong(ConfigError):
-    """The prompt leaves no room for an answer within max_model_len."""
+    """No room for an answer within max_model_len."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,36 +46,29 @@ class ChatInput:
     tools: Sequence[Mapping[str, Any]] = ()
     """[{"type": "function", "function": {"name", "description", "parameters"}}]"""
     tool_choice: str | Mapping[str, Any] | None = None
-    """ "none", "auto", "required" or {"type": "function", "function": {"name"}}; None: the model is shown the tools,
-    and what it says of them stays text."""
+    """ "none", "auto", "required" or {"type": "function", "function": {"name"}}; None: the model sees the tools, its
+    calls stay text."""
     parallel_tool_calls: bool = True
-    """Whether an answer may hold more than one call."""
     add_generation_prompt: bool = True
     template_variables: Mapping[str, Any] = field(default_factory=dict)
-    """More variables for the chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessedPrompt:
-    """One prompt, ready to run."""
-
     text: str | None
-    """None where it came as token ids."""
+    """None for token ids."""
     token_ids: list[int]
     requests: list[EngineRequest]
     """One per choice."""
     make_tool_parser: MakeToolParser | None = None
-    """For each choice, where tool calls are to be found in its text."""
+    """Makes one per choice, where the answer may hold calls."""
 
 
 class InputProcessor:
-    """Turns what users write into EngineRequests. Any thread may use it."""
+    """Any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, max_model_len: int, seed: int | None = None) -> None:
-        """
-        vocab_size: the bound of token ids. max_model_len: most tokens of a prompt and its answer together.
-        seed: fixes the seeds that requests without one get, in the order of the requests; None draws it.
-        """
+        """seed: fixes the seeds drawn for requests without one."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -94,10 +84,7 @@ class InputProcessor:
         add_special_tokens: bool = True,
         structured_outputs_name: str = "structured_outputs",
     ) -> list[ProcessedPrompt]:
-        """Prompts that share their parameters. Nothing is returned unless all of them can run.
-
-        name, structured_outputs_name: what the user calls these fields.
-        """
+        """Process all or none. name, structured_outputs_name: the user's names of the fields."""
         params = self._resolve(params, structured_outputs_name)
         all_token_ids = self._tokenize(prompts, name, add_special_tokens, room_for_answer=1)
         processed: list[ProcessedPrompt] = []
@@ -115,7 +102,6 @@ class InputProcessor:
         *,
         structured_outputs_name: str = "structured_outputs",
     ) -> ProcessedPrompt:
-        """A conversation, by the model's chat template."""
         if not chat.messages:
             raise ConfigError("messages", [], "must hold at least one message")
         tools, schema, make_tool_parser = self._tool_use(chat)
@@ -148,7 +134,7 @@ class InputProcessor:
         name: str = "input",
         add_special_tokens: bool = True,
     ) -> list[EngineRequest]:
-        """One request per prompt, for its vector instead of an answer."""
+        """One request per prompt, for its vector."""
         params = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=pooling)
         all_token_ids = self._tokenize(prompts, name, add_special_tokens, room_for_answer=0)
         return [EngineRequest(f"{request_id}-{i}", token_ids, params) for i, token_ids in enumerate(all_token_ids)]
@@ -156,18 +142,17 @@ class InputProcessor:
     def _tokenize(
         self, prompts: Sequence[Prompt], name: str, add_special_tokens: bool, room_for_answer: int
     ) -> list[list[int]]:
-        names = [name] if len(prompts) == 1 else [f"{name}[{i}]" for i in range(len(prompts))]
-        for name, prompt in zip(names, prompts, strict=True):
+        all_token_ids = []
+        for i, prompt in enumerate(prompts):
+            field = name if len(prompts) == 1 else f"{name}[{i}]"
             if not prompt:
-                raise ConfigError(name, prompt, "must not be empty")
-        all_token_ids = [
-            self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-            if isinstance(prompt, str)
-            else list(prompt)
-            for prompt in prompts
-        ]
-        for name, token_ids in zip(names, all_token_ids, strict=True):
-            self._check_prompt(name, token_ids, room_for_answer)
+                raise ConfigError(field, prompt, "must not be empty")
+            if isinstance(prompt, str):
+                token_ids = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            else:
+                token_ids = list(prompt)
+            self._check_prompt(field, token_ids, room_for_answer)
+            all_token_ids.append(token_ids)
         return all_token_ids
 
     def _check_prompt(self, name: str, token_ids: Collection[int], room_for_answer: int) -> None:
@@ -187,7 +172,7 @@ class InputProcessor:
                 raise ConfigError(name, outermost, f"token ids must be within [0, {self._vocab_size})")
 
     def _resolve(self, params: SamplingParams, structured_outputs_name: str) -> SamplingParams:
-        """`params` checked against the model, with bad words as token ids."""
+        """`params`, checked, with bad words as token ids."""
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
         self._check_token_ids("logit_bias", params.logit_bias)
@@ -195,9 +180,7 @@ class InputProcessor:
             try:
                 grammar.check(params.structured_outputs)
             except ConfigError as error:
-                field = error.field.replace("structured_outputs", structured_outputs_name, 1)
-                if structured_outputs_name != "structured_outputs":
-                    field = structured_outputs_name
+                field = error.field if structured_outputs_name == "structured_outputs" else structured_outputs_name
                 raise ConfigError(field, error.value, error.reason) from error
         if not params.bad_words:
             return params
@@ -208,21 +191,21 @@ class InputProcessor:
     def _requests(
         self, token_ids: list[int], params: SamplingParams, request_id: str, first_choice: int
     ) -> list[EngineRequest]:
-        """One per choice, with a seed of its own. Choices are numbered from `first_choice` on."""
+        """One per choice, numbered from `first_choice` on."""
         # More than fits is no error: the answer ends with "length" where the model ends.
         max_tokens = min(params.max_tokens, self._max_model_len - len(token_ids))
         requests = []
         for i in range(params.n):
             seed = params.seed_of_choice(i)
             seed = self._seeds.getrandbits(63) if seed is None else seed
-            own = msgspec.structs.replace(params, max_tokens=max_tokens, seed=seed)
-            requests.append(EngineRequest(f"{request_id}-{first_choice + i}", token_ids, own))
+            choice_params = msgspec.structs.replace(params, max_tokens=max_tokens, seed=seed)
+            requests.append(EngineRequest(f"{request_id}-{first_choice + i}", token_ids, choice_params))
         return requests
 
     def _tool_use(
         self, chat: ChatInput
     ) -> tuple[list[Mapping[str, Any]], dict[str, Any] | None, MakeToolParser | None]:
-        """The tools that the template shows, the schema of an answer that must call, and who finds the calls."""
+        """The tools for the template, the schema of forced calls, the parser of calls."""
         functions = [tool["function"] for tool in chat.tools]
         names = [function["name"] for function in functions]
         if len(set(names)) < len(names):
@@ -252,9 +235,9 @@ class InputProcessor:
 
 
 def bad_words_token_ids(words: Sequence[str], encode: Callable[[str], list[int]]) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is tokenized at the start of a text and, where that is another first token, after a space.
+    """Each word as tokenized at the start of a text and, where its first token differs, after a space.
 
-    encode: without special tokens. vLLM's rule (`SamplingParams.update_from_tokenizer`).
+    encode: adds no special tokens. vLLM's rule (`SamplingParams.update_from_tokenizer`).
     """
     sequences: list[tuple[int, ...]] = []
     for word in words:
@@ -268,7 +251,7 @@ def bad_words_token_ids(words: Sequence[str], encode: Callable[[str], list[int]]
 
 
 def _normalized(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: content as one text, arguments of tool calls as objects."""
+    """A message for templates: content as text, arguments of tool calls as objects."""
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "\n".join(_text_of_part(f"messages[{i}].content[{j}]", part) for j, part in enumerate(content))
@@ -291,7 +274,7 @@ def _text_of_part(name: str, part: Any) -> str:
 
 
 def _with_parsed_arguments(call: Any) -> Any:
-    """Templates write arguments with `tojson`, so they get them as an object, not as OpenAI's JSON text."""
+    """Templates write arguments with `tojson`, so they get objects instead of OpenAI's JSON text."""
     try:
         arguments = json.loads(call["function"]["arguments"])
     except (KeyError, TypeError, ValueError):

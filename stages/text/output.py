@@ -1,7 +1,4 @@
-"""Tokens out: one answer's token deltas become text, decoded log-probabilities, tool calls and a finish reason.
-
-The one place where that happens: streams, whole responses and `LLM`'s results are all built from an OutputProcessor.
-"""
+"""Tokens out: TokenDeltas become text, log-probabilities and tool calls, for streams, whole responses and `LLM`."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ from stagemesh.stages.text.tokenizer import Tokenizer
 from stagemesh.stages.text.tool_calls import NamedParser, ToolCall, ToolCallDelta, ToolParser
 
 LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON does not know; vLLM's number."""
+"""For minus infinity, which JSON lacks; vLLM's number."""
 
 
 class DecodedLogprob(msgspec.Struct, frozen=True):
-    """How likely the model found a token, with its text."""
+    """The log-probability of a token, with its text."""
 
     token_id: int
     token: str
-    """U+FFFD where it is part of a character only."""
+    """U+FFFD where it is only part of a character."""
     bytes: bytes
     logprob: float
     """At least LEAST_LOGPROB."""
@@ -37,45 +34,43 @@ class DecodedLogprob(msgspec.Struct, frozen=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, gc=False):
-    """What became certain of one answer with some more tokens."""
+    """What became certain of choice `index` with more tokens."""
 
     index: int
-    """Which choice of the request."""
     text: str
-    """Safe to show: no part of a character, nothing that may yet belong to a stop string or a tool call."""
+    """Safe to show: no part of a character, stop string or tool call."""
     token_ids: list[int]
-    """The new tokens; their text may still be held back."""
+    """The new tokens, whose text may be held back."""
     logprobs: list[DecodedLogprob] = []
-    """One per new token, if the request asked."""
+    """Per new token, if requested."""
     tool_calls: list[ToolCallDelta] = []
     finish_reason: str | None = None
     """ "stop", "length" or "tool_calls" on the last delta."""
 
 
 class OutputProcessor:
-    """One answer: feed it every TokenDelta of its request; it gives TextDeltas, and holds the whole so far."""
+    """One answer: turns TokenDeltas into TextDeltas, holds the whole so far."""
 
     def __init__(
         self, index: int, request: EngineRequest, tokenizer: Tokenizer, tool_parser: ToolParser | None = None
     ) -> None:
-        """tool_parser: finds the tool calls in the text, where the request offered tools."""
         params = request.params
         self.index = index
         self.request = request
         self.text = ""
-        """Without what belongs to tool calls."""
+        """Without tool calls."""
         self.token_ids: list[int] = []
-        """All generated tokens, up to the one that ended the answer or completed a stop string."""
+        """Up to and including the token that ended it or completed a stop string."""
         self.logprobs: list[DecodedLogprob] = []
-        """One per token id, if the request asked."""
+        """Per token id, if requested."""
         self.prompt_logprobs: list[DecodedLogprob] | None = None
-        """One per prompt token after the first, if the request asked."""
+        """Per prompt token after the first, if requested."""
         self.tool_calls: list[ToolCall] = []
         self.num_cached_tokens = 0
-        """Prompt tokens that came from the prefix cache."""
+        """Of the prompt, from the prefix cache."""
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        """The stop string or explicit stop token id that ended the answer; None for EOS and "length"."""
+        """The stop string or one of stop_token_ids; None for EOS and "length"."""
         self._tokenizer = tokenizer
         self._tool_parser = tool_parser
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
@@ -83,7 +78,7 @@ class OutputProcessor:
         self._num_logprob_chars = 0
 
     def process(self, delta: TokenDelta) -> TextDelta:
-        """Take the next tokens. Raises LaneError where they do not follow the last ones, or the lane gave up."""
+        """LaneError: the tokens do not follow the last ones, or the lane gave up."""
         self._check(delta)
         if not self.token_ids:
             self.num_cached_tokens = delta.num_cached_tokens
@@ -141,7 +136,7 @@ class OutputProcessor:
         return text if self._stops is None else self._stops.feed(text) + self._stops.finish()
 
     def _parse_tool_calls(self, parser: ToolParser, text: str) -> tuple[str, list[ToolCallDelta]]:
-        """Splits text into content and calls; turns the finish reason into "tool_calls" where there were some."""
+        """Content and calls of `text`; sets the finish reason "tool_calls" where there were calls."""
         content, deltas = parser.feed(text)
         if self.finish_reason is not None:
             last = parser.finish()
@@ -169,13 +164,12 @@ class OutputProcessor:
     def _logprob(self, token_id: int, logprob: float, rank: int, top: Sequence[DecodedLogprob] = ()) -> DecodedLogprob:
         data = self._tokenizer.token_bytes(token_id)
         text = data.decode("utf-8", "replace")
-        return DecodedLogprob(
-            token_id, text, data, max(logprob, LEAST_LOGPROB), rank, list(top), self._num_logprob_chars
-        )
+        logprob = max(logprob, LEAST_LOGPROB)
+        return DecodedLogprob(token_id, text, data, logprob, rank, list(top), self._num_logprob_chars)
 
 
 def embedding_of(delta: TokenDelta) -> bytes:
-    """The vector that a lane sent: little-endian float32. Raises LaneError where it sent none."""
+    """The vector that a lane sent, little-endian float32. LaneError: there is none."""
     if not delta.embedding:
         raise LaneError("internal", delta.error or f"request {delta.request_id}: the lane gave no vector")
     return delta.embedding

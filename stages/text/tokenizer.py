@@ -1,4 +1,4 @@
-"""Text in, token ids out, and back: a Hugging Face tokenizer folder without torch or transformers."""
+"""A Hugging Face tokenizer, read without torch or transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stagemesh.stages.text.detokenizer import IncrementalDetokenizer, TokenBytes
 
 
 class Tokenizer:
-    """Encodes prompts and hands out detokenizers. Any task or thread may use it."""
+    """Encodes prompts and makes detokenizers. Any thread may use it."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Tokenizer:
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        """`special_tokens` by role, e.g. {"bos_token": "<s>"}: the names that the chat template knows."""
+        """special_tokens: by role, e.g. {"bos_token": "<s>"}."""
         # tokenizer.json may carry the settings of a training run; a served prompt is never cut or padded.
         backend.no_truncation()
         backend.no_padding()
@@ -40,10 +40,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
-
-        Only tokenizer.json has to be there. Raises ConfigError naming the file that is missing or unreadable.
-        """
+        """Only tokenizer.json must exist. ConfigError names a file that is missing or unreadable."""
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -53,36 +50,30 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ConfigError("tokenizer.json", str(path), f"cannot be read: {error}") from error
         settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        return cls(
-            backend,
-            chat_template=_read_chat_template(folder, settings),
-            special_tokens=_special_tokens(settings),
-        )
+        template = _read_chat_template(folder, settings)
+        return cls(backend, chat_template=template, special_tokens=_special_tokens(settings))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Special tokens written out in the text become their ids, as in transformers.
-
-        Releases the GIL, so a long text may be encoded on a thread beside a running event loop.
-        """
+        """Special tokens written in `text` become their ids, as in transformers. Releases the GIL."""
         # `encode` of one text holds the GIL (tokenizers 0.23), `encode_batch` does not.
         return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
-        """The conversation as prompt text; encode it without special tokens, the template wrote them."""
+        """The prompt text; encode it without special tokens, the template wrote them."""
         if self.chat_template is None:
             raise ConfigError("messages", messages, "this model has no chat template; use completions instead")
         return self.chat_template.render(messages, variables or {})
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """A fresh detokenizer for one answer."""
+        """For one answer."""
         return IncrementalDetokenizer(self._token_bytes[skip_special_tokens])
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to the text, special tokens written out. May be part of a character."""
+        """What a token adds to the text, perhaps part of a character; special tokens written out."""
         return self._token_bytes[False][token_id]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of a whole answer: exactly what streaming it would have given."""
+        """The text of a whole answer, the same as streamed."""
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return detokenizer.feed(token_ids) + detokenizer.finish()
 
@@ -110,10 +101,10 @@ def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
+    special_tokens = {}
     for name, token in settings.items():
         if name.endswith("_token") and isinstance(token, dict):
             token = token.get("content")
         if name.endswith("_token") and isinstance(token, str):
-            found[name] = token
-    return found
+            special_tokens[name] = token
+    return special_tokens

@@ -1,16 +1,15 @@
-"""Tool calls in an answer: found while the text comes, and handed out in the shape of OpenAI's deltas.
+"""Tool calls in an answer, streamed as OpenAI's deltas.
 
-Two formats of free answers are read: Hermes, which Qwen uses too (`<tool_call>{"name": …, "arguments": {…}}
-</tool_call>`), and Llama 3's JSON (an answer that is `{"name": …, "parameters": {…}}`, several joined by `;`). A call
-that is forced (`tool_choice` required, or naming a function) is generated under a JSON schema instead, whatever the
-model's own format.
+Free calls come in two formats: Hermes, also Qwen's (`<tool_call>{"name": …, "arguments": {…}}</tool_call>`), and
+Llama 3's JSON (`{"name": …, "parameters": {…}}`, several joined by `;`). Forced calls (`tool_choice` required, or
+naming a function) follow a JSON schema, whatever the model's format.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -18,35 +17,33 @@ import msgspec
 Format = Literal["hermes", "llama3"]
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-"""Of a function that takes nothing."""
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"
+_ARGUMENTS = ("arguments", "parameters")
+_KEYS = ("name", "type", "id", *_ARGUMENTS)
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True):
-    """A call that begins (with id and name), or more of its arguments."""
+    """Call `index` begins (with id and name), or gets more arguments."""
 
     index: int
-    """Which call of the answer."""
     id: str | None
     name: str | None
     arguments: str
-    """Next part of the arguments' JSON text."""
+    """The next part of their JSON text."""
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """One call of an answer."""
-
     id: str
     name: str
     arguments: str
-    """JSON text, as far as it has come."""
+    """JSON text so far."""
 
 
 class ParsedText(NamedTuple):
     content: str
-    """Text that is not part of a call."""
+    """Text outside of calls."""
     calls: list[ToolCallDelta]
 
 
@@ -54,14 +51,14 @@ class ToolParser(Protocol):
     """Parses one answer."""
 
     def feed(self, text: str) -> ParsedText:
-        """What became certain with more text."""
+        """What became certain with `text`."""
 
     def finish(self) -> ParsedText:
-        """The rest; there is no more text."""
+        """What was held back."""
 
 
 def format_of(chat_template: str) -> Format | None:
-    """In which format a model calls tools, judged by what its chat template shows it."""
+    """The format that a model's chat template teaches it."""
     if _OPEN in chat_template:
         return "hermes"
     if _PYTHON_TAG in chat_template or "ipython" in chat_template:
@@ -70,13 +67,13 @@ def format_of(chat_template: str) -> Format | None:
 
 
 def free_parser(format: Format, *, parallel: bool) -> ToolParser:
-    """For an answer that may hold calls. parallel: whether more than the first one counts."""
+    """Without `parallel` only the first call counts."""
     max_calls = None if parallel else 1
     return HermesParser(max_calls) if format == "hermes" else ObjectsParser(max_calls, before=_PYTHON_TAG, between=";")
 
 
 def forced_calls_schema(functions: Sequence[dict[str, Any]], *, parallel: bool) -> dict[str, Any]:
-    """Of an answer that is a list of calls and nothing else, for `ObjectsParser(before="[", between=",")`."""
+    """Of a list of calls, for `ObjectsParser(before="[", between=",")`."""
     definitions: dict[str, Any] = {}
     calls = []
     for function in functions:
@@ -114,278 +111,224 @@ class NamedParser:
         return ParsedText("", [])
 
 
-class HermesParser:
-    """Calls between tags, text around them. What stands in tags and is no call stays text."""
+class _FreeCalls:
+    """The calls of one answer, read one at a time; those after the first `max_calls` are dropped."""
 
     def __init__(self, max_calls: int | None = None) -> None:
-        self._calls = _Calls(max_calls)
-        self._held = ""
-        """Text not judged yet: perhaps the beginning of a tag; blanks, which are dropped before a tag."""
-        self._in_call = False
+        self._max_calls = max_calls
+        self._num_calls = 0
+        """Calls given out, if only in part."""
+        self._unread = ""
+        self._call: _CallReader | None = None
+
+    def _read(self, call: _CallReader) -> list[ToolCallDelta]:
+        """Moves unread text to `call`; returns what became certain of it."""
+        self._unread = self._unread[call.feed(self._unread) :]
+        if call.name is None or (not call.is_announced and self._num_calls == self._max_calls):
+            return []
+        arguments = call.arguments[call.num_sent :]
+        call.num_sent += len(arguments)
+        if call.is_announced:
+            return [ToolCallDelta(self._num_calls - 1, None, None, arguments)] if arguments else []
+        call.is_announced = True
+        self._num_calls += 1
+        return [ToolCallDelta(self._num_calls - 1, _new_id(), call.name, arguments)]
+
+
+class HermesParser(_FreeCalls):
+    """Calls between tags; all else is text."""
 
     def feed(self, text: str) -> ParsedText:
-        self._held += text
+        self._unread += text
         content = ""
         deltas: list[ToolCallDelta] = []
         while True:
-            if not self._in_call:
-                start = self._held.find(_OPEN)
-                if start < 0:
-                    sure = _without_possible_tag(self._held, _OPEN)
-                    content += self._text(self._held[:sure])
-                    self._held = self._held[sure:]
+            call = self._call
+            if call is None:
+                before, tag, after = self._unread.partition(_OPEN)
+                if not tag:
+                    certain = _certain_length(before)
+                    content += self._shown(before[:certain])
+                    self._unread = before[certain:]
                     break
-                content += self._text(self._held[:start].rstrip())
-                self._held = self._held[start + len(_OPEN) :]
-                self._in_call = True
-                self._calls.begin()
-            if not self._calls.is_over:
-                used, new = self._calls.feed(self._held)
-                self._held = self._held[used:]
-                deltas += new
-            if self._calls.has_failed:
-                content += _OPEN + self._calls.give_up()
-                self._in_call = False
+                content += self._shown(before.rstrip())
+                self._unread, self._call = after, _CallReader()
                 continue
-            if not self._calls.is_over:
+            if call.is_call is None:
+                deltas += self._read(call)
+            if call.is_call is None:
                 break
-            end = self._held.find(_CLOSE)
-            if end < 0:
-                break
-            self._held = self._held[end + len(_CLOSE) :]
-            self._in_call = False
+            if call.is_call:
+                _, tag, after = self._unread.partition(_CLOSE)
+                if not tag:
+                    break
+                self._unread = after
+            else:
+                content += _OPEN + call.unannounced
+            self._call = None
         return ParsedText(content, deltas)
 
     def finish(self) -> ParsedText:
-        if self._in_call:
-            cut_off = "" if self._calls.is_over else self._calls.give_up()
-            return ParsedText(_OPEN + cut_off if cut_off else "", [])
-        held, self._held = self._held, ""
-        return ParsedText(self._text(held), [])
+        call = self._call
+        if call is None:
+            return ParsedText(self._shown(self._unread), [])
+        is_text = not call.is_call and call.unannounced
+        return ParsedText(_OPEN + call.unannounced if is_text else "", [])
 
-    def _text(self, text: str) -> str:
-        return text if self._calls.num_begun == 0 or text.strip() else ""
+    def _shown(self, text: str) -> str:
+        """Blanks between calls are no content."""
+        return text if self._num_calls == 0 or text.strip() else ""
 
 
-class ObjectsParser:
-    """The answer is calls, one object after the other, or else it is text. Text after the last call is dropped."""
+class ObjectsParser(_FreeCalls):
+    """An answer of calls only or of text only. Text after the last call is dropped."""
 
     def __init__(self, max_calls: int | None = None, *, before: str, between: str) -> None:
-        """before: may stand before the first object. between: what separates the objects."""
-        self._calls = _Calls(max_calls)
+        """before: optional, before the first object. between: separates objects."""
+        super().__init__(max_calls)
         self._before = before
         self._between = between
-        self._held = ""
-        self._state: Literal["start", "call", "between", "text", "end"] = "start"
+        self._has_ended = False
 
     def feed(self, text: str) -> ParsedText:
-        self._held += text
+        self._unread += text
         content = ""
         deltas: list[ToolCallDelta] = []
-        while self._held:
-            if self._state == "start":
-                rest = self._held.lstrip()
-                if rest.startswith(self._before):
-                    rest = rest.removeprefix(self._before).lstrip()
-                elif self._before.startswith(rest):
-                    break
-                if not rest:
-                    break
-                is_call = rest.startswith("{")
-                self._begin("call" if is_call else "text")
-                if is_call:
-                    self._held = rest
-            elif self._state == "call":
-                used, new = self._calls.feed(self._held)
-                self._held = self._held[used:]
-                deltas += new
-                if self._calls.has_failed:
-                    content += self._calls.give_up()
-                    self._state = "text" if self._calls.num_begun == 0 else "end"
-                elif self._calls.is_over:
-                    self._state = "between"
-            elif self._state == "between":
-                rest = self._held.lstrip()
-                if rest.startswith(self._between):
-                    rest = rest.removeprefix(self._between).lstrip()
-                    if rest:
-                        self._begin("call" if rest.startswith("{") else "end")
-                elif rest:
-                    self._state = "end"
-                if not rest:
-                    break
-                self._held = rest
-            else:
-                content += self._held if self._state == "text" else ""
-                self._held = ""
+        while self._unread:
+            call = self._call
+            if call is not None:
+                deltas += self._read(call)
+                if call.is_call is not None:
+                    self._call = None
+                if call.is_call is False:
+                    content += call.unannounced
+                    self._has_ended = True
+            elif self._has_ended:
+                content += self._unread if self._num_calls == 0 else ""
+                self._unread = ""
+            elif not self._find_call():
+                break
         return ParsedText(content, deltas)
 
     def finish(self) -> ParsedText:
-        held, self._held = self._held, ""
-        if self._state == "call":
-            return ParsedText(self._calls.give_up(), [])
-        return ParsedText(held if self._state == "start" else "", [])
+        if self._call is not None:
+            return ParsedText(self._call.unannounced, [])
+        return ParsedText(self._unread if self._num_calls == 0 else "", [])
 
-    def _begin(self, state: Literal["call", "text", "end"]) -> None:
-        self._state = state
-        if state == "call":
-            self._calls.begin()
-
-
-class _Calls:
-    """The calls of one answer, one at a time: `begin`, then `feed` until `is_over` or `has_failed`."""
-
-    def __init__(self, max_calls: int | None) -> None:
-        self.num_begun = 0
-        """Calls that were handed out, if only in part."""
-        self._max_calls = max_calls
-        self._reader = _CallReader()
-        self._raw = ""
-        self._is_announced = False
-        self._num_sent = 0
-
-    @property
-    def is_over(self) -> bool:
-        return self._reader.state == "done"
-
-    @property
-    def has_failed(self) -> bool:
-        return self._reader.state == "failed"
-
-    def begin(self) -> None:
-        self._reader = _CallReader()
-        self._raw = ""
-        self._is_announced = False
-        self._num_sent = 0
-
-    def feed(self, text: str) -> tuple[int, list[ToolCallDelta]]:
-        """How much of `text` belongs to the call, and what became certain of it."""
-        used = self._reader.feed(text)
-        self._raw += text[:used]
-        reader = self._reader
-        if reader.name is None or (self.num_begun == self._max_calls and not self._is_announced):
-            return used, []
-        arguments = reader.arguments[self._num_sent :]
-        if self.is_over and not reader.arguments:
-            arguments = "{}"
-        if not self._is_announced:
-            self._is_announced = True
-            self.num_begun += 1
-            delta = ToolCallDelta(self.num_begun - 1, _new_id(), reader.name, arguments)
-        elif arguments:
-            delta = ToolCallDelta(self.num_begun - 1, None, None, arguments)
+    def _find_call(self) -> bool:
+        """Begin the next call or set `_has_ended`; False while neither is certain."""
+        separator = self._between if self._num_calls else self._before
+        text = self._unread.lstrip()
+        has_separator = text.startswith(separator)
+        if has_separator:
+            text = text.removeprefix(separator).lstrip()
+        if not text or (not has_separator and separator.startswith(text)):
+            return False
+        if text[0] == "{" and (has_separator or self._num_calls == 0):
+            self._unread, self._call = text, _CallReader()
         else:
-            return used, []
-        self._num_sent += len(arguments)
-        return used, [delta]
-
-    def give_up(self) -> str:
-        """Its text, unless part of it was handed out as a call already."""
-        return "" if self._is_announced else self._raw
+            self._has_ended = True
+        return True
 
 
 class _CallReader:
-    """Reads one {"name": …, "arguments" or "parameters": {…}} object, in pieces of any size, in any order of keys."""
-
-    KEYS = ("name", "arguments", "parameters", "type", "id")
+    """Reads one {"name": …, "arguments" or "parameters": {…}} object, cut anywhere, keys in any order."""
 
     def __init__(self) -> None:
-        self.state: Literal["start", "key", "in key", "colon", "value", "after", "done", "failed"] = "start"
         self.name: str | None = None
         self.arguments = ""
-        """JSON text, as far as it has come."""
-        self._key = ""
-        self._value = ""
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
+        """JSON text so far."""
+        self.is_call: bool | None = None
+        """None until that is certain."""
+        self.is_announced = False
+        self.num_sent = 0
+        """Characters of `arguments` given out."""
+        self._text = ""
+        self._reading = self._read()
+        next(self._reading)
+
+    @property
+    def unannounced(self) -> str:
+        """The text read, unless given out as a call."""
+        return "" if self.is_announced else self._text
 
     def feed(self, text: str) -> int:
-        """How many characters of `text` were read: all, unless the object ends or turns out not to be a call."""
-        for i, char in enumerate(text):
-            if self.state == "failed":
-                return i
-            self._take(char)
-            if self.state == "done":
-                return i + 1
-        return len(text)
+        """The number of characters read: all, unless `is_call` becomes known."""
+        num_read = len(text)
+        for i, char in enumerate(text, start=1):
+            try:
+                self._reading.send(char)
+            except (StopIteration, ValueError) as end:
+                self.is_call = isinstance(end, StopIteration)
+                num_read = i
+                break
+        self._text += text[:num_read]
+        return num_read
 
-    def _take(self, char: str) -> None:
-        if self.state == "value":
-            self._take_value(char)
-        elif self.state == "in key":
-            if char == '"':
-                self.state = "colon" if self._key in self.KEYS else "failed"
+    def _read(self) -> Generator[None, str, None]:
+        """Is sent each character; ends with the object. ValueError: it is no call."""
+        yield from _expect("{")
+        char = yield from _expect('"}')
+        while char != "}":
+            key = ""
+            while (char := (yield)) != '"':
+                key += char
+            if key not in _KEYS:
+                raise ValueError(key)
+            yield from _expect(":")
+            char = yield from self._read_value(key)
+            if char == ",":
+                char = yield from _expect('"}')
+        if self.name is None:
+            raise ValueError("no name")
+        self.arguments = self.arguments or "{}"
+
+    def _read_value(self, key: str) -> Generator[None, str, str]:
+        """Returns the comma or brace behind the value."""
+        char = yield from _visible()
+        ends_itself = char in '"{['  # a number or literal ends where something else begins
+        is_streamed = key in _ARGUMENTS and char == "{"  # arguments written as a string are certain once it is whole
+        value, depth, in_string, is_escaped = "", 0, False, False
+        while ends_itself or char not in ",}":
+            value += char
+            if is_streamed:
+                self.arguments += char
+            if in_string:
+                in_string = is_escaped or char != '"'
+                is_escaped = char == "\\" and not is_escaped
             else:
-                self._key += char
-        elif char.isspace():
-            pass
-        elif self.state == "start":
-            self.state = "key" if char == "{" else "failed"
-        elif self.state == "key" and char == '"':
-            self.state, self._key = "in key", ""
-        elif self.state == "colon" and char == ":":
-            self.state, self._value, self._depth = "value", "", 0
-        elif self.state == "after" and char == ",":
-            self.state = "key"
-        elif self.state in ("after", "key") and char == "}":
-            self.state = "failed" if self.name is None else "done"
-        else:
-            self.state = "failed"
-
-    def _take_value(self, char: str) -> None:
-        if not self._value and char.isspace():
-            return
-        if self._in_string:
-            self._add(char)
-            if self._escaped:
-                self._escaped = False
-            elif char == "\\":
-                self._escaped = True
-            elif char == '"':
-                self._in_string = False
-                self._end_value_if_whole()
-        elif self._depth == 0 and self._value and char in ",}":
-            self._end_value()
-            self._take(char)
-        else:
-            self._add(char)
-            self._in_string = char == '"'
-            self._depth += (char in "{[") - (char in "}]")
-            if not self._in_string:
-                self._end_value_if_whole()
-
-    def _add(self, char: str) -> None:
-        self._value += char
-        # Arguments written as a string hold their JSON text, which is certain only once it is whole.
-        if self._key in ("arguments", "parameters") and self._value[0] == "{":
-            self.arguments += char
-
-    def _end_value_if_whole(self) -> None:
-        if self._depth == 0 and self._value[-1] in '"}]':
-            self._end_value()
-
-    def _end_value(self) -> None:
-        self.state = "after"
-        try:
-            value = json.loads(self._value)
-        except ValueError:
-            self.state = "failed"
-            return
-        if self._key == "name":
-            self.name = value if isinstance(value, str) else None
-        elif self._key in ("arguments", "parameters") and isinstance(value, str):
-            self.arguments = value
+                in_string = char == '"'
+                depth += (char in "{[") - (char in "}]")
+            if ends_itself and depth == 0 and not in_string:
+                break
+            char = yield
+        content = json.loads(value)
+        if key == "name":
+            self.name = content if isinstance(content, str) else None
+        elif key in _ARGUMENTS and isinstance(content, str):
+            self.arguments = content
+        return (yield from _expect(",}")) if ends_itself else char
 
 
-def _without_possible_tag(text: str, tag: str) -> int:
-    """Where the end of `text` begins that may be blanks before a tag and the beginning of the tag itself."""
-    end = len(text)
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:length]):
-            end = len(text) - length
-            break
-    return len(text[:end].rstrip())
+def _visible() -> Generator[None, str, str]:
+    """The next character that is not blank."""
+    while (char := (yield)).isspace():
+        pass
+    return char
+
+
+def _expect(chars: str) -> Generator[None, str, str]:
+    """As _visible; ValueError unless it is one of `chars`."""
+    char = yield from _visible()
+    if char not in chars:
+        raise ValueError(char)
+    return char
+
+
+def _certain_length(text: str) -> int:
+    """Length without a partial tag at the end and blanks before it."""
+    partial = next((length for length in range(len(_OPEN) - 1, 0, -1) if text.endswith(_OPEN[:length])), 0)
+    return len(text[: len(text) - partial].rstrip())
 
 
 def _new_id() -> str:

@@ -94,6 +94,12 @@ def test_bad_words_are_also_found_after_a_space_where_that_is_another_token() ->
     )
 
 
+def test_bad_words_are_tokenized_at_the_start_and_after_a_space() -> None:
+    ids = {"ab": [1, 2], " ab": [3, 2], "c": [4], " c": [5, 4], "d": [6], " d": [6]}
+    token_ids = bad_words_token_ids([" ab", "c", "d"], lambda text: ids[text])
+    assert token_ids == ((1, 2), (3, 2), (4,), (6,))
+
+
 def test_a_conversation_becomes_one_text_without_further_special_tokens(
     processor: InputProcessor, tokenizer: Tokenizer
 ) -> None:
