@@ -12,10 +12,6 @@ from support.toy_lane import ToyLane, answer_alone, ints, spec_of
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.logits_processor import LogitsProcessor
-<<<<<<< ours
-from stagemesh.stages.text.input import bad_words_token_ids
-=======
->>>>>>> theirs
 
 VOCAB_SIZE = 60
 EOS = 1
