@@ -122,7 +122,7 @@ class LLM:
         *,
         use_tqdm: bool | ProgressBar = True,
     ) -> list[RequestOutput]:
-        """Answer every prompt; results come in the order of the prompts, as in the methods below.
+        """Answer every prompt, in their order.
 
         sampling_params: one for all, or one per prompt. Raises ConfigError naming the prompt that cannot run,
         before any does, and LaneFailed when the lane breaks.
