@@ -1,4 +1,4 @@
-"""The base of settings classes: frozen, strict, with errors that a user can act on."""
+"""Base of settings: frozen, strict, with errors that a user can act on."""
 
 from __future__ import annotations
 

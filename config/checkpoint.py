@@ -37,7 +37,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name → name of its file, from a checkpoint's index. Raises ConfigError."""
+    """Tensor name → name of its file. Raises ConfigError."""
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         # A shard is a file of this folder, never a path out of it.

@@ -70,7 +70,7 @@ class EngineArgs(Settings):
     block_size: int = Field(default=16, ge=1, le=1024)
     """Tokens in a block of the KV cache."""
     enable_prefix_caching: bool = True
-    """Reuse the KV of equal beginnings."""
+    """Reuse the KV of prompts that begin alike."""
     gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
     """Share of a GPU's memory for weights, activations and KV cache."""
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)

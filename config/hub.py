@@ -1,6 +1,7 @@
 """Models of the Hugging Face hub: from "org/name" to a folder on this machine.
 
-A cached model needs no network. Pickles are refused: reading one may run any code. One process of a machine downloads.
+A cached model needs no network. Pickles are refused: reading one may run any code. One process of a machine downloads,
+the others wait.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def is_repo_id(model: str) -> bool:
 def fetch(repo_id: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
     """The folder of a model, named by its commit, downloaded if need be. Raises ConfigError.
 
-    revision: branch, tag or commit; None = main. cache_dir: None = the hub library's own (HF_HOME, HF_HUB_CACHE).
+    revision: branch, tag or commit; None = main. cache_dir: None = the hub library's own (HF_HUB_CACHE).
     """
     from filelock import FileLock
     from huggingface_hub import constants

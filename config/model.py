@@ -41,9 +41,9 @@ class MoeConfig:
     shared_gate: bool = False
     """A gate weighs the shared expert (Qwen2-MoE)."""
     sigmoid: bool = False
-    """Score by sigmoid, with a bias for the choice alone (DeepSeek-V3); else by softmax."""
+    """Score by sigmoid, with a bias for the choice (DeepSeek-V3); else softmax."""
     num_groups: int = 1
-    """Experts are chosen from the best top_groups of them (DeepSeek)."""
+    """Experts come from the best top_groups of them (DeepSeek)."""
     top_groups: int = 1
     weight_scale: float = 1.0
     """Factor of all weights."""
@@ -76,7 +76,7 @@ class MlaConfig:
     """Multi-head latent attention (arXiv:2405.04434): keys and values are projections of one short cached vector."""
 
     q_lora_rank: int | None
-    """Width of the queries' latent; None = projected from the hidden state."""
+    """None = queries have no latent."""
     kv_lora_rank: int
     """Width of the cached latent."""
     qk_nope_head_dim: int
@@ -138,7 +138,7 @@ class ModelConfig:
 
     @property
     def kv_factor(self) -> int:
-        """Cached vectors per token and KV head: key and value, or one that is both."""
+        """Cached vectors per token and head: key and value, or one that is both."""
         return 1 if self.mla else 2
 
     @property

@@ -29,10 +29,10 @@ class RopeConfig:
     original_max_position_embeddings: int = 0
     """Positions before "llama3", "dynamic" or "yarn" extends them."""
     beta_fast: float = 32.0
-    """Turns within the original positions: "yarn" keeps faster frequencies and divides those below beta_slow."""
+    """Turns within the original positions: "yarn" keeps frequencies above, divides those below beta_slow."""
     beta_slow: float = 1.0
     truncate: bool = True
-    """Whether "yarn" blends from whole feature to whole feature."""
+    """Whether "yarn" rounds the bounds of its blend to whole features."""
     attention_factor: float = 1.0
     """Factor of queries and keys with "yarn"."""
 

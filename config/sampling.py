@@ -60,7 +60,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int = 0
     """Keep the k likeliest tokens; 0 and -1 = all."""
     min_p: float = 0.0
-    """Keep tokens at least min_p times as likely as the likeliest, in [0, 1]."""
+    """Keep tokens min_p times as likely as the likeliest, in [0, 1]."""
     seed: int | None = None
     """64 bits; a request without one gets one before it reaches a lane."""
     stop: tuple[str, ...] = ()
@@ -77,13 +77,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     """The same, once per occurrence."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in prompt or answer; above 0, 1 is off."""
+    """Divides positive, multiplies negative logits of tokens in prompt or answer; above 0, 1 = off."""
     logit_bias: dict[int, float] = {}
     """Added to these ids' logits; clipped to [-100, 100] as in vLLM."""
     allowed_token_ids: tuple[int, ...] | None = None
     """None = all."""
     bad_words: tuple[str, ...] = ()
-    """Texts whose last token is never generated right after their other tokens."""
+    """Texts whose last token never follows their other tokens."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     """`bad_words` tokenized, together with the prompt."""
     logprobs: int | None = None

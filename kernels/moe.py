@@ -2,8 +2,8 @@
 
     out[t] = Σ_j weights[t, j] · expert(expert_ids[t, j])(x[t]),    expert(x) = down · (silu(gate·x) ⊙ up·x)
 
-The T·k pairs are sorted by expert, so each multiplies its tokens once. A token's results are added in float32 in the
-order of its choices, whatever else is in the step.
+Each expert multiplies its tokens once. A token's results are added in float32 in the order of its choices, whatever
+else is in the step.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A program takes one KV head and a tile of consecutive query tokens of one sequence, times its G query heads. Tiles are
 numbered without reading lengths from the device: sequence s owns those from query_starts[s] // TILE + s on; one behind
-its end returns at once. Long contexts are not split, so a small decode batch does not fill a large GPU.
+its end returns at once. Contexts are not split, so a small decode batch does not fill a large GPU.
 """
 
 # mypy: disable-error-code="no-untyped-def"

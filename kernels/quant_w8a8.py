@@ -20,7 +20,7 @@ MIN_SCALE = 1e-12
 
 
 def largest(dtype: torch.dtype) -> float:
-    """The largest value of `dtype`, FP8 or int8; -128 is not used."""
+    """FP8 or int8; -128 is not used."""
     return FP8_MAX if dtype == FP8 else INT8_MAX
 
 

@@ -1,7 +1,7 @@
 """Chooses the lane of a request and says why; equal inputs give equal choices.
 
-1. The ring orders the lanes by the prompt's key (its first tokens), alike in every router.
-2. A lane that this router has sent at least the key's tokens comes first.
+1. The ring orders the lanes by the prompt's key, alike in every router.
+2. A lane that was sent at least the key's tokens comes first.
 3. A lane with a load above the bound is skipped.
 """
 
@@ -41,7 +41,7 @@ class LaneChoice:
 
 
 class LaneChooser:
-    """One router's choices. Memory: per lane, per open request, and `max_remembered` prefixes. Not thread-safe."""
+    """One router's choices. Memory: per lane, open request and `max_remembered` prefixes. Not thread-safe."""
 
     def __init__(self, max_remembered: int = MAX_ENTRIES) -> None:
         self._loads = LaneLoads()

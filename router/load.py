@@ -59,7 +59,7 @@ class LaneLoad:
 
 
 class LaneLoads:
-    """Loads of the running lanes. A request counts once it is sent. Memory: per lane, open request. Not thread-safe."""
+    """Loads of the running lanes, with requests once they are sent. Memory: per lane, open request. Not thread-safe."""
 
     def __init__(self) -> None:
         self.lanes: dict[str, LaneLoad] = {}

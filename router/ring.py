@@ -1,7 +1,7 @@
 """A consistent-hash ring (Karger et al. 1997): the lane of a key, the same in every router.
 
 Each lane has many points on a circle of 64-bit numbers; a key belongs to the first point clockwise. A lane that joins
-or leaves moves only the keys of its own points, and the keys of an overloaded lane go to many lanes.
+or leaves moves only its own keys, and those of an overloaded lane go to many lanes.
 """
 
 from __future__ import annotations
