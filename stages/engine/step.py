@@ -27,21 +27,6 @@ class ScheduledSequence(NamedTuple):
     placeholder_row: int | None
     """Not None: its only token is a placeholder, for this row of the step that samples it."""
 
-    @property
-    def is_pooled(self) -> bool:
-        return self.sequence.params.pooling is not None
-
-    def token_ids(self) -> bytes:
-        """int32, as in StepPlan."""
-        if self.placeholder_row is not None:
-            return array("i", [-1 - self.placeholder_row]).tobytes()
-        return self.sequence.token_ids[self.start : self.start + self.num_tokens].tobytes()
-
-    def sample_spec(self) -> SampleSpec | None:
-        if not self.is_sampled or self.is_pooled:
-            return None
-        return self.sequence.sample_spec(self.start + self.num_tokens)
-
 
 class ScheduledStep:
     """`to_plan` may be called at any later time and gives the same plan."""
@@ -62,7 +47,7 @@ class ScheduledStep:
         self.entries.append(entry)
         self.num_tokens += entry.num_tokens
         if entry.is_sampled:
-            (self.pooled if entry.is_pooled else self.sampled).append(entry.sequence)
+            (self.sampled if entry.sequence.params.pooling is None else self.pooled).append(entry.sequence)
 
     @property
     def has_decodes(self) -> bool:
@@ -70,23 +55,41 @@ class ScheduledStep:
         return any(entry.start >= entry.sequence.num_prompt_tokens for entry in self.entries)
 
     def to_plan(self, epoch: int, step: int) -> StepPlan:
-        entries = self.entries
-        tables = [entry.block_table for entry in entries]
-        max_blocks = max(map(len, tables))
+        max_blocks = max(len(entry.block_table) for entry in self.entries)
+        seq_ids: list[int] = []
+        query_lens, context_lens, token_ids = array("i"), array("i"), array("i")
+        tables: list[bytes] = []
+        samples: list[SampleSpec | None] = []
+        prompt_logprobs, pools = [], []
+        for index, entry in enumerate(self.entries):
+            sequence, table, start, num_tokens, is_sampled, num_prompt_logprobs, placeholder_row = entry
+            seq_ids.append(sequence.seq_id)
+            query_lens.append(num_tokens)
+            context_lens.append(start)
+            if placeholder_row is None:
+                token_ids.extend(sequence.token_ids[start : start + num_tokens])
+            else:
+                token_ids.append(-1 - placeholder_row)
+            tables.append(table.tobytes())
+            tables.append(_UNUSED * (max_blocks - len(table)))
+            is_pooled = sequence.params.pooling is not None
+            if is_pooled:
+                pools.append(_pool_spec(index, entry))
+            samples.append(sequence.sample_spec(start + num_tokens) if is_sampled and not is_pooled else None)
+            if num_prompt_logprobs:
+                prompt_logprobs.append(_prompt_logprobs_spec(index, entry))
         return StepPlan(
             epoch=epoch,
             step=step,
-            seq_ids=[entry.sequence.seq_id for entry in entries],
-            query_lens=array("i", [entry.num_tokens for entry in entries]).tobytes(),
-            context_lens=array("i", [entry.start for entry in entries]).tobytes(),
-            token_ids=b"".join([entry.token_ids() for entry in entries]),
-            block_tables=b"".join([table.tobytes() + _UNUSED * (max_blocks - len(table)) for table in tables]),
+            seq_ids=seq_ids,
+            query_lens=query_lens.tobytes(),
+            context_lens=context_lens.tobytes(),
+            token_ids=token_ids.tobytes(),
+            block_tables=b"".join(tables),
             max_blocks=max_blocks,
-            samples=[entry.sample_spec() for entry in entries],
-            prompt_logprobs=[
-                _prompt_logprobs_spec(i, entry) for i, entry in enumerate(entries) if entry.num_prompt_logprobs
-            ],
-            pools=[_pool_spec(i, entry) for i, entry in enumerate(entries) if entry.is_pooled],
+            samples=samples,
+            prompt_logprobs=prompt_logprobs,
+            pools=pools,
             placeholder_step=step - self.placeholder_steps_back if self.placeholder_steps_back else -1,
         )
 
