@@ -27,9 +27,8 @@ $(BIN)/python:
 serve: .venv/serve-installed ## run $(CONFIG), say when it is ready, clean up afterwards
 	$(BIN)/python -m stagemesh.deployments.cli run $(CONFIG)
 
-# Two processes: the tests that start Ray, which mostly wait, beside the others.
 test: install ## all tests; ARGS='-k word' for some
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python tests/run.py $(ARGS)
 
 check: install .typing/stagemesh ## lint, format, types, and who imports whom
 	$(BIN)/ruff check .

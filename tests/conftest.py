@@ -21,17 +21,17 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With Ray first, as one group for pytest-xdist: it is the longest, and most of it is waiting.
+@pytest.hookimpl(wrapper=True)  # around pytest's own choice of tests by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Marks the tests that start Ray, and puts them first.
 
-    Of these, tests with a Ray instance of their own come first: later ones would find the session's. Of the others
-    each file is a group, because its tests share what its fixtures made.
+    Of these, tests with a Ray instance of their own come first: later ones would find the session's.
     """
     items.sort(key=_place)
     for item in items:
-        group = "ray" if _place(item) < WITHOUT_RAY else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        if _place(item) < WITHOUT_RAY:
+            item.add_marker(pytest.mark.ray)
+    yield
 
 
 WITHOUT_RAY = (2, 0)
