@@ -362,7 +362,7 @@ def test_a_mixture_of_experts_cut_both_ways_answers_as_one_process_does(
         assert [output.outputs[0].token_ids for output in outputs] == expected
 
         def num_experts(shard: Any) -> int:
-            return len(shard._worker._runner._model.layers[0].feed_forward.experts.held)
+            return len(shard._worker._runner._model.layers[0].feed_forward.experts.local_experts)
 
         held = {rank: ray.get(actor.__ray_call__.remote(num_experts)) for rank, actor in ranks(cut).items()}
         assert held[1, 0] + held[1, 1] == (5 if expert_parallel else 10)
