@@ -17,8 +17,8 @@ from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.cli.main import cli
 from stagemesh.stages.text.tokenizer import Tokenizer
 
-QUESTIONS = 100
-"""Of each skill; the demo model knows nearly all answers."""
+QUESTIONS = 50
+"""Of each skill; the demo model knows nearly all answers. `make accuracy` asks 200."""
 SKILLS = ("add", "lookup")
 SHORT_SKILLS = ("add", "subtract", "copy", "reverse")
 
