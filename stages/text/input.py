@@ -277,6 +277,6 @@ def _with_parsed_arguments(call: Any) -> Any:
     """Templates write arguments with `tojson`, so they get objects instead of OpenAI's JSON text."""
     try:
         arguments = json.loads(call["function"]["arguments"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return call  # whatever it is, the template judges it
     return {**call, "function": {**call["function"], "arguments": arguments}}

@@ -115,6 +115,13 @@ def test_a_conversation_becomes_one_text_without_further_special_tokens(
     assert prompt.make_tool_parser is None
 
 
+@pytest.mark.parametrize("arguments", ["no JSON", "[" * 100_000, 5, None])
+def test_arguments_that_are_no_json_are_left_to_the_template(processor: InputProcessor, arguments: Any) -> None:
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    messages = [{"role": "assistant", "content": "x", "tool_calls": [call]}]
+    assert processor.process_chat(ChatInput(messages=messages), PARAMS, "id").text == "<assistant>x<assistant>"
+
+
 def test_variables_of_the_request_reach_the_template_and_win(processor: InputProcessor) -> None:
     variables = {"mood": "!", "add_generation_prompt": False}
     prompt = processor.process_chat(ChatInput(messages=USER, template_variables=variables), PARAMS, "id")
