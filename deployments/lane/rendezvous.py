@@ -15,12 +15,10 @@ import zmq
 from stagemesh.config.engine import EngineConfig
 from stagemesh.stages.engine.engine import Engine
 from stagemesh.stages.messages.channel import LeaderChannel
-from stagemesh.stages.messages.wiring import Progress, make_wiring
+from stagemesh.stages.messages.wiring import Progress, Rank, make_wiring
 
 logger = logging.getLogger("ray.serve")
 
-Rank = tuple[int, int]
-"""(stage, tp_rank)"""
 Reply = TypeVar("Reply")
 PROGRESS_TIMEOUT_S = 2.0
 MAX_ERROR_CHARS = 600

@@ -13,10 +13,11 @@ import zmq
 from ray.serve.handle import DeploymentHandle
 
 from stagemesh.config.engine import EngineConfig
-from stagemesh.deployments.lane.rendezvous import PhaseError, Rank, progress, start_epoch, timed
+from stagemesh.deployments.lane.rendezvous import PhaseError, progress, start_epoch, timed
 from stagemesh.deployments.lane.worker_group import GroupState, WorkerGroup, workers_by_rank
 from stagemesh.stages.engine.engine import Engine, TokenSink
 from stagemesh.stages.engine.lane import StepTimeout
+from stagemesh.stages.messages.wiring import Rank
 
 logger = logging.getLogger("ray.serve")
 

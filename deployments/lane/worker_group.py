@@ -14,8 +14,9 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stagemesh.config.engine import EngineConfig
-from stagemesh.deployments.lane.rendezvous import PhaseError, Rank, gather_ranks, timed
+from stagemesh.deployments.lane.rendezvous import PhaseError, gather_ranks, timed
 from stagemesh.deployments.lane.worker_actor import ShardWorker
+from stagemesh.stages.messages.wiring import Rank
 
 logger = logging.getLogger("ray.serve")
 

@@ -15,11 +15,12 @@ import zmq
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from stagemesh.config.engine import EngineConfig
-from stagemesh.deployments.lane.rendezvous import Rank, progress, start_epoch
+from stagemesh.deployments.lane.rendezvous import progress, start_epoch
 from stagemesh.deployments.lane.worker_group import WorkerGroup, rank_resources, workers_by_rank
 from stagemesh.stages.engine.engine import Engine, TokenSink
 from stagemesh.stages.engine.lane import Lane
 from stagemesh.stages.messages.request import EngineRequest, RequestSummary
+from stagemesh.stages.messages.wiring import Rank
 
 logger = logging.getLogger(__name__)
 
