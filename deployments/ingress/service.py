@@ -18,7 +18,7 @@ from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
 from stagemesh.deployments.openai.responses import ModelCard, PromptTokensDetails, Usage
 from stagemesh.stages.messages.request import EngineRequest, LaneError
 from stagemesh.stages.text.input import InputProcessor, ProcessedPrompt
-from stagemesh.stages.text.output import OutputProcessor, TextDelta, embedding_of
+from stagemesh.stages.text.output import OutputProcessor, TextDelta, embedding_of, output_processors
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 LONG_TEXT_CHARS = 16_384
@@ -42,11 +42,7 @@ class GenerationStream:
         self.id = id
         self.model = model
         self.created = int(time.time())
-        self.choices = [
-            OutputProcessor(index, request, tokenizer, prompt.make_tool_parser and prompt.make_tool_parser())
-            for index, (prompt, request) in enumerate((p, request) for p in prompts for request in p.requests)
-        ]
-        """All choices of the first prompt, then those of the next."""
+        self.choices = output_processors(prompts, tokenizer)
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._choices_per_prompt = len(prompts[0].requests)
         self._lanes = lanes

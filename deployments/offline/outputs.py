@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from stagemesh.stages.text.input import ProcessedPrompt
-from stagemesh.stages.text.output import DecodedLogprob, OutputProcessor
+from stagemesh.stages.text.output import DecodedLogprob, OutputProcessor, output_processors
 from stagemesh.stages.text.tokenizer import Tokenizer
 from stagemesh.stages.text.tool_calls import ToolCall
 
@@ -105,15 +105,11 @@ class RequestState:
     """One prompt on its way to a RequestOutput."""
 
     def __init__(self, request_id: str, prompt: str | None, processed: ProcessedPrompt, tokenizer: Tokenizer) -> None:
-        make_parser = processed.make_tool_parser
         self._request_id = request_id
         self._prompt = prompt
         self._prompt_token_ids = processed.token_ids
         self._metrics = RequestMetrics(time.time())
-        self.choices = [
-            OutputProcessor(index, request, tokenizer, make_parser and make_parser())
-            for index, request in enumerate(processed.requests)
-        ]
+        self.choices = output_processors([processed], tokenizer)
 
     @property
     def is_finished(self) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from stagemesh.stages.messages.request import EngineRequest, LaneError, TokenDelta
 from stagemesh.stages.messages.step import TokenLogprobs
 from stagemesh.stages.text.detokenizer import StopStrings
+from stagemesh.stages.text.input import ProcessedPrompt
 from stagemesh.stages.text.tokenizer import Tokenizer
 from stagemesh.stages.text.tool_calls import NamedParser, ToolCall, ToolCallDelta, ToolParser
 
@@ -57,8 +58,6 @@ class OutputProcessor:
         params = request.params
         self.index = index
         self.request = request
-        self.text = ""
-        """Without tool calls."""
         self.token_ids: list[int] = []
         """Up to and including the token that ended it or completed a stop string."""
         self.logprobs: list[DecodedLogprob] = []
@@ -75,7 +74,13 @@ class OutputProcessor:
         self._tool_parser = tool_parser
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
         self._stops = StopStrings(params.stop, keep=params.include_stop_str_in_output) if params.stop else None
+        self._texts: list[str] = []
         self._num_logprob_chars = 0
+
+    @property
+    def text(self) -> str:
+        """Without tool calls."""
+        return "".join(self._texts)
 
     def process(self, delta: TokenDelta) -> TextDelta:
         """LaneError: the tokens do not follow the last ones, or the lane gave up."""
@@ -100,7 +105,7 @@ class OutputProcessor:
         tool_calls: list[ToolCallDelta] = []
         if self._tool_parser is not None:
             text, tool_calls = self._parse_tool_calls(self._tool_parser, text)
-        self.text += text
+        self._texts.append(text)
         return TextDelta(self.index, text, token_ids, logprobs, tool_calls, self.finish_reason)
 
     def _check(self, delta: TokenDelta) -> None:
@@ -166,6 +171,14 @@ class OutputProcessor:
         text = data.decode("utf-8", "replace")
         logprob = max(logprob, LEAST_LOGPROB)
         return DecodedLogprob(token_id, text, data, logprob, rank, list(top), self._num_logprob_chars)
+
+
+def output_processors(prompts: Iterable[ProcessedPrompt], tokenizer: Tokenizer) -> list[OutputProcessor]:
+    """One per choice: all of the first prompt, then those of the next."""
+    return [
+        OutputProcessor(index, request, tokenizer, prompt.make_tool_parser and prompt.make_tool_parser())
+        for index, (prompt, request) in enumerate((p, request) for p in prompts for request in p.requests)
+    ]
 
 
 def embedding_of(delta: TokenDelta) -> bytes:
