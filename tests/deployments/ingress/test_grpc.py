@@ -19,6 +19,18 @@ from stagemesh.stages.messages.request import LaneError, TokenDelta
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module", autouse=True)
+async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
+    """Keeps one event loop for all tests here: gRPC brings what a channel still had to say to the loop that made it,
+    and where that one is closed, the error goes to whichever test runs then."""
+    yield
+
+
 @pytest.fixture
 async def channel(service) -> AsyncIterator[grpc.aio.Channel]:
     api = GrpcApi()
