@@ -31,6 +31,8 @@ class TokenDelta(msgspec.Struct, array_like=True):
     """Of the prompt's tokens after the first; on the first delta, if wanted."""
     embedding: bytes = b""
     """float32: the vector of a pooled prompt, in its only delta."""
+    attempt: int = 0
+    """That of the EngineRequest which it answers: a router drops the deltas of attempts that it has given up."""
 
 
 class TokenBatch(msgspec.Struct, array_like=True):
@@ -85,6 +87,12 @@ class EngineRequest(msgspec.Struct):
     """With a seed, max_tokens that fit the model, and bad words as token ids."""
     reply_to: str = ""
     """For the lane's TokenSink, such as the address of a router's PULL socket."""
+    priority: int = 0
+    """Lower ones go first (vLLM's order)."""
+    output_token_ids: list[int] = []
+    """The answer so far, from another lane: this one goes on behind it."""
+    attempt: int = 0
+    """Rises whenever the request is sent to a lane again; deltas repeat it."""
 
 
 class RequestSummary(msgspec.Struct):

@@ -123,13 +123,14 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
     epoch: int
     step: int
     token_ids: list[int]
-    """One per SampleSpec of the plan."""
+    """One per SampleSpec of the plan; -1 where no token can be sampled, because logits are not finite or no token is
+    allowed."""
     logprobs: list[TokenLogprobs | None] = []
     """One per token id, None where not wanted; empty if no request wants them."""
     prompt_logprobs: list[list[TokenLogprobs]] = []
     """One list per PromptLogprobsSpec of the plan."""
     pooled: list[bytes] = []
-    """float32: one vector per PoolSpec of the plan whose prompt is whole."""
+    """float32: one vector per PoolSpec of the plan whose prompt is whole; empty where it would not be finite."""
 
 
 class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
@@ -146,6 +147,17 @@ class WorkerStats(msgspec.Struct, array_like=True, tag="stats"):
     """Per MoE layer, in the last step: the busiest expert's tokens over the mean; 1 is even."""
 
 
-WorkerMessage = StepResult | WorkerStats
+class StepFailure(msgspec.Struct, array_like=True, tag="failure"):
+    """From a rank whose own work in a step raised, not from one that lost a peer. It leaves its run loop afterwards."""
+
+    epoch: int
+    step: int
+    stage: int
+    tp_rank: int
+    error: str
+    """Type and message."""
+
+
+WorkerMessage = StepResult | WorkerStats | StepFailure
 LeaderMessage = StepPlan | StopRun
 ToWorker = LeaderMessage | SampledTokens

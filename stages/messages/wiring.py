@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 Rank = tuple[int, int]
 """(stage, tp_rank)"""
+
+
+def new_epoch(previous: int = 0) -> int:
+    """A number that no other epoch of any lane has, above `previous`: microseconds since 1970 and ten random bits.
+
+    Messages name their epoch; one that another leader, or nobody, began is dropped.
+    """
+    return max(previous + 1, (time.time_ns() // 1000 << 10) | secrets.randbits(10))
 
 
 @dataclass(frozen=True)
