@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -18,12 +19,15 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.lane.rendezvous import timed
 from stagemesh.deployments.lane.supervisor import LaneSupervisor
 from stagemesh.deployments.lane.worker_group import WorkerGroup
+from stagemesh.stages.engine.grammar import Grammar
 from stagemesh.stages.messages.channel import RouterLinks
 from stagemesh.stages.messages.request import EngineRequest, RequestSummary
 
 logger = logging.getLogger("ray.serve")
 
 WARM_UP_TOKENS = 8
+GRAMMAR_TIMEOUT_S = 30.0
+"""Of a request's grammar, waiting for the others included."""
 
 
 class Leader:
@@ -36,6 +40,7 @@ class Leader:
         self._lane_id = serve.get_replica_context().replica_id.unique_id
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = RouterLinks(self._context, ray.util.get_node_ip_address(), self._lane_id)
+        self._grammar_threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self._group = WorkerGroup(config, 0)
         self._lane = LaneSupervisor(config, self._lane_id, self._context, self._group, later_stages, self._links)
         await self.start()
@@ -56,17 +61,31 @@ class Leader:
     async def generate(self, request: EngineRequest) -> RequestSummary:
         """Tokens go to `request.reply_to`; cancelling this call aborts the request."""
         try:
-            return await asyncio.wrap_future(self._lane.engine.generate(request))
+            grammar = await self._make_grammar(request)
+            return await asyncio.wrap_future(self._lane.engine.generate(request, grammar))
         except asyncio.CancelledError:
             self.abort(request.request_id)
             raise
         except ConfigError as error:
             return RequestSummary(request.request_id, 0, "refused", str(error))
 
+    async def _make_grammar(self, request: EngineRequest) -> Grammar | None:
+        """Beside the event loop, which running requests need."""
+        if request.params.structured_outputs is None:
+            return None
+        make = self._lane.engine.make_grammar
+        making = asyncio.get_running_loop().run_in_executor(self._grammar_threads, make, request.params)
+        try:
+            return await asyncio.wait_for(making, GRAMMAR_TIMEOUT_S)
+        except TimeoutError:
+            reason = f"its grammar was not ready within {GRAMMAR_TIMEOUT_S:g} s"
+            raise ConfigError("structured_outputs", "…", reason) from None
+
     def abort(self, request_id: str) -> None:
         self._lane.engine.abort(request_id)
 
     def close(self) -> None:
+        self._grammar_threads.shutdown(wait=False, cancel_futures=True)
         self._lane.close()
         self._group.close()
         self._links.close()

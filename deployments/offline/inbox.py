@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from stagemesh.stages.engine.engine import TokenSink
 from stagemesh.stages.messages.request import LaneStats, TokenDelta
@@ -50,6 +50,9 @@ class Inbox(TokenSink):
 
     def publish(self, stats: LaneStats) -> None:
         pass
+
+    def gone_readers(self, reply_to: Iterable[str]) -> set[str]:
+        return set()  # `emit` says it
 
 
 def deltas_of(queue_of_call: queue.SimpleQueue[TokenDelta | Exception]) -> Iterator[TokenDelta]:

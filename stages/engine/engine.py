@@ -2,6 +2,9 @@
 
 It has its own thread, so that no step waits for the process's event loop. Other threads reach scheduler and sockets
 only by `Engine.call`, which runs a function between two turns of the loop.
+
+A lane is alive while it completes steps: it serves from the first result of an epoch on, and an idle one generates a
+token now and then (`CANARY_PERIOD_S`), whose step has the deadline of any other.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -20,11 +24,13 @@ import zmq
 
 from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
-from stagemesh.stages.engine.epoch import Epoch
-from stagemesh.stages.engine.grammar import GrammarFactory
+from stagemesh.config.sampling import SamplingParams
+from stagemesh.stages.engine.epoch import Epoch, StepRaised
+from stagemesh.stages.engine.grammar import Grammar, GrammarFactory
 from stagemesh.stages.engine.lane import StepTimeout
 from stagemesh.stages.engine.scheduler import Scheduler
 from stagemesh.stages.engine.stats import SchedulerStats, StatsCollector
+from stagemesh.stages.engine.step import ScheduledStep
 from stagemesh.stages.messages.channel import ChannelClosed, LeaderChannel
 from stagemesh.stages.messages.request import EngineRequest, LaneStats, RequestSummary, TokenDelta
 from stagemesh.stages.messages.step import WorkerStats
@@ -32,6 +38,9 @@ from stagemesh.stages.messages.step import WorkerStats
 logger = logging.getLogger(__name__)
 
 SHUT_DOWN = "the lane was shut down"
+CANARY_PERIOD_S = 10.0
+"""An idle lane generates a token so long after its last step."""
+CANARY_PARAMS = SamplingParams(max_tokens=1, temperature=0.0, seed=0, ignore_eos=True)
 
 Result = TypeVar("Result")
 
@@ -43,6 +52,9 @@ class TokenSink(Protocol):
         """Hand `deltas` to the reader at `reply_to`; False when it is gone."""
 
     def publish(self, stats: LaneStats) -> None: ...
+
+    def gone_readers(self, reply_to: Iterable[str]) -> set[str]:
+        """Those of these readers that are gone. Asked a few times a second."""
 
 
 @dataclass
@@ -66,6 +78,7 @@ class Engine:
         self._epoch: Epoch | None = None
         self._requests: dict[str, _Request] = {}
         self._outputs: list[TokenDelta] = []
+        self._last_result_at = 0.0
         self._stats = StatsCollector(lane, config.block_size)
         self._commands: deque[Callable[[], None]] = deque()
         self._wake: int | None = os.eventfd(0, os.EFD_NONBLOCK)
@@ -95,6 +108,7 @@ class Engine:
             # First, because a result makes room for the next step, and the workers wait for its plan.
             self._receive_results(epoch, scheduler)
             epoch.check_deadline()
+            self._add_canary(scheduler)
             self._schedule_steps(epoch, scheduler)
         finally:
             self._emit_outputs()  # also what came before a failure
@@ -105,8 +119,22 @@ class Engine:
                 self._stats.add_worker(message, epoch.step_times)
                 continue
             started = time.monotonic()
-            self._outputs += scheduler.process_result(epoch.finish_step(message), message)
-            self._stats.add_step(time.monotonic() - started)
+            step = epoch.finish_step(message)
+            with _blaming(step):
+                self._outputs += scheduler.process_result(step, message)
+            self._last_result_at = time.monotonic()
+            self._stats.add_step(self._last_result_at - started)
+            if self._stats.state != "serving":
+                self._stats.set_state("serving")
+
+    def _add_canary(self, scheduler: Scheduler) -> None:
+        if not scheduler.has_work and time.monotonic() >= self._canary_due_at:
+            self._add(EngineRequest(f"canary-{time.monotonic_ns()}", [0], CANARY_PARAMS), None, _started())
+
+    @property
+    def _canary_due_at(self) -> float:
+        """`time.monotonic()`; now where this epoch has not completed a step yet."""
+        return self._last_result_at + CANARY_PERIOD_S if self._stats.state == "serving" else 0.0
 
     def _schedule_steps(self, epoch: Epoch, scheduler: Scheduler) -> None:
         while True:
@@ -114,7 +142,8 @@ class Engine:
             step = scheduler.schedule()
             if step is None:
                 return
-            epoch.send(step, started_at)
+            with _blaming(step):
+                epoch.send(step, started_at)
             self._stats.schedule_s += time.monotonic() - started
 
     def _emit_outputs(self) -> None:
@@ -122,6 +151,7 @@ class Engine:
         by_router: dict[str, list[TokenDelta]] = {}
         for delta in outputs:
             by_router.setdefault(self._requests[delta.request_id].reply_to, []).append(delta)
+        by_router.pop("", None)  # the leader's own requests
         for reply_to, deltas in by_router.items():
             if not self._sink.emit(reply_to, deltas):
                 for delta in deltas:  # the router is gone, and its clients with it
@@ -139,7 +169,7 @@ class Engine:
         until = self._stats.due_at
         if self._epoch is not None:
             poller.register(self._epoch.channel.results, zmq.POLLIN)
-            until = min(until, self._epoch.deadline or until)
+            until = min(until, self._epoch.deadline or self._canary_due_at)
         timeout_s = max(0.0, until - time.monotonic())
         for handle, _ in poller.poll(int(1000 * timeout_s) + 1):
             if handle == self._wake:
@@ -156,13 +186,21 @@ class Engine:
             if not isinstance(error, (ChannelClosed, StepTimeout)):
                 logger.exception("lane %s: a step failed", self._lane)
             epoch = self._stats.epoch
-            self._detach("healing")
+            self._detach("healing", error)
             self._on_failure(epoch, error)
 
     def _publish_stats(self) -> None:
         if time.monotonic() >= self._stats.due_at:
             self._stats.reported()
             self._sink.publish(self._make_stats())
+            self._abort_orphans()
+
+    def _abort_orphans(self) -> None:
+        """End the requests whose reader is gone."""
+        gone = self._sink.gone_readers({request.reply_to for request in self._requests.values()} - {""})
+        for request_id in [name for name, request in self._requests.items() if request.reply_to in gone]:
+            logger.warning("lane %s: request %s ends: its router is gone", self._lane, request_id)
+            self._abort(request_id)
 
     def _make_stats(self) -> LaneStats:
         return self._stats.make(SchedulerStats() if self._scheduler is None else self._scheduler.stats())
@@ -178,31 +216,47 @@ class Engine:
 
     # -- requests, from any thread -----------------------------------------------------------------------
 
-    def generate(self, request: EngineRequest) -> Future[RequestSummary]:
-        """Start a request; the future ends with it, by ConfigError if it is refused."""
-        done = _started()
-        grammar = None
-        if request.params.structured_outputs is not None:
-            try:
-                # In the caller's thread: a large one takes a while, and running requests must not wait for it.
-                grammar = self._grammars.make(request.params.structured_outputs)
-            except ConfigError as error:
-                done.set_exception(error)
-                return done
+    def make_grammar(self, params: SamplingParams) -> Grammar | None:
+        """The grammar of a request's answers, if they have a form. From any thread; a large one takes seconds.
 
-        def add() -> None:
-            if self._scheduler is None:
-                raise ConfigError("", None, "the lane is not wired yet")
-            self._scheduler.add_request(request.request_id, request.prompt_token_ids, request.params, grammar)
-            self._requests[request.request_id] = _Request(request.reply_to, done)
-            self._stats.has_news = True
+        Raises ConfigError."""
+        return None if params.structured_outputs is None else self._grammars.make(params.structured_outputs)
+
+    def generate(self, request: EngineRequest, grammar: Grammar | None = None) -> Future[RequestSummary]:
+        """Start a request; the future ends with it, by ConfigError if it is refused.
+
+        grammar: from `make_grammar`; made here, in the caller's thread, if it is missing.
+        """
+        done = _started()
+        try:
+            grammar = grammar or self.make_grammar(request.params)
+        except ConfigError as error:
+            done.set_exception(error)
+            return done
 
         def added(future: Future[None]) -> None:
             if (error := future.exception()) is not None:
                 done.set_exception(error)
 
-        self.call(add).add_done_callback(added)
+        self.call(self._add, request, grammar, done).add_done_callback(added)
         return done
+
+    def _add(self, request: EngineRequest, grammar: Grammar | None, done: Future[RequestSummary]) -> None:
+        if self._scheduler is None:
+            raise ConfigError("", None, "the lane is not wired yet")
+        self._scheduler.add_request(
+            request.request_id,
+            request.prompt_token_ids,
+            request.params,
+            grammar,
+            output_token_ids=request.output_token_ids,
+            attempt=request.attempt,
+            priority=request.priority,
+        )
+        if request.request_id in self._requests:  # an older attempt, which the scheduler has just ended
+            self._finish(request.request_id, 0, "abort")
+        self._requests[request.request_id] = _Request(request.reply_to, done)
+        self._stats.has_news = True
 
     def abort(self, request_id: str) -> Future[None]:
         """End a request; its blocks are free before the next step."""
@@ -265,6 +319,7 @@ class Engine:
 
     def _attach(self, channel: LeaderChannel, epoch: int, num_blocks: int) -> None:
         config = self._config
+        self._detach("healing")
         if self._scheduler is None:
             self._scheduler = Scheduler(
                 num_blocks=num_blocks,
@@ -278,19 +333,44 @@ class Engine:
             )
         self._epoch = Epoch(epoch, channel, config.plan.pp_size, config.step_timeout_s)
         self._stats.epoch = epoch
-        self._stats.set_state("serving")
 
-    def _detach(self, state: str) -> None:
+    def _detach(self, state: str, error: Exception | None = None) -> None:
+        """error: by which a step failed, if one did."""
         self._stats.set_state(state)
         if self._epoch is None:
             return
         epoch, self._epoch = self._epoch, None
         try:
+            if error is None:
+                epoch.receive()  # a rank's failure may have come before the news that it left its loop
+        except StepRaised as raised:
+            error = raised
+        try:
             epoch.close()
-        except ChannelClosed as error:
-            logger.info("lane %s: %s", self._lane, error)
+        except ChannelClosed as closed:
+            logger.info("lane %s: %s", self._lane, closed)
         if self._scheduler is not None:
             self._scheduler.preempt_all()
+            self._blame(self._scheduler, epoch, error)
+            self._emit_outputs()
+
+    def _blame(self, scheduler: Scheduler, epoch: Epoch, error: Exception | None) -> None:
+        """A lost rank or peer blames no request; a step that raised, or hung, blames its own."""
+        if isinstance(error, StepRaised):
+            self._outputs += scheduler.blame(error.step, str(error))
+        elif isinstance(error, StepTimeout) and epoch.oldest_step is not None:
+            self._outputs += scheduler.blame(epoch.oldest_step, str(error), is_hang=True)
+
+
+@contextmanager
+def _blaming(step: ScheduledStep) -> Iterator[None]:
+    try:
+        yield
+    except ChannelClosed:
+        raise
+    except Exception as error:
+        logger.exception("a step raised")
+        raise StepRaised(step, f"{type(error).__name__}: {error}") from error
 
 
 def _started() -> Future[Any]:

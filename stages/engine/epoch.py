@@ -10,7 +10,7 @@ from stagemesh.stages.engine.lane import StepTimeout
 from stagemesh.stages.engine.step import ScheduledStep
 from stagemesh.stages.engine.step_timing import StepTimes
 from stagemesh.stages.messages.channel import LeaderChannel
-from stagemesh.stages.messages.step import StepResult, StopRun, WorkerMessage
+from stagemesh.stages.messages.step import StepFailure, StepResult, StopRun, WorkerStats
 
 
 @dataclass
@@ -19,6 +19,14 @@ class _InFlight:
     number: int
     due_from: float
     """`time.monotonic()` when it was sent, or became the oldest."""
+
+
+class StepRaised(RuntimeError):
+    """The work of `step` raised, here or in a rank."""
+
+    def __init__(self, step: ScheduledStep, reason: str) -> None:
+        self.step = step
+        super().__init__(reason)
 
 
 class Epoch:
@@ -42,9 +50,19 @@ class Epoch:
         self._in_flight.append(_InFlight(step, self._next_step, time.monotonic()))
         self._next_step += 1
 
-    def receive(self) -> list[WorkerMessage]:
-        """What the workers have sent in this epoch; never waits."""
-        return [message for message in self.channel.receive() if message.epoch == self.number]
+    def receive(self) -> list[StepResult | WorkerStats]:
+        """What the workers have sent in this epoch; never waits. StepRaised if a rank failed."""
+        messages: list[StepResult | WorkerStats] = []
+        for message in self.channel.receive():
+            if message.epoch != self.number:
+                continue
+            if isinstance(message, StepFailure):
+                for sent in self._in_flight:
+                    if sent.number == message.step:
+                        raise StepRaised(sent.step, f"stage {message.stage} rank {message.tp_rank}: {message.error}")
+            else:
+                messages.append(message)
+        return messages
 
     def finish_step(self, result: StepResult) -> ScheduledStep:
         """The oldest step in flight; RuntimeError if `result` is of another."""
@@ -64,6 +82,11 @@ class Epoch:
         if self.deadline is not None and time.monotonic() > self.deadline:
             number = self._in_flight[0].number
             raise StepTimeout(f"step {number} had no result within step_timeout_s={self._step_timeout_s:g}")
+
+    @property
+    def oldest_step(self) -> ScheduledStep | None:
+        """The step in flight whose result is due."""
+        return self._in_flight[0].step if self._in_flight else None
 
     def close(self) -> None:
         """Stop the workers, free the sockets. ChannelClosed if a worker is out of reach."""

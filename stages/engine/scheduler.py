@@ -8,26 +8,36 @@ served. `sequence_queues.py` decides which sequences run.
 result travels to the leader and a plan back. Its placeholders stand for tokens that are not sampled yet; the workers
 fill them in. If such a sequence has ended meanwhile, that part of the step is wasted work. Async scheduling pauses
 while a request with a logits processor runs: it cannot use placeholders, and the others would advance twice as often.
+
+A sequence that cannot go on ends with an error of its own. After a step that failed as a whole, its sequences are tried
+one at a time (`quarantine.py`).
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from itertools import chain
+from itertools import chain, repeat
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.block_manager import BlockManager
 from stagemesh.stages.engine.grammar import Grammar
-from stagemesh.stages.engine.sequence import Sequence, SequenceStatus
+from stagemesh.stages.engine.quarantine import Quarantine
+from stagemesh.stages.engine.sequence import NOT_SAMPLED, Sequence, SequenceStatus
 from stagemesh.stages.engine.sequence_queues import SequenceQueues
 from stagemesh.stages.engine.stats import SchedulerStats
 from stagemesh.stages.engine.step import ScheduledSequence, ScheduledStep
 from stagemesh.stages.messages.request import TokenDelta
 from stagemesh.stages.messages.step import StepResult, TokenLogprobs
 
+logger = logging.getLogger(__name__)
+
+PRIORITY_S = 10.0
+"""A request goes before those that came up to this much earlier for each step of priority, so none starves."""
 MIN_SHARE_TOKENS = 256
 """Balance makes no micro-batch smaller than this: below it a forward pass takes the same time."""
 
@@ -49,6 +59,7 @@ class Scheduler:
     ) -> None:
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.queues = SequenceQueues(self.blocks, max_num_seqs)
+        self.quarantine = Quarantine()
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -62,11 +73,23 @@ class Scheduler:
     # ---- requests ------------------------------------------------------------------------------------------
 
     def add_request(
-        self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams, grammar: Grammar | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        grammar: Grammar | None = None,
+        *,
+        output_token_ids: SequenceOf[int] = (),
+        attempt: int = 0,
+        priority: int = 0,
     ) -> Sequence:
-        """Raises ConfigError if the request can never run here, or if its id is in use."""
+        """Raises ConfigError if the request can never run here, or if its id is in use by no older attempt.
+
+        output_token_ids: the answer so far, from another lane; this one goes on behind it.
+        """
         num_prompt = len(prompt_token_ids)
-        if request_id in self._sequences:
+        older = self._sequences.get(request_id)
+        if older is not None and older.attempt >= attempt:
             raise ConfigError("request_id", request_id, "a request with this id is still running")
         if num_prompt == 0:
             raise ConfigError("prompt", [], "must hold at least one token")
@@ -81,7 +104,12 @@ class Scheduler:
             eos_token_ids=self.eos_token_ids,
             max_model_len=self.max_model_len,
             grammar=grammar,
+            output_token_ids=output_token_ids,
+            attempt=attempt,
+            due_at=time.monotonic() + PRIORITY_S * priority,
         )
+        if sequence.num_tokens >= sequence.max_num_tokens and output_token_ids:
+            raise ConfigError("output_token_ids", "…", f"{len(output_token_ids)} tokens are a whole answer")
         # The KV of the last token is never computed. A sequence that fits alone can always be finished: at worst every
         # later one is preempted for the oldest.
         capacity = self.blocks.num_blocks * self.block_size
@@ -91,9 +119,10 @@ class Scheduler:
                 f"tokens of KV cache (max_model_len={self.max_model_len}), there are {capacity}"
             )
             raise ConfigError("prompt", "…", reason)
+        self.abort_request(request_id)
         self._next_seq_id += 1
         self._sequences[request_id] = sequence
-        self.queues.waiting.append(sequence)
+        self.queues.add(sequence)
         return sequence
 
     def abort_request(self, request_id: str) -> Sequence | None:
@@ -109,8 +138,26 @@ class Scheduler:
         self._in_flight.clear()
         self.queues.preempt_all()
 
+    def blame(self, step: ScheduledStep, reason: str, *, is_hang: bool = False) -> list[TokenDelta]:
+        """After `preempt_all`: `step` failed. Its sequences are tried alone; one that failed alone ends with an error.
+
+        is_hang: it had no result in time, rather than that it raised.
+        """
+        sequences = [entry.sequence for entry in step.entries if entry.sequence.status is not SequenceStatus.FINISHED]
+        return [self._fail(sequence, reason) for sequence in self.quarantine.accuse(sequences, is_hang=is_hang)]
+
+    def _fail(self, sequence: Sequence, reason: str) -> TokenDelta:
+        logger.error("request %s ends: %s", sequence.request_id, reason)
+        sequence.fail(reason)
+        self._finish(sequence)
+        offset, cached = sequence.num_output_tokens, sequence.num_cached_tokens
+        return TokenDelta(
+            sequence.request_id, offset, [], "error", None, cached, sequence.error, attempt=sequence.attempt
+        )
+
     def _finish(self, sequence: Sequence) -> None:
         self.queues.finish(sequence)
+        self.quarantine.forget(sequence)
         del self._sequences[sequence.request_id]
 
     # ---- results -------------------------------------------------------------------------------------------
@@ -128,19 +175,24 @@ class Scheduler:
         for sequence, vector in zip(step.pooled, result.pooled, strict=True):
             if sequence.status is not SequenceStatus.FINISHED:
                 deltas.append(self._take_embedding(sequence, vector))
-        logprobs = result.logprobs or [None] * len(step.sampled)
+        logprobs = result.logprobs or repeat(None, len(step.sampled))
         for sequence, token_id, logprob in zip(step.sampled, result.token_ids, logprobs, strict=True):
             if sequence.status is not SequenceStatus.FINISHED:
                 deltas.append(self._take_token(sequence, token_id, logprob))
         return deltas
 
     def _take_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprobs | None) -> TokenDelta:
+        if token_id < 0:
+            return self._fail(sequence, NOT_SAMPLED)
         offset = sequence.num_output_tokens
         sequence.append(token_id)
         self._generation_tokens += 1
+        was_cleared = self.quarantine.took_token(sequence)
         if sequence.finish_reason is not None:
             self._finish(sequence)
-        wants_prompt_logprobs = offset == 0 and sequence.params.prompt_logprobs is not None
+        elif was_cleared:
+            self.queues.preempt(sequence)  # the next suspect needs its blocks
+        sends_prompt_logprobs = offset == 0 and sequence.wants_prompt_logprobs
         return TokenDelta(
             sequence.request_id,
             offset,
@@ -150,19 +202,26 @@ class Scheduler:
             sequence.num_cached_tokens,
             sequence.error,
             None if logprob is None else [logprob],
-            sequence.prompt_logprobs if wants_prompt_logprobs else None,
+            sequence.prompt_logprobs if sends_prompt_logprobs else None,
+            attempt=sequence.attempt,
         )
 
     def _take_embedding(self, sequence: Sequence, vector: bytes) -> TokenDelta:
+        if not vector:
+            return self._fail(sequence, "the prompt has no vector: its values are not finite")
         sequence.finish_reason = "stop"
         self._finish(sequence)
-        cached = sequence.num_cached_tokens
-        return TokenDelta(sequence.request_id, 0, [], "stop", num_cached_tokens=cached, embedding=vector)
+        cached, attempt = sequence.num_cached_tokens, sequence.attempt
+        return TokenDelta(
+            sequence.request_id, 0, [], "stop", num_cached_tokens=cached, embedding=vector, attempt=attempt
+        )
 
     # ---- one step ------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None until a result or a request comes."""
+        if (suspect := self.quarantine.current) is not None:
+            return None if self._in_flight else self._schedule_alone(suspect)
         is_async = not any(sequence.has_logits_processor for sequence in self.queues.running)
         if len(self._in_flight) >= self.num_micro_batches + is_async:
             return None
@@ -172,6 +231,18 @@ class Scheduler:
         self.queues.cache_filled_blocks()
         if not step.entries:
             return None
+        self._in_flight.append(step)
+        return step
+
+    def _schedule_alone(self, sequence: Sequence) -> ScheduledStep:
+        """Nothing else runs or is in flight: it fits, as `add_request` has checked."""
+        if sequence.status is SequenceStatus.WAITING:
+            self.queues.admit(sequence)
+        has_room = sequence.status is SequenceStatus.RUNNING and self.queues.reserve_block(sequence)
+        assert has_room, "a sequence alone has all blocks"
+        step = ScheduledStep()
+        self._schedule_tokens(step, sequence, min(sequence.num_uncomputed_tokens, self.max_num_batched_tokens))
+        self.queues.cache_filled_blocks()
         self._in_flight.append(step)
         return step
 

@@ -13,6 +13,8 @@ from stagemesh.stages.engine.grammar import Grammar
 from stagemesh.stages.engine.logits_processor import LogitsProcessor
 from stagemesh.stages.messages.step import SampleSpec, TokenLogprobs
 
+NOT_SAMPLED = "no token could be sampled: the model's logits are not finite, or the request allows no token"
+
 
 class SequenceStatus(Enum):
     WAITING = "waiting"
@@ -34,14 +36,21 @@ class Sequence:
         eos_token_ids: Iterable[int],
         max_model_len: int,
         grammar: Grammar | None = None,
+        output_token_ids: SequenceOf[int] = (),
+        attempt: int = 0,
+        due_at: float = 0.0,
     ) -> None:
+        """output_token_ids: the answer so far, from another lane. attempt: repeated in its deltas."""
         assert params.seed is not None, "a request has a seed before it reaches a leader"
         self.seq_id = seq_id
-        """Its place in the order of arrival, kept through preemptions."""
+        self.order = (due_at, seq_id)
+        """Its place in both queues, kept through preemptions."""
         self.request_id = request_id
+        self.attempt = attempt
         self.params = params
         self.token_ids = array("i", prompt_token_ids)
         """Prompt, then output."""
+        self.token_ids.extend(output_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         """Where it ends with "length"."""
@@ -58,6 +67,8 @@ class Sequence:
         """Steps in flight that compute tokens of it."""
         self.prompt_logprobs: list[TokenLogprobs] = []
         """Of the prompt's tokens after the first, as far as they have come."""
+        self.wants_prompt_logprobs = params.prompt_logprobs is not None and not output_token_ids
+        """They come with the first token."""
         self.was_admitted = False
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
@@ -83,7 +94,7 @@ class Sequence:
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+        return self.wants_prompt_logprobs and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -121,6 +132,9 @@ class Sequence:
     def take_prompt_logprobs(self, start: int, logprobs: SequenceOf[TokenLogprobs]) -> None:
         """Of the prompt's tokens from `start` on. Those from before a preemption stay."""
         self.prompt_logprobs += logprobs[len(self.prompt_logprobs) + 1 - start :]
+
+    def fail(self, error: str) -> None:
+        self.finish_reason, self.error = "error", error
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

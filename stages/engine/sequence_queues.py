@@ -11,11 +11,11 @@ from operator import attrgetter
 from stagemesh.stages.engine.block_manager import BlockManager
 from stagemesh.stages.engine.sequence import Sequence, SequenceStatus
 
-_by_arrival = attrgetter("seq_id")
+_by_order = attrgetter("order")
 
 
 class SequenceQueues:
-    """Both queues are in order of arrival. Only running sequences hold blocks."""
+    """Both queues are in the order of arrival and priority. Only running sequences hold blocks."""
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int) -> None:
         self.blocks = blocks
@@ -30,8 +30,15 @@ class SequenceQueues:
         self.prefix_hits = 0
         self.prompt_tokens = 0
 
-    def admit(self) -> Sequence | None:
-        """Moves the first waiting sequence, if there is room, to the running ones; returns it.
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence waits, behind those that go before it."""
+        if self.waiting and self.waiting[-1].order > sequence.order:
+            insort(self.waiting, sequence, key=_by_order)
+        else:
+            self.waiting.append(sequence)
+
+    def admit(self, chosen: Sequence | None = None) -> Sequence | None:
+        """Moves the first waiting sequence, or the chosen one, if there is room, to the running ones; returns it.
 
         It gets blocks for all of its known tokens, so that no prompt stops half-way.
         """
@@ -39,7 +46,7 @@ class SequenceQueues:
         num_spare = len(self.running)
         if not self.waiting or num_spare >= self.max_num_seqs or not self.blocks.can_allocate(1 + num_spare):
             return None
-        sequence, block_size = self.waiting[0], self.blocks.block_size
+        sequence, block_size = chosen or self.waiting[0], self.blocks.block_size
         shared: list[int] = []
         # The hidden states of cached tokens are not cached with them.
         if self.blocks.enable_prefix_caching and not sequence.needs_all_hidden:
@@ -52,8 +59,8 @@ class SequenceQueues:
         num_new = -(-sequence.num_tokens // block_size) - len(shared)
         if not self.blocks.can_allocate(num_new + num_spare, shared):
             return None
-        self.waiting.popleft()
-        insort(self.running, sequence, key=_by_arrival)
+        self.waiting.remove(sequence)  # almost always the first
+        insort(self.running, sequence, key=_by_order)
         sequence.status = SequenceStatus.RUNNING
         sequence.block_table = array("i", self.blocks.allocate(num_new, shared))
         sequence.num_published_blocks = len(shared)
@@ -79,10 +86,10 @@ class SequenceQueues:
             return True
         while not self.blocks.can_allocate(1):
             victim = self._pick_victim()
-            if victim is None or victim.seq_id <= sequence.seq_id:
-                # Only the later one yields: the oldest sequence always goes on, so all of them end.
+            if victim is None or victim.order <= sequence.order:
+                # Only the later one yields: the first sequence always goes on, so all of them end.
                 return False
-            self._preempt(victim)
+            self.preempt(victim)
         sequence.block_table.extend(self.blocks.allocate(1))
         return True
 
@@ -90,14 +97,14 @@ class SequenceQueues:
         """The latest running sequence that has no work in flight."""
         return next((sequence for sequence in reversed(self.running) if sequence.num_in_flight == 0), None)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         """It keeps its tokens; its KV may survive as cached blocks."""
         self.running.remove(sequence)
         self._release_blocks(sequence)
         self.num_preemptions += 1
         # Almost always to the very front: waiting sequences mostly came later than running ones.
         position = 0
-        while position < len(self.waiting) and self.waiting[position].seq_id < sequence.seq_id:
+        while position < len(self.waiting) and self.waiting[position].order < sequence.order:
             position += 1
         self.waiting.insert(position, sequence)
 
@@ -105,7 +112,7 @@ class SequenceQueues:
         for sequence in self.running:
             sequence.num_in_flight = 0
             self._release_blocks(sequence)
-        self.waiting = deque(sorted([*self.running, *self.waiting], key=_by_arrival))
+        self.waiting = deque(sorted([*self.running, *self.waiting], key=_by_order))
         self.running.clear()
         self.blocks.reset_prefix_cache()
 

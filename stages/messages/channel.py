@@ -1,19 +1,22 @@
 """Plans to the workers and results back, tokens and stats to the routers: msgpack over ZeroMQ.
 
-Every epoch opens fresh sockets, which no message of an older epoch can reach. PUSH/PULL keeps the order of each sender,
-never blocks and queues what is sent before the peer has connected.
+Every epoch opens fresh sockets, and its messages carry its number. PUSH/PULL keeps the order of each sender, never
+blocks and queues what is sent before the peer has connected: at most ZeroMQ's 1000 messages at either end. Behind
+that, a PUSH socket says that its peer is gone, a PUB socket drops what its subscriber does not read, and a PULL
+socket lets its senders wait.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
+from stagemesh.stages.messages.decoding import MAX_MESSAGE_BYTES, MessageDecoder
 from stagemesh.stages.messages.request import LaneStats, TokenBatch, TokenDelta
 from stagemesh.stages.messages.step import LeaderMessage, SampledTokens, ToWorker, WorkerMessage
 
@@ -21,11 +24,18 @@ ROUTER_IDLE_S = 60.0
 """The link to a router closes after this long without a token."""
 
 
+ROUTER_HEARTBEAT_MS = 2_000
+ROUTER_TIMEOUT_MS = 10_000
+"""A router that does not answer ZeroMQ's heartbeats for so long counts as dead. One whose process ends does at once."""
+
+
 class ChannelClosed(RuntimeError):
     """A peer's queue is full: it is gone."""
 
 
 def bind_random_port(socket: zmq.Socket[Any], host: str) -> str:
+    """Bind to any port of `host`, with a bound for messages; returns the address."""
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     port = socket.bind_to_random_port(f"tcp://{host}")
     return f"tcp://{host}:{port}"
 
@@ -63,7 +73,7 @@ class LeaderChannel:
     """The leader's end: a PUSH socket per worker, one PULL socket for all results. For one thread."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
-        self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
+        self._decoder: MessageDecoder[WorkerMessage] = MessageDecoder(WorkerMessage, "the leader's results")
         self._workers = _PlanSockets(context)
         self.results = context.socket(zmq.PULL)
         self.address = bind_random_port(self.results, host)
@@ -83,7 +93,9 @@ class LeaderChannel:
                 data = self.results.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
-            messages.append(self._decoder.decode(data))
+            message = self._decoder.decode(data)
+            if message is not None:
+                messages.append(message)
 
     def close(self) -> None:
         """Free the sockets; safe to call twice."""
@@ -94,7 +106,7 @@ class LeaderChannel:
 class WorkerChannel:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+        self._decoder: MessageDecoder[ToWorker] = MessageDecoder(ToWorker, "a worker's plans")
         self._plans = context.socket(zmq.PULL)
         self.address = bind_random_port(self._plans, host)
         self._results = context.socket(zmq.PUSH)
@@ -106,6 +118,7 @@ class WorkerChannel:
         self._first_stage.connect(sampled_tokens_to)
 
     def receive(self, timeout_ms: int) -> ToWorker | None:
+        """The next message; None if none, or no valid one, has come in time."""
         if not self._plans.poll(timeout_ms):
             return None
         return self._decoder.decode(self._plans.recv())
@@ -124,10 +137,29 @@ class WorkerChannel:
         self._first_stage.close()
 
 
-@dataclass
 class _Link:
-    socket: zmq.Socket[bytes]
-    used_at: float
+    """To one router, from its first request on."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self.socket = context.socket(zmq.PUSH)
+        self.socket.setsockopt(zmq.HEARTBEAT_IVL, ROUTER_HEARTBEAT_MS)
+        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ROUTER_TIMEOUT_MS)
+        self._events = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
+        self.socket.connect(address)
+        self.used_at = time.monotonic()
+
+    def is_gone(self) -> bool:
+        """Whether the router's process has ended, or cannot be reached."""
+        try:
+            recv_monitor_message(self._events, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self, linger: int = 0) -> None:
+        self.socket.disable_monitor()
+        self._events.close(linger=0)
+        self.socket.close(linger=linger)
 
 
 class RouterLinks:
@@ -143,29 +175,36 @@ class RouterLinks:
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
         """Send `deltas` in one message; False when the router's queue is full: it is gone."""
-        if not reply_to:
-            return True  # the leader's own warm-up
-        link = self._routers.get(reply_to)
-        if link is None:
-            link = self._routers[reply_to] = _Link(self._context.socket(zmq.PUSH), 0.0)
-            link.socket.connect(reply_to)
-        link.used_at = time.monotonic()
+        link = self._link(reply_to)
         try:
             link.socket.send(self._encoder.encode(TokenBatch(self._lane, deltas)), zmq.NOBLOCK)
         except zmq.Again:
-            self._routers.pop(reply_to).socket.close(linger=0)
+            self._routers.pop(reply_to).close()
             return False
         return True
 
     def publish(self, stats: LaneStats) -> None:
         self._stats.send(self._encoder.encode(stats))
+
+    def gone_readers(self, reply_to: Iterable[str]) -> set[str]:
+        """Those of these routers that have died. Links that nobody uses are closed."""
+        dead = {address for address in reply_to if self._link(address).is_gone()}
         now = time.monotonic()
-        for reply_to in [name for name, link in self._routers.items() if now - link.used_at > ROUTER_IDLE_S]:
-            self._routers.pop(reply_to).socket.close(linger=0)
+        idle = {address for address, link in self._routers.items() if now - link.used_at > ROUTER_IDLE_S}
+        for address in dead | idle:
+            self._routers.pop(address).close()
+        return dead
 
     def close(self) -> None:
         """Free the sockets; safe to call twice. The engine's thread must have ended."""
         for link in self._routers.values():
-            link.socket.close(linger=500)
+            link.close(linger=500)
         self._routers.clear()
         self._stats.close(linger=0)
+
+    def _link(self, address: str) -> _Link:
+        link = self._routers.get(address)
+        if link is None:
+            link = self._routers[address] = _Link(self._context, address)
+        link.used_at = time.monotonic()
+        return link

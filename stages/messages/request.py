@@ -86,7 +86,7 @@ class EngineRequest(msgspec.Struct):
     params: SamplingParams
     """With a seed, max_tokens that fit the model, and bad words as token ids."""
     reply_to: str = ""
-    """For the lane's TokenSink, such as the address of a router's PULL socket."""
+    """For the lane's TokenSink, such as the address of a router's PULL socket; empty: nobody reads the tokens."""
     priority: int = 0
     """Lower ones go first (vLLM's order)."""
     output_token_ids: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import pytest
@@ -24,6 +24,9 @@ class Sink:
 
     def publish(self, stats: LaneStats) -> None:
         pass
+
+    def gone_readers(self, reply_to: Iterable[str]) -> set[str]:
+        return set()
 
 
 class BrokenGroup:

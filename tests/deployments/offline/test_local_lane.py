@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ class Sink:
 
     def publish(self, stats: LaneStats) -> None:
         pass
+
+    def gone_readers(self, reply_to: Iterable[str]) -> set[str]:
+        return set()
 
 
 def resolve(folder: Path) -> EngineConfig:

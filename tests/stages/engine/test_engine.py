@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,22 @@ from support.model_folder import write_model_folder
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
+from stagemesh.stages.engine import engine as engine_module
 from stagemesh.stages.engine.engine import Engine
 from stagemesh.stages.engine.lane import StepTimeout
 from stagemesh.stages.engine.step_timing import StepTimes
 from stagemesh.stages.messages import channel as channel_module
 from stagemesh.stages.messages.channel import LeaderChannel, RouterLinks, bind_random_port
 from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenBatch, TokenDelta
-from stagemesh.stages.messages.step import LeaderMessage, StepPlan, StepResult, StopRun, TokenLogprobs, WorkerStats
+from stagemesh.stages.messages.step import (
+    LeaderMessage,
+    StepFailure,
+    StepPlan,
+    StepResult,
+    StopRun,
+    TokenLogprobs,
+    WorkerStats,
+)
 
 HOST = "127.0.0.1"
 
@@ -39,6 +48,10 @@ class FakeWorker:
         self._results.connect(channel.address)
         self.stopped = threading.Event()
         self.mute = False
+        self.bad_token: int | None = None
+        """A step with it fails."""
+        self.unsampled_token: int | None = None
+        """After it no token can be sampled."""
         self.step_s = 0.0
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -54,9 +67,15 @@ class FakeWorker:
                 break
             if self.mute:
                 continue
+            if self.bad_token in array("i", message.token_ids):
+                self.mute = True  # it leaves its run loop
+                self._results.send(encode(StepFailure(message.epoch, message.step, 1, 0, "ValueError: bad")))
+                continue
             now = time.time()
             time.sleep(self.step_s)
             answer = result(message, sampled.get(message.placeholder_step, []))
+            if array("i", message.token_ids)[0] == self.unsampled_token:
+                answer.token_ids[0] = -1
             sampled[message.step] = answer.token_ids
             self._results.send(encode(answer))
             self._results.send(encode(WorkerStats(message.epoch, 0, [(now, now + 0.001)])))
@@ -97,6 +116,8 @@ class Sink:
         self.deltas: list[TokenDelta] = []
         self.lane_stats: list[LaneStats] = []
         self.gone: set[str] = set()
+        """Their queue is full."""
+        self.dead: set[str] = set()
 
     def emit(self, reply_to: str, deltas: list[TokenDelta]) -> bool:
         if reply_to in self.gone:
@@ -106,6 +127,12 @@ class Sink:
 
     def publish(self, stats: LaneStats) -> None:
         self.lane_stats.append(stats)
+
+    def gone_readers(self, reply_to: Iterable[str]) -> set[str]:
+        return self.dead.intersection(reply_to)
+
+    def last(self, request_id: str) -> TokenDelta:
+        return [delta for delta in self.deltas if delta.request_id == request_id][-1]
 
     def tokens(self, request_id: str) -> list[int]:
         """In order, with the offsets checked as a router does."""
@@ -134,13 +161,16 @@ class Bench:
         self.failures.append((epoch, error))
         self.failed.set()
 
-    def wire(self, epoch: int, *, mute: bool = False, step_s: float = 0.0) -> FakeWorker:
+    def wire(self, epoch: int, *, mute: bool = False, step_s: float = 0.0, settles: bool = True) -> FakeWorker:
+        """settles: return when an idle lane has completed its first step."""
         channel = LeaderChannel(self.context, HOST)
         worker = FakeWorker(self.context, channel)
         worker.mute, worker.step_s = mute, step_s
         self.workers.append(worker)
         channel.connect([worker.address])
         self.engine.attach(channel, epoch, 64).result(5)
+        if settles and not mute:
+            wait_for(lambda: self.engine.stats().result(5).state == "serving")
         return worker
 
 
@@ -265,17 +295,17 @@ def test_the_expert_load_of_a_lane_is_that_of_all_its_stages_and_steps(bench: Be
     stats = bench.engine.stats().result(5)
     assert stats.expert_tokens == [111, 222, 333]
     assert stats.expert_imbalance == 1.5
-    assert stats.model_s == pytest.approx(0.4)
+    assert stats.model_s == pytest.approx(0.4 + 0.001)  # of the lane's first step
 
 
 def test_the_time_of_steps_is_told_apart(bench: Bench) -> None:
     bench.wire(1)
     bench.engine.generate(EngineRequest("r", [7], params(), "router")).result(10)
     deadline = time.monotonic() + 5
-    while (stats := bench.engine.stats().result(5)).model_s < 0.0199:  # the last report comes behind the last result
+    while (stats := bench.engine.stats().result(5)).model_s < 0.0209:  # the last report comes behind the last result
         assert time.monotonic() < deadline
-    assert stats.num_steps == 20
-    assert stats.model_s == pytest.approx(20 * 0.001, rel=0.01)
+    assert stats.num_steps == 1 + 20, "the first step shows that the lane is alive"
+    assert stats.model_s == pytest.approx(21 * 0.001, rel=0.01)
     assert stats.schedule_s > 0
 
 
@@ -369,15 +399,33 @@ def test_router_links_forget_a_router_that_is_idle_for_long_and_find_it_again(
 ) -> None:
     links, router = RouterLinks(bench.context, HOST, "lane"), bench.context.socket(zmq.PULL)
     address = bind_random_port(router, HOST)
-    stats = bench.engine.stats().result(5)
     for idle_s, num_kept in ((60.0, 1), (-1.0, 0), (60.0, 1)):
         monkeypatch.setattr(channel_module, "ROUTER_IDLE_S", idle_s)
         assert links.emit(address, [TokenDelta("a", 0, [1])])
         assert router.poll(5000) and router.recv()
-        links.publish(stats)
+        assert links.gone_readers([]) == set()
         assert len(links._routers) == num_kept
     links.close()
     router.close(linger=0)
+
+
+def test_router_links_notice_a_router_that_dies_and_one_that_never_was() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    links, router = RouterLinks(context, HOST, "lane"), context.socket(zmq.PULL)
+    address, nobody = bind_random_port(router, HOST), "tcp://127.0.0.1:9"
+    assert links.emit(address, [TokenDelta("a", 0, [1])])
+    assert router.poll(5000)
+    assert links.gone_readers([address]) == set()
+    router.close(linger=0)
+    gone: set[str] = set()
+
+    def all_noticed() -> bool:
+        gone.update(links.gone_readers([address, nobody]))
+        return gone == {address, nobody}
+
+    wait_for(all_noticed)
+    links.close()
+    context.term()
 
 
 def test_router_links_send_one_message_per_step_and_stats_to_whoever_listens() -> None:
@@ -391,9 +439,147 @@ def test_router_links_send_one_message_per_step_and_stats_to_whoever_listens() -
     assert links.emit(address, deltas)
     assert router.poll(5000)
     assert msgspec.msgpack.decode(router.recv(), type=TokenBatch) == TokenBatch("lane", deltas)
-    assert links.emit("", deltas), "the leader's own warm-up has nobody to tell"
     links.close()
     links.close()
     router.close(linger=0)
     listener.close(linger=0)
     context.term()
+
+
+# -- what one request does stays with it -------------------------------------------------------------------------------
+
+
+BAD_TOKEN = 97
+"""Its step fails. No answer of the fake worker holds it."""
+
+
+def generate_and_heal(bench: Bench, prompts: list[list[int]]) -> list[str]:
+    """Finish reasons. Wires the lane anew after every failed step, as a supervisor does."""
+    bench.wire(1, step_s=0.001).bad_token = BAD_TOKEN
+    requests = [EngineRequest(f"r{i}", prompt, params(), "router") for i, prompt in enumerate(prompts)]
+    done = [bench.engine.generate(request) for request in requests]
+    for epoch in range(2, 40):
+        while not bench.failed.wait(0.02):
+            if all(future.done() for future in done):
+                return [future.result().finish_reason for future in done]
+        bench.failed.clear()
+        bench.wire(epoch, step_s=0.001, settles=False).bad_token = BAD_TOKEN
+    raise AssertionError("the lane was wired 40 times and the requests have not ended")
+
+
+def test_a_request_whose_step_raises_ends_alone_with_its_reason(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    good = [[10 + i] * 5 for i in range(4)]
+    reasons = generate_and_heal(bench, [*good[:2], [7, BAD_TOKEN, 8], *good[2:], [BAD_TOKEN]])
+    assert reasons == ["length", "length", "error", "length", "length", "error"]
+    assert "stage 1 rank 0: ValueError: bad" in bench.sink.last("r2").error
+    for name, prompt in zip(["r0", "r1", "r3", "r4"], good, strict=True):
+        assert bench.sink.tokens(name) == expected(prompt, 20)
+    assert "request r2 ends" in caplog.text
+    assert bench.engine.stats().result(5).num_running == 0
+
+
+def test_lost_workers_blame_nobody(bench: Bench) -> None:
+    bench.wire(1).mute = True
+    done = [bench.engine.generate(EngineRequest(f"r{i}", [10 + i] * 5, params(), "router")) for i in range(4)]
+    for epoch in range(2, 8):  # more often than a request may fail
+        bench.wire(epoch, mute=epoch < 7)
+        if epoch < 7:
+            time.sleep(0.05)
+            bench.engine.detach("healing").result(5)
+    assert [future.result(10).finish_reason for future in done] == ["length"] * 4
+    assert [bench.sink.tokens(f"r{i}") for i in range(4)] == [expected([10 + i], 20) for i in range(4)]
+
+
+@pytest.mark.parametrize("bench", [{"step_timeout_s": 0.1}], indirect=True)
+def test_a_request_that_hangs_every_step_ends_and_one_hang_blames_nobody(bench: Bench) -> None:
+    bench.wire(1).mute = True
+    done = [bench.engine.generate(EngineRequest(f"r{i}", [10 + i] * 5, params(), "router")) for i in range(2)]
+    assert bench.failed.wait(5)
+    bench.failed.clear()
+    bench.wire(2)
+    assert [future.result(10).finish_reason for future in done] == ["length"] * 2
+    bench.workers[-1].mute = True
+    last = bench.engine.generate(EngineRequest("last", [30] * 5, params(), "router"))
+    for epoch in range(3, 6):
+        assert bench.failed.wait(5)
+        bench.failed.clear()
+        bench.wire(epoch, mute=True)
+    assert last.result(5).finish_reason == "error"
+    assert "step_timeout_s=0.1" in bench.sink.last("last").error
+
+
+def test_a_row_that_cannot_be_sampled_ends_its_request_only(bench: Bench) -> None:
+    worker = bench.wire(1)
+    worker.unsampled_token = 98
+    bad = bench.engine.generate(EngineRequest("bad", [98], params(), "router"))
+    good = bench.engine.generate(EngineRequest("good", [11] * 5, params(), "router"))
+    assert bad.result(5).finish_reason == "error"
+    assert good.result(5).finish_reason == "length"
+    assert bench.sink.tokens("good") == expected([11], 20)
+    assert "not finite" in bench.sink.last("bad").error
+    assert not bench.failed.is_set()
+
+
+# -- alive means it completes steps ------------------------------------------------------------------------------------
+
+
+def test_an_idle_lane_serves_only_after_a_step(bench: Bench) -> None:
+    worker = bench.wire(1, mute=True)
+    time.sleep(0.2)
+    assert bench.sink.lane_stats[-1].state != "serving"
+    assert bench.failed.wait(5), "the canary's step has a deadline"
+    assert not worker.stopped.wait(0)
+    bench.wire(2)
+    wait_for(lambda: bench.sink.lane_stats[-1].state == "serving")
+    wait_for(lambda: bench.sink.lane_stats[-1].num_running == 0)
+
+
+def test_an_idle_lane_goes_on_to_prove_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CANARY_PERIOD_S", 0.05)
+    worker = bench.wire(1)
+    wait_for(lambda: bench.sink.lane_stats[-1].num_steps > 3)
+    worker.mute = True
+    assert bench.failed.wait(5)
+
+
+# -- an answer that began elsewhere ------------------------------------------------------------------------------------
+
+
+def test_an_answer_goes_on_where_another_lane_left_it(bench: Bench) -> None:
+    bench.wire(1)
+    prompt, whole = [12] * 5, expected([12], 20)
+    request = EngineRequest("r", prompt, params(), "router", output_token_ids=whole[:7], attempt=3)
+    assert bench.engine.generate(request).result(5).num_tokens == 20
+    assert [token for delta in bench.sink.deltas for token in delta.token_ids] == whole[7:]
+    assert {delta.attempt for delta in bench.sink.deltas} == {3}
+    assert bench.sink.deltas[0].offset == 7
+
+
+def test_a_newer_attempt_ends_the_older_one(bench: Bench) -> None:
+    bench.wire(1, step_s=0.01)
+    old = bench.engine.generate(EngineRequest("r", [12] * 5, params(200), "router"))
+    wait_for(lambda: bool(bench.sink.deltas))
+    new = bench.engine.generate(EngineRequest("r", [12] * 5, params(), "router", attempt=1))
+    assert old.result(5).finish_reason == "abort"
+    assert new.result(5).num_tokens == 20
+    with pytest.raises(ConfigError, match="still running"):
+        running = bench.engine.generate(EngineRequest("s", [12] * 5, params(200), "router", attempt=1))
+        bench.engine.generate(EngineRequest("s", [12] * 5, params(), "router", attempt=0)).result(5)
+    assert not running.done()
+
+
+def test_requests_of_a_dead_router_end(bench: Bench) -> None:
+    bench.wire(1, step_s=0.01)
+    orphan = bench.engine.generate(EngineRequest("orphan", [12] * 5, params(10_000 // 64), "dead"))
+    other = bench.engine.generate(EngineRequest("other", [12] * 5, params(), "router"))
+    wait_for(lambda: bool(bench.sink.deltas))
+    bench.sink.dead.add("dead")
+    assert orphan.result(1).finish_reason == "abort"
+    assert other.result(5).finish_reason == "length"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
