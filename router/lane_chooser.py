@@ -15,6 +15,7 @@ from stagemesh.router.prefix_cache_map import MAX_ENTRIES, PrefixCacheMap, prefi
 from stagemesh.router.prefix_key import key_length, prefix_key
 from stagemesh.router.ring import HashRing
 
+SILENT = "silent"
 _RANKS = {"serving": 0, "healing": 1, "starting": 1}
 """By state, lower is better; others get no request."""
 
@@ -56,6 +57,10 @@ class LaneChooser:
 
     def update(self, stats: Stats) -> None:
         self._loads.update(stats)
+
+    def silence(self, lane: str) -> None:
+        """No request goes to a known lane until its next report."""
+        self._loads.lanes[lane].state = SILENT
 
     def finished(self, request_id: str) -> None:
         """Drop the request's load. An unknown id is no error."""

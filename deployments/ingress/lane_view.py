@@ -1,7 +1,8 @@
 """What a router process knows about the lanes: which run, their load, where requests went.
 
 Serve's long poll brings the running leaders (through `LaneRouter`), whose replica metadata has the ZeroMQ address of
-their stats; the router adds the requests it has sent since.
+their stats; the router adds the requests it has sent since. A lane whose reports stop gets no requests until it reports
+again.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import asyncio
 import threading
 import time
 
-import msgspec
 import zmq
 import zmq.asyncio
 
 from stagemesh.router.lane_chooser import LaneChoice, LaneChooser, NoLane
 from stagemesh.router.load import MAX_OPEN_REQUESTS
+from stagemesh.stages.messages.decoding import MAX_MESSAGE_BYTES, MessageDecoder
 from stagemesh.stages.messages.request import EngineRequest, LaneStats
 
-STALE_AFTER_S = 5.0
+SILENT_AFTER_S = 2.0
 """Leaders publish every second, even when idle."""
 
 
@@ -74,11 +75,56 @@ class LaneView:
         with self._lock:
             return self._choices.get(request_id)
 
+    def lane_of(self, request_id: str) -> str | None:
+        choice = self.explain(request_id)
+        return None if choice is None else choice.lane
+
     def lane_stats(self) -> list[LaneStats]:
-        """The latest of every lane that reported within STALE_AFTER_S."""
-        now = time.monotonic()
+        """The latest of every lane that is not silent."""
         with self._lock:
-            return [stats for stats, arrived in self._stats.values() if now - arrived < STALE_AFTER_S]
+            return [stats for lane, (stats, _) in self._stats.items() if not self._is_silent(lane)]
+
+    def knows(self, lane: str) -> bool:
+        """Whether `choose` has an opinion on it."""
+        with self._lock:
+            return lane in self._addresses
+
+    def notice_silence(self) -> None:
+        """Call it a few times a second."""
+        with self._lock:
+            for lane in self._stats:
+                if self._is_silent(lane):
+                    self._chooser.silence(lane)
+
+    def distrust(self, lane: str | None) -> None:
+        """It lost a request: it gets no other before it has reported again."""
+        with self._lock:
+            if lane in self._addresses:
+                self._chooser.silence(lane)
+
+    def why_leave(self, lane: str) -> str | None:
+        """Why a request should leave its lane for another one, which there is; None: it should not."""
+        with self._lock:
+            others = [stats for name, (stats, _) in self._stats.items() if name != lane and not self._is_silent(name)]
+            if not any(stats.state == "serving" for stats in others):
+                return None
+            if lane not in self._addresses:
+                return f"lane {lane} drains"
+            return f"lane {lane} has been silent for {SILENT_AFTER_S:g} s" if self._is_silent(lane) else None
+
+    def _is_silent(self, lane: str) -> bool:
+        """A lane that has not reported yet is not; its start-up ends with a report."""
+        return lane in self._stats and time.monotonic() - self._stats[lane][1] > SILENT_AFTER_S
+
+    @property
+    def loops(self) -> list[asyncio.Task[None]]:
+        """They run for as long as their lane does."""
+        return list(self._listeners.values())
+
+    def close(self) -> None:
+        for listener in self._listeners.values():
+            listener.cancel()
+        self._context.destroy(linger=0)
 
     def _listen(self) -> None:
         with self._lock:
@@ -90,15 +136,16 @@ class LaneView:
                 self._listeners[lane] = asyncio.create_task(self._follow(lane, address))
 
     async def _follow(self, lane: str, address: str) -> None:
-        decode = msgspec.msgpack.Decoder(LaneStats).decode
+        decoder: MessageDecoder[LaneStats] = MessageDecoder(LaneStats, f"reports of lane {lane}")
         socket = self._context.socket(zmq.SUB)
         try:
+            socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
             socket.setsockopt(zmq.SUBSCRIBE, b"")
             socket.connect(address)
             while True:
-                stats = decode(await socket.recv())
+                stats = decoder.decode(await socket.recv())
                 with self._lock:
-                    if lane in self._addresses:
+                    if stats is not None and stats.lane == lane and lane in self._addresses:
                         self._stats[lane] = stats, time.monotonic()
                         self._chooser.update(stats)
         finally:

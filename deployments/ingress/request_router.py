@@ -35,5 +35,7 @@ class LaneRouter(RequestRouter):
         if not isinstance(request, EngineRequest):
             return [candidate_replicas]
         by_lane = {replica.replica_metadata.get("lane"): replica for replica in candidate_replicas}
-        ranked = [[by_lane.pop(lane)] for lane in lane_view.VIEW.choose(request) if lane in by_lane]
-        return [*ranked, list(by_lane.values())] if by_lane else ranked
+        ranked = [[by_lane[lane]] for lane in lane_view.VIEW.choose(request) if lane in by_lane]
+        # Those that the view does not know yet come last; those that it does not rank cannot take a request now.
+        unknown = [replica for lane, replica in by_lane.items() if lane is None or not lane_view.VIEW.knows(lane)]
+        return [*ranked, unknown]
