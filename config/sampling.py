@@ -13,6 +13,34 @@ from stagemesh.config.pooling import PoolingParams
 
 NO_LIMIT = 2**31 - 1
 """Of max_tokens: longer than any context."""
+MAX_N = 128
+"""As OpenAI has it."""
+MAX_STOPS = 64
+MAX_BAD_WORDS = 1024
+MAX_TEXT_CHARS = 1024
+"""Of a stop string or bad word."""
+MAX_CHOICES = 10_000
+
+_MAX_ID = 2**31 - 1
+_INTEGERS: dict[str, tuple[int, int]] = {
+    "n": (1, MAX_N),
+    "max_tokens": (1, NO_LIMIT),
+    "min_tokens": (0, NO_LIMIT),
+    "top_k": (-1, 2**31 - 1),
+    "seed": (-(2**63), 2**64 - 1),
+    "logprobs": (-1, 2**31 - 1),
+    "prompt_logprobs": (-1, 2**31 - 1),
+}
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),
+}
+_WORDS = {str | dict: "a text or an object", str: "a text", bool: "true or false"}
+_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,8 +63,13 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
         names = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
         _check("structured_outputs", names, len(names) == 1, "must have exactly one of its fields")
         if self.choice is not None:
-            ok = len(self.choice) > 0 and all(isinstance(text, str) and text for text in self.choice)
-            _check("structured_outputs.choice", self.choice, ok, "must hold at least one text, none empty")
+            ok = isinstance(self.choice, tuple) and 0 < len(self.choice) <= MAX_CHOICES
+            ok = ok and all(isinstance(text, str) and text for text in self.choice)
+            _check("structured_outputs.choice", self.choice, ok, f"must hold 1 to {MAX_CHOICES} texts, none empty")
+        kinds = {"json": str | dict, "regex": str, "grammar": str, "json_object": bool}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            _check(f"structured_outputs.{name}", value, isinstance(value, kind | None), f"must be {_WORDS[kind]}")
 
     @property
     def json_schema(self) -> str:
@@ -48,7 +81,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of one request. Raises ConfigError. Randomness is a pure function of (seed, position)."""
 
     n: int = 1
-    """Answers per prompt; choice i has seed + i."""
+    """Answers per prompt, in [1, 128]; choice i has seed + i."""
     max_tokens: int = 16
     """Most tokens to generate; None = up to max_model_len, where the engine always stops."""
     min_tokens: int = 0
@@ -64,7 +97,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     """64 bits; a request without one gets one before it reaches a lane."""
     stop: tuple[str, ...] = ()
-    """End the answer; found in the detokenized text, not by the engine."""
+    """End the answer; found in the detokenized text, not by the engine. At most 64 of 1024 characters."""
     stop_token_ids: tuple[int, ...] = ()
     """End the answer, beside the model's EOS ids."""
     ignore_eos: bool = False
@@ -77,13 +110,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     """The same, once per occurrence."""
     repetition_penalty: float = 1.0
-    """Divides positive, multiplies negative logits of tokens in prompt or answer; above 0, 1 = off."""
+    """Divides positive, multiplies negative logits of tokens in prompt or answer; in [0.01, 100], so that no logit up
+    to 1e36 leaves float32; 1 = off."""
     logit_bias: dict[int, float] = {}
     """Added to these ids' logits; clipped to [-100, 100] as in vLLM."""
     allowed_token_ids: tuple[int, ...] | None = None
     """None = all."""
     bad_words: tuple[str, ...] = ()
-    """Texts whose last token never follows their other tokens."""
+    """Texts whose last token never follows their other tokens. At most 1024 of 1024 characters."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     """`bad_words` tokenized, together with the prompt."""
     logprobs: int | None = None
@@ -99,37 +133,60 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._tidy()
-        self._check("n", self.n >= 1, "must be at least 1")
-        self._check("max_tokens", self.max_tokens >= 1, "must be at least 1")
-        self._check("min_tokens", self.min_tokens >= 0, "must be at least 0")
+        for name in _SWITCHES:
+            self._check(name, isinstance(getattr(self, name), bool), "must be true or false")
+        for name, (least, most) in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("seed", "logprobs", "prompt_logprobs"):
+                self._check(name, _is_integer(value, least, most), f"must be an integer within [{least}, {most}]")
         self._check("min_tokens", self.min_tokens <= self.max_tokens, f"must not exceed max_tokens={self.max_tokens}")
-        is_finite = math.isfinite(self.temperature)
-        self._check("temperature", is_finite and 0.0 <= self.temperature <= 100.0, "must be within [0, 100]")
-        self._check("top_p", 0.0 < self.top_p <= 1.0, "must be within (0, 1]")
-        self._check("top_k", self.top_k >= -1, "must be at least 1, or 0 or -1 for off")
-        self._check("min_p", 0.0 <= self.min_p <= 1.0, "must be within [0, 1]")
-        self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "must fit 64 bits")
-        for text in self.stop:
-            _check("stop", text, len(text) > 0, "must not hold an empty string")
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, -2.0 <= getattr(self, name) <= 2.0, "must be within [-2, 2]")
-        is_positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0
-        self._check("repetition_penalty", is_positive, "must be above 0")
-        for token_id, bias in self.logit_bias.items():
-            _check("logit_bias", {token_id: bias}, token_id >= 0 and not math.isnan(bias), "is no token id and bias")
-        bounded = {token_id: max(-100.0, min(100.0, bias)) for token_id, bias in self.logit_bias.items()}
-        msgspec.structs.force_setattr(self, "logit_bias", bounded)
-        if self.allowed_token_ids is not None:
-            ok = len(self.allowed_token_ids) > 0 and min(self.allowed_token_ids) >= 0
-            self._check("allowed_token_ids", ok, "must hold at least one token id, none negative")
-        for word in self.bad_words:
-            self._check("bad_words", word.strip() != "", "must not hold an empty string")
-        for name in ("logprobs", "prompt_logprobs"):
-            number = getattr(self, name)
-            self._check(name, number is None or number >= -1, "must be at least 0, or -1 for all")
+        for name, bounds in _NUMBERS.items():
+            self._check(name, _is_number(getattr(self, name), *bounds), f"must be a number within {list(bounds)}")
+        self._check("top_p", self.top_p > 0.0, "must be within (0, 1]")
+        self._check_texts("stop", MAX_STOPS)
+        self._check_texts("bad_words", MAX_BAD_WORDS)
+        self._check_token_ids()
+        self._bound_logit_bias()
+        forms = {"structured_outputs": StructuredOutputsParams, "pooling": PoolingParams}
+        for name, form in forms.items():
+            self._check(name, isinstance(getattr(self, name), form | None), f"must be {form.__name__}")
 
     def _check(self, field: str, ok: bool, reason: str) -> None:
         _check(field, getattr(self, field), ok, reason)
+
+    def _check_texts(self, name: str, most: int) -> None:
+        texts = getattr(self, name)
+        self._check(name, isinstance(texts, tuple), "must be a list of strings")
+        _check(name, f"{len(texts)} strings", len(texts) <= most, f"must not hold more than {most}")
+        for text in texts:
+            ok = isinstance(text, str) and 0 < len(text) <= MAX_TEXT_CHARS and (name == "stop" or not text.isspace())
+            _check(name, text, ok, f"must hold strings of 1 to {MAX_TEXT_CHARS} characters, not blank as bad words")
+
+    def _check_ids(self, name: str, token_ids: object) -> None:
+        _check(name, token_ids, isinstance(token_ids, tuple | list), "must be a list of token ids")
+        assert isinstance(token_ids, tuple | list)
+        for token_id in token_ids:
+            _check(name, token_id, _is_integer(token_id, 0, _MAX_ID), f"must hold integers within [0, {_MAX_ID}]")
+
+    def _check_token_ids(self) -> None:
+        self._check_ids("stop_token_ids", self.stop_token_ids)
+        if self.allowed_token_ids is not None:
+            self._check_ids("allowed_token_ids", self.allowed_token_ids)
+            self._check("allowed_token_ids", len(self.allowed_token_ids) > 0, "must hold at least one token id")
+        words = self.bad_words_token_ids
+        self._check("bad_words_token_ids", isinstance(words, tuple | list), "must be a list of words")
+        for word in words:
+            self._check_ids("bad_words_token_ids", word)
+            self._check("bad_words_token_ids", len(word) > 0, "must not hold an empty word")
+
+    def _bound_logit_bias(self) -> None:
+        self._check("logit_bias", isinstance(self.logit_bias, dict), "must map token ids to numbers")
+        for token_id, bias in self.logit_bias.items():
+            ok = _is_integer(token_id, 0, _MAX_ID) and _is_number(bias, -math.inf, math.inf)
+            reason = f"must map token ids within [0, {_MAX_ID}] to numbers"
+            _check("logit_bias", {token_id: bias}, ok, reason)
+        bounded = {token_id: float(max(-100, min(100, bias))) for token_id, bias in self.logit_bias.items()}
+        msgspec.structs.force_setattr(self, "logit_bias", bounded)
 
     def _tidy(self) -> None:
         """Convert lists, single strings and None, which vLLM accepts, to the fields' types."""
@@ -143,6 +200,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "max_tokens", NO_LIMIT)
         if self.logit_bias is None:
             msgspec.structs.force_setattr(self, "logit_bias", {})
+
+
+def _is_integer(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    """NaN is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _check(field: str, value: object, ok: bool, reason: str) -> None:

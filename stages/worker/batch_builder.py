@@ -41,14 +41,16 @@ class BatchBuilder:
             self._prepare = partial(PagedAttentionStep.on_device, device=device, sliding_window=sliding_window)
 
     def build(self, plan: StepPlan, sampled_token_ids: Sequence[int] = ()) -> ForwardBatch:
-        """sampled_token_ids: of step `plan.placeholder_step`."""
+        """sampled_token_ids: of step `plan.placeholder_step`, -1 where there is none: that sequence's part of this step
+        is wasted work, on any token."""
         query_lens = np.frombuffer(plan.query_lens, np.int32)
         context_lens = np.frombuffer(plan.context_lens, np.int32)
         token_ids = np.frombuffer(plan.token_ids, np.int32)
         if sampled_token_ids:
             is_placeholder = token_ids < 0
             token_ids = token_ids.copy()
-            token_ids[is_placeholder] = np.array(sampled_token_ids, np.int32)[-1 - token_ids[is_placeholder]]
+            sampled = np.maximum(np.array(sampled_token_ids, np.int32), 0)
+            token_ids[is_placeholder] = sampled[-1 - token_ids[is_placeholder]]
         block_tables = np.frombuffer(plan.block_tables, np.int32).reshape(len(query_lens), plan.max_blocks)
 
         sequence_of: Ints = np.arange(len(query_lens))

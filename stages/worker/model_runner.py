@@ -200,7 +200,8 @@ class ModelRunner:
                 part = targets[first : first + PROMPT_LOGPROBS_ROWS]
                 logits = self._loaded().logits(hidden[start + first : start + first + len(part)])
                 if logits is not None:
-                    report += token_logprobs(logits, part, [spec.num_logprobs] * len(part))
+                    entries = token_logprobs(logits, part, [spec.num_logprobs] * len(part))
+                    report += [entry for entry in entries if entry is not None]  # all: a prompt holds no -1
             reports.append(report)
         return reports
 

@@ -22,7 +22,7 @@ class Pooler:
         self._sums: OrderedDict[int, Tensor] = OrderedDict()
 
     def pool(self, plan: StepPlan, hidden: Tensor, norm: Callable[[Tensor], Tensor]) -> list[bytes]:
-        """float32: one vector for each PoolSpec of the plan whose prompt ends in this step.
+        """float32: one vector for each PoolSpec of the plan whose prompt ends in this step; empty if it is not finite.
 
         hidden: [T, hidden], before the model's final `norm`.
         """
@@ -39,7 +39,8 @@ class Pooler:
                 pooled = total / (before + length) if spec.is_whole else None
             if pooled is not None:
                 self._sums.pop(plan.seq_ids[spec.sequence], None)
-                vectors.append(_finish(pooled, spec).cpu().numpy().tobytes())
+                vector = _finish(pooled, spec).cpu().numpy()
+                vectors.append(vector.tobytes() if np.isfinite(vector).all() else b"")
         return vectors
 
     def _add(self, seq_id: int, num_before: int, part: Tensor) -> Tensor:

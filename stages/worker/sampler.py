@@ -22,42 +22,55 @@ from stagemesh.stages.messages.step import LogitsAdjustments, SampleSpec, TokenL
 _MASK64 = 2**64 - 1
 _NUCLEUS_CANDIDATES = 256
 """Likeliest tokens sorted first in search of a nucleus; nearly always enough."""
+LEAST_LOGPROB = -9999.0
+"""vLLM's, in place of -inf and of what is no number, neither of which JSON has."""
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
-    """[n] token ids for `logits` [n, vocab], which it may overwrite."""
+    """[n] token ids for `logits` [n, vocab], which it may overwrite.
+
+    -1 for a row that cannot be sampled: what it may choose from is empty, or holds NaN or +inf. Ids outside of the
+    vocabulary, as a tokenizer or generation_config.json may name them, change nothing.
+    """
+    vocab_size = logits.shape[-1]
     if any(spec.edits is not None for spec in specs):
         logits = logits.float()
     for row, spec in enumerate(specs):
         if spec.edits is not None:
             _adjust(logits[row], spec.edits)
         if spec.banned_token_ids:
-            logits[row, spec.banned_token_ids] = -math.inf
+            logits[row, [i for i in spec.banned_token_ids if 0 <= i < vocab_size]] = -math.inf
     chosen = _argmax(logits)
+    # NaN counts as the largest of a row, so this one logit tells.
+    is_bad = ~logits.gather(-1, chosen[:, None]).isfinite().squeeze(-1)
     random_rows = [row for row, spec in enumerate(specs) if spec.temperature > 0.0]
     if random_rows:
         chosen[random_rows] = _draw(logits[random_rows], [specs[row] for row in random_rows])
-    return chosen.tolist()
+    return chosen.masked_fill_(is_bad, -1).tolist()
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """How likely each row of the model's `logits` [n, vocab] finds its token of `token_ids` [n].
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs | None]:
+    """How likely each row of the model's `logits` [n, vocab] finds its token of `token_ids` [n]; None for -1.
 
-    counts: likeliest tokens to name for each row; -1 for all.
+    counts: likeliest tokens to name for each row; -1 for all. Every number is finite.
     """
     if not token_ids:
         return []
     vocab_size = logits.shape[-1]
     counts = [vocab_size if count < 0 else min(count, vocab_size) for count in counts]
     logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])
+    own = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device).clamp_(min=0)[:, None])
     ranks = ((logprobs > own).sum(-1) + 1).tolist()
     top = logprobs.topk(max(counts), -1)
-    rows = zip(token_ids, own[:, 0].tolist(), ranks, top.indices.tolist(), top.values.tolist(), counts, strict=True)
+    values = (_finite(own[:, 0]).tolist(), ranks, top.indices.tolist(), _finite(top.values).tolist())
     return [
-        TokenLogprobs(token_id, logprob, rank, top_ids[:count], top_logprobs[:count])
-        for token_id, logprob, rank, top_ids, top_logprobs, count in rows
+        TokenLogprobs(token_id, logprob, rank, top_ids[:count], top_logprobs[:count]) if token_id >= 0 else None
+        for token_id, logprob, rank, top_ids, top_logprobs, count in zip(token_ids, *values, counts, strict=True)
     ]
+
+
+def _finite(logprobs: Tensor) -> Tensor:
+    return torch.where(logprobs.isfinite(), logprobs, LEAST_LOGPROB)
 
 
 def _adjust(row: Tensor, edits: LogitsAdjustments) -> None:
@@ -66,24 +79,27 @@ def _adjust(row: Tensor, edits: LogitsAdjustments) -> None:
         bits = np.unpackbits(np.frombuffer(edits.allowed, np.uint8), count=len(row), bitorder="little")
         row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), -math.inf)
     if edits.bias_ids:
-        row[_ids(edits.bias_ids, row)] += _on_device(np.frombuffer(edits.bias, np.float32), row)
-    output_ids = _ids(edits.output_ids, row)
+        bias_ids, is_known = _ids(edits.bias_ids, row)
+        row[bias_ids] += _on_device(np.frombuffer(edits.bias, np.float32)[is_known], row)
+    output_ids, is_known = _ids(edits.output_ids, row)
     if edits.repetition_penalty != 1.0:
-        seen = torch.cat((_ids(edits.prompt_ids, row), output_ids)).unique()
+        seen = torch.cat((_ids(edits.prompt_ids, row)[0], output_ids)).unique()
         logits = row[seen]
         row[seen] = torch.where(logits > 0, logits / edits.repetition_penalty, logits * edits.repetition_penalty)
     if len(output_ids) and (edits.frequency_penalty or edits.presence_penalty):
-        counts = _on_device(np.frombuffer(edits.output_counts, np.int32).astype(np.float32), row)
-        row[output_ids] -= edits.frequency_penalty * counts + edits.presence_penalty
+        counts = np.frombuffer(edits.output_counts, np.int32)[is_known].astype(np.float32)
+        row[output_ids] -= edits.frequency_penalty * _on_device(counts, row) + edits.presence_penalty
 
 
-def _ids(data: bytes, like: Tensor) -> Tensor:
-    return _on_device(np.frombuffer(data, np.int32).astype(np.int64), like)
+def _ids(data: bytes, row: Tensor) -> tuple[Tensor, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Those of the int32 ids that `row` has, and which ones those are."""
+    ids = np.frombuffer(data, np.int32)
+    is_known = (ids >= 0) & (ids < len(row))
+    return _on_device(ids[is_known].astype(np.int64), row), is_known
 
 
 def _on_device(values: np.ndarray[Any, Any], like: Tensor) -> Tensor:
-    # A copy, because bytes are read-only and torch says so with a warning.
-    return torch.from_numpy(values.copy()).to(like.device)
+    return torch.from_numpy(values).to(like.device)
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from support.toy_lane import ints
 from torch import Tensor
 
+from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import SamplingParams
+from stagemesh.stages.engine.sequence import Sequence
 from stagemesh.stages.messages.step import LogitsAdjustments, SampleSpec
-from stagemesh.stages.worker.sampler import sample, token_logprobs, uniform
+from stagemesh.stages.worker.sampler import LEAST_LOGPROB, sample, token_logprobs, uniform
 
 NUM_DRAWS = 4000
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.02, 0.25, 0.08, 0.2])
@@ -268,10 +272,109 @@ def test_edits_of_one_row_leave_the_others_alone(dtype: torch.dtype) -> None:
     assert [t for i, t in enumerate(together) if i % 3] == [t for i, t in enumerate(without) if i % 3]
 
 
+BAD_ROWS = {
+    "NaN": [math.nan, 1.0, 2.0, 0.0, 0.0, 0.0],
+    "+inf": [0.0, 1.0, math.inf, 0.0, 0.0, 0.0],
+    "nothing allowed": [-math.inf] * 6,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_row_that_cannot_be_sampled_is_said_and_disturbs_no_other(
+    row: list[float], settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    healthy = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    specs = [spec(position=i, **(settings if i % 2 else {})) for i in range(8)]
+    expected = sample(healthy.clone(), specs)
+    mixed = torch.cat((healthy[:4], torch.tensor([row], dtype=dtype), healthy[4:]))
+    assert sample(mixed, [*specs[:4], spec(**settings), *specs[4:]]) == [*expected[:4], -1, *expected[4:]]
+
+
+def test_what_a_row_may_not_choose_does_not_spoil_it() -> None:
+    logits = torch.tensor([[math.nan, 1.0, math.inf, 0.0]])
+    for limit in ({"banned_token_ids": [0, 2]}, {"edits": LogitsAdjustments(allowed=b"\x0a")}):
+        assert sample(logits.clone(), [spec(temperature=0.0, **limit)]) == [1]
+    assert sample(LOGITS[None].clone(), [spec(banned_token_ids=list(range(6)))]) == [-1]
+
+
+def test_ids_outside_of_the_vocabulary_change_nothing() -> None:
+    far = ints(-1, 6, 2**31 - 1)
+    bias = torch.full((3,), 50.0).numpy().tobytes()
+    edits = LogitsAdjustments(
+        bias_ids=far,
+        bias=bias,
+        repetition_penalty=2.0,
+        presence_penalty=2.0,
+        prompt_ids=far,
+        output_ids=far,
+        output_counts=ints(1, 1, 1),
+    )
+    strange = spec(temperature=0.0, banned_token_ids=[-1, 6, 2**40], edits=edits)
+    # The last id is the likeliest: a ban of -1 must not reach it.
+    assert sample(LOGITS.roll(-2)[None].clone(), [strange]) == [5]
+
+
+EDGES: dict[str, list[Any]] = {
+    "temperature": [0.0, 5e-324, 1e-300, 1e-45, 1e-5, 100.0],
+    "top_p": [5e-324, 1e-300, 1e-9, math.nextafter(1.0, 0.0), 1.0],
+    "top_k": [-1, 0, 1, 2**31 - 1, 2**31, 2**64],
+    "min_p": [0.0, 5e-324, 1e-300, 1.0],
+    "repetition_penalty": [5e-324, 1e-300, 1e-38, 0.01, 100.0, 1e38, 1.7e308],
+    "frequency_penalty": [-2.0, -5e-324, 5e-324, 2.0],
+    "presence_penalty": [-2.0, -5e-324, 5e-324, 2.0],
+    "logit_bias": [{0: -math.inf}, {0: math.inf, 3: 5e-324}, dict.fromkeys(range(40), -1e308), {2**31 - 1: 100.0}],
+    "min_tokens": [0, 1, 2**31 - 1, 2**31],
+    "max_tokens": [1, 2**31 - 1, 2**63],
+    "seed": [0, -(2**63), 2**63, 2**64 - 1, 2**64],
+    "bad_words_token_ids": [((),), ((3,),), ((2**31 - 1,), (0,))],
+    "allowed_token_ids": [[0], [39], list(range(40))],
+    "ignore_eos": [True],
+}
+
+
+def edge_pairs() -> list[dict[str, Any]]:
+    singles = [(name, value) for name, values in EDGES.items() for value in values]
+    return [{a[0]: a[1], b[0]: b[1]} for a, b in itertools.combinations_with_replacement(singles, 2)]
+
+
+def test_parameters_at_the_edges_of_their_types_are_refused_or_sampled_singly_and_in_pairs() -> None:
+    """Through everything that a leader makes of them, for tame logits and for very large ones."""
+    prompt, output = [1, 2, 3, 3], [5, 3, 3]
+    random_logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 4
+    extreme = torch.where(random_logits > 0, 1e36, -1e36)
+    num_sampled = 0
+    for pair in edge_pairs():
+        try:
+            params = SamplingParams(**{"seed": 1, "max_tokens": 2**31 - 1, **pair})
+        except ConfigError as error:
+            assert error.field in pair
+            continue
+        sequence = Sequence(0, "id", prompt, params, eos_token_ids=[0, 50, -1], max_model_len=100)
+        sequence.token_ids.extend(output)
+        num_sampled += 1
+        for logits in (random_logits, extreme):
+            (token_id,) = sample(logits[None].clone(), [sequence.sample_spec(sequence.num_tokens)])
+            assert 0 <= token_id < 40, pair
+    assert num_sampled > 500
+
+
 def test_logprobs_are_those_of_the_model_with_rank_and_likeliest_tokens() -> None:
     chosen, likeliest, everything = token_logprobs(LOGITS.repeat(3, 1) + 7.0, [4, 1, 2], [2, 0, -1])
+    assert chosen and likeliest and everything
     assert chosen.logprob == pytest.approx(math.log(0.08), abs=1e-6) and chosen.rank == 4
     assert chosen.top_ids == [1, 3]
     assert chosen.top_logprobs == pytest.approx([math.log(0.4), math.log(0.25)], abs=1e-6)
     assert likeliest.rank == 1 and likeliest.top_ids == [] and likeliest.top_logprobs == []
     assert everything.rank == 6 and everything.top_ids == [1, 3, 5, 4, 0, 2]
+
+
+def test_logprobs_are_finite_and_left_out_for_a_row_that_was_not_sampled() -> None:
+    logits = torch.tensor([[0.0, -math.inf], [math.nan, 1.0], [math.inf, 1.0], [math.nan] * 2])
+    excluded, no_number, infinite, nothing = token_logprobs(logits, [1, 1, 0, -1], [-1] * 4)
+    assert nothing is None and excluded and no_number and infinite
+    assert excluded.logprob == LEAST_LOGPROB and excluded.rank == 2
+    assert excluded.top_logprobs == [0.0, LEAST_LOGPROB]
+    for entry in (no_number, infinite):
+        assert all(math.isfinite(value) for value in (entry.logprob, *entry.top_logprobs))
