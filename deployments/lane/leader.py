@@ -48,7 +48,6 @@ class Leader:
     async def start(self) -> None:
         """A replica that is ready has generated once."""
         try:
-            await self._group.start()
             await self._lane.start()
             await self._warm_up()
         except BaseException:

@@ -9,6 +9,7 @@ import torch
 from ray.actor import ActorHandle
 
 from stagemesh.deployments.lane.mailbox import Mailbox
+from stagemesh.stages.layers.tensor_parallel import PeerLost
 
 
 class ObjectStoreTransport:
@@ -27,7 +28,10 @@ class ObjectStoreTransport:
         self._next_worker.deliver.remote(self._epoch, step, raw)
 
     def receive(self, step: int, into: torch.Tensor) -> torch.Tensor:
-        raw = self._mailbox.take(self._epoch, step, self._timeout_s)
+        try:
+            raw = self._mailbox.take(self._epoch, step, self._timeout_s)
+        except (TimeoutError, RuntimeError) as error:
+            raise PeerLost(str(error)) from error
         # A copy, because arrays out of the object store are read-only and torch warns of those.
         into.view(torch.uint8).copy_(torch.from_numpy(raw.copy()))
         return into

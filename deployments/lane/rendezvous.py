@@ -20,6 +20,8 @@ from stagemesh.stages.messages.wiring import Progress, Rank, make_wiring
 logger = logging.getLogger("ray.serve")
 
 Reply = TypeVar("Reply")
+OPEN_TIMEOUT_S = 20.0
+"""A worker opens an epoch at once, or after the end of the one before, for which it waits a few seconds."""
 PROGRESS_TIMEOUT_S = 2.0
 MAX_ERROR_CHARS = 600
 """The end of a remote traceback names the error."""
@@ -48,12 +50,12 @@ async def start_epoch(
 ) -> dict[Rank, asyncio.Task[None]]:
     """Connect all ranks, start their run loops, attach the engine: then the lane serves.
 
-    workers: ShardWorkers, all loaded and none running. Returns the run loop of each, which ends with the epoch; with an
-    error if the rank failed or lost a peer. Raises PhaseError.
+    workers: ShardWorkers, all loaded; what they still run of an earlier epoch ends. Returns the run loop of each, which
+    ends with the epoch; with an error if the rank failed or lost a peer. Raises PhaseError.
     """
     timeout_s = config.startup_timeout_s
     opened = {rank: worker.open.remote(epoch) for rank, worker in workers.items()}
-    endpoints = await gather_ranks("open", opened, timeout_s)
+    endpoints = await gather_ranks("open", opened, min(timeout_s, OPEN_TIMEOUT_S))
     channel = LeaderChannel(context, ray.util.get_node_ip_address())
     try:
         wiring = make_wiring(epoch, endpoints, channel.address, num_blocks)
@@ -66,7 +68,7 @@ async def start_epoch(
         channel.close()
         raise
     channel.connect([endpoints[rank].plan_address for rank in workers])
-    runs = {rank: asyncio.ensure_future(worker.run.remote()) for rank, worker in workers.items()}
+    runs = {rank: asyncio.ensure_future(worker.run.remote(epoch)) for rank, worker in workers.items()}
     await asyncio.wrap_future(engine.attach(channel, epoch, num_blocks))
     return runs
 

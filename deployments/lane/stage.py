@@ -10,12 +10,17 @@ import ray
 from ray.actor import ActorHandle
 
 from stagemesh.config.engine import EngineConfig
+from stagemesh.config.fingerprint import fingerprint
 from stagemesh.deployments.lane.worker_group import GroupState, WorkerGroup
 
 logger = logging.getLogger("ray.serve")
 
-LEADER_CHECK_PERIOD_S = 0.5
-"""Serve does not cancel the open call of a caller that died."""
+LEADER_CHECK_PERIOD_S = 1.0
+"""Serve does not cancel the open call of a caller that died. One check costs both sides about 1 ms of a core."""
+
+
+class LeaseRefused(RuntimeError):
+    """Another replica may accept the leader."""
 
 
 class Stage:
@@ -25,13 +30,23 @@ class Stage:
         self._stage = stage
         self._group = WorkerGroup(config, stage)
         try:
-            await self._group.start()
+            # In a thread, as it reads files.
+            self._fingerprint, _ = await asyncio.gather(asyncio.to_thread(fingerprint, config), self._group.start())
         except BaseException:
             self._group.close()
             raise
 
-    async def lease(self, leader: ActorHandle, lane: str) -> AsyncIterator[GroupState]:
-        """Yields the group's state now and at every change, until the leader's process dies."""
+    async def lease(self, leader: ActorHandle, lane: str, fingerprint: str) -> AsyncIterator[GroupState]:
+        """Yields the group's state now and at every change, until the leader's process dies.
+
+        Raises LeaseRefused if the leader's fingerprint is another: lanes never mix versions. When the lease ends,
+        nothing of it runs in the workers any more.
+        """
+        if fingerprint != self._fingerprint:
+            raise LeaseRefused(
+                f"lane {lane} has fingerprint {fingerprint}, this replica of stage {self._stage} has "
+                f"{self._fingerprint}: configuration, code or checkpoint differ"
+            )
         logger.info("stage %d: leased to lane %s", self._stage, lane)
         states = self._group.states()
         next_state = asyncio.ensure_future(anext(states))
@@ -47,7 +62,12 @@ class Stage:
         finally:
             next_state.cancel()
             leader_died.cancel()
+            await self._group.stop_run()  # before the next lease: later it would stop that one's run
             logger.info("stage %d: lease of lane %s ended", self._stage, lane)
+
+    async def check_health(self) -> None:
+        """Serve replaces a stage whose workers cannot be replaced."""
+        self._group.check_health()
 
     def __del__(self) -> None:
         if hasattr(self, "_group"):

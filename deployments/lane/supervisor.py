@@ -13,15 +13,21 @@ import zmq
 from ray.serve.handle import DeploymentHandle
 
 from stagemesh.config.engine import EngineConfig
+from stagemesh.config.fingerprint import fingerprint
 from stagemesh.deployments.lane.rendezvous import PhaseError, progress, start_epoch, timed
+from stagemesh.deployments.lane.stage import LeaseRefused
 from stagemesh.deployments.lane.worker_group import GroupState, WorkerGroup, workers_by_rank
 from stagemesh.stages.engine.engine import Engine, TokenSink
 from stagemesh.stages.engine.lane import StepTimeout
-from stagemesh.stages.messages.wiring import Rank
+from stagemesh.stages.messages.wiring import Rank, new_epoch
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_PAUSE_S = 0.3
+REFUSED_PAUSE_S = 3.0
+"""After a replica has refused a lease: another one may accept it, or this one may be replaced."""
+LEASE_PATIENCE_S = 10.0
+"""How long a stage is kept, or waited for, while an earlier one is not leased. Then it is given back."""
 STOP_TIMEOUT_S = 5.0
 """A rank still in the run loop of a broken epoch by then is killed."""
 
@@ -38,13 +44,16 @@ class LaneSupervisor:
         later_stages: Sequence[DeploymentHandle[Any]],
         sink: TokenSink,
     ) -> None:
-        """own_group: of stage 0. The caller closes it and `context`."""
+        """own_group: of stage 0, not started. The caller closes it and `context`."""
         self._config = config
         self._lane = lane
+        self._fingerprint = ""
         self._context = context
         self._own_group = own_group
         self._later_stages = later_stages
-        self._states = [GroupState(0, reason="not leased yet") for _ in range(1 + len(later_stages))]
+        self._states = [GroupState(0, reason="loading")]
+        self._states += [GroupState(0, reason="not leased yet") for _ in later_stages]
+        self._leased: set[int] = set()
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._serving = asyncio.Event()
@@ -58,12 +67,17 @@ class LaneSupervisor:
         self.engine = Engine(config, lane, sink, self._step_failed)
 
     async def start(self) -> None:
-        """Return when the lane serves. TimeoutError names what is missing, RuntimeError why it never will serve."""
+        """Return when the lane serves. TimeoutError names what is missing, RuntimeError why it never will serve.
+
+        This stage loads while the others are leased. PhaseError if it cannot.
+        """
         self._broken_since = time.monotonic()
-        self._tasks = [asyncio.create_task(self._follow(0, self._own_group.states()))]
+        self._fingerprint = await asyncio.to_thread(fingerprint, self._config)
         for stage, handle in enumerate(self._later_stages, start=1):
             self._tasks.append(asyncio.create_task(self._keep_lease(stage, handle)))
         self._tasks.append(asyncio.create_task(self._supervise()))
+        await self._own_group.start()
+        self._tasks.append(asyncio.create_task(self._follow(0, self._own_group.states())))
         timeout_s = 2 * self._config.startup_timeout_s
         serving = asyncio.create_task(self._serving.wait())
         try:
@@ -79,6 +93,7 @@ class LaneSupervisor:
         for task in self._tasks:  # they run for as long as the lane does
             if task.done() and not task.cancelled():
                 raise RuntimeError(f"lane {self._lane} lost its supervisor: {task.exception()!r}")
+        self._own_group.check_health()
         if self._broken_since is None:
             return
         broken_s = time.monotonic() - self._broken_since
@@ -99,21 +114,56 @@ class LaneSupervisor:
             self._set_state(stage, state)
 
     async def _keep_lease(self, stage: int, handle: DeploymentHandle[Any]) -> None:
-        """Lease a replica of `stage`, and another when the lease ends."""
-        leader = ray.get_runtime_context().current_actor
+        """Lease a replica of `stage`, and another when the lease ends.
+
+        Leases are taken in the order of the stages: lanes that each held what another waits for would wait for ever.
+        """
         while True:
-            stream = handle.options(stream=True).lease.remote(leader, self._lane)
+            await self._until(lambda: self._earlier_leased(stage))
+            lease = asyncio.create_task(self._lease(stage, handle))
+            lost = asyncio.create_task(self._until_earlier_lost(stage))
             try:
-                await self._follow(stage, stream)
-                reason = "the lease ended"
-            except asyncio.CancelledError:
-                stream.cancel()
-                raise
-            except Exception as error:  # whatever broke the lease, another is needed
-                reason = f"the lease broke: {type(error).__name__}"
+                await asyncio.wait({lease, lost}, return_when=asyncio.FIRST_COMPLETED)
+                given_back = f"given back, as an earlier stage was lost for {LEASE_PATIENCE_S:g} s"
+                reason, pause_s = lease.result() if lease.done() else (given_back, 0.0)
+            finally:
+                lost.cancel()
+                lease.cancel()
+                await asyncio.wait({lease})
+            self._leased.discard(stage)
             logger.warning("lane %s: stage %d: %s", self._lane, stage, reason)
             self._set_state(stage, GroupState(-1, reason=reason))
-            await asyncio.sleep(RETRY_PAUSE_S)
+            await asyncio.sleep(pause_s)
+
+    async def _lease(self, stage: int, handle: DeploymentHandle[Any]) -> tuple[str, float]:
+        """Hold one lease; returns why it ended, and seconds until the next may be asked for."""
+        leader = ray.get_runtime_context().current_actor
+        stream = handle.options(stream=True).lease.remote(leader, self._lane, self._fingerprint)
+        try:
+            async for state in stream:
+                self._leased.add(stage)
+                self._set_state(stage, state)
+            return "the lease ended", RETRY_PAUSE_S
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        except LeaseRefused as error:
+            refusal = getattr(error, "cause", error)  # Ray's wrapper has a traceback
+            return f"the lease was refused: {refusal}", REFUSED_PAUSE_S
+        except Exception as error:  # whatever broke the lease, another is needed
+            return f"the lease broke: {type(error).__name__}", RETRY_PAUSE_S
+
+    def _earlier_leased(self, stage: int) -> bool:
+        return all(earlier in self._leased for earlier in range(1, stage))
+
+    async def _until_earlier_lost(self, stage: int) -> None:
+        """Until a stage before `stage` has not been leased for LEASE_PATIENCE_S."""
+        while True:
+            await self._until(lambda: not self._earlier_leased(stage))
+            try:
+                await asyncio.wait_for(self._until(lambda: self._earlier_leased(stage)), LEASE_PATIENCE_S)
+            except TimeoutError:
+                return
 
     def _set_state(self, stage: int, state: GroupState) -> None:
         self._states[stage] = state
@@ -129,7 +179,7 @@ class LaneSupervisor:
             # Fixed by the first epoch: the scheduler's block tables outlive it.
             num_blocks = self.num_blocks or min(state.num_blocks for state in states)
             self._failure = None
-            self._epoch += 1
+            self._epoch = await self._next_epoch(workers)
             runs: dict[Rank, asyncio.Task[None]] = {}
             try:
                 with timed(f"lane {self._lane}", f"rendezvous of epoch {self._epoch}"):
@@ -140,6 +190,7 @@ class LaneSupervisor:
                 reason = await self._until_broken(states, runs)
             except PhaseError as error:
                 reason = str(error)
+                await self._kill_silent(workers)
             self._last_error = reason
             self._serving.clear()
             self._broken_since = self._broken_since or time.monotonic()
@@ -147,6 +198,11 @@ class LaneSupervisor:
             await asyncio.wrap_future(self.engine.detach("healing"))
             await self._stop(workers, runs)
             await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _next_epoch(self, workers: dict[Rank, Any]) -> int:
+        """Above those that the workers were in, whatever the clocks of the leaders that began them."""
+        seen = [state.epoch for state in (await progress(workers)).values() if state is not None]
+        return new_epoch(max(self._epoch, *seen))
 
     def _step_failed(self, epoch: int, error: Exception) -> None:
         """Called in the engine's thread."""
@@ -182,10 +238,10 @@ class LaneSupervisor:
 
     async def _stop(self, workers: dict[Rank, Any], runs: dict[Rank, asyncio.Task[None]]) -> None:
         """Get the ranks out of their run loops; kill those that do not leave."""
-        if not runs:
-            return
         for worker in workers.values():
             worker.stop.remote(self._epoch)
+        if not runs:
+            return
         if isinstance(self._failure, StepTimeout):
             await self._kill_stuck(workers)
         _, pending = await asyncio.wait(runs.values(), timeout=STOP_TIMEOUT_S)
@@ -209,6 +265,13 @@ class LaneSupervisor:
         for rank in silent or longest_first[:1]:
             logger.error("lane %s: stage %d rank %d is stuck, killed", self._lane, *rank)
             ray.kill(workers[rank])
+
+    async def _kill_silent(self, workers: dict[Rank, Any]) -> None:
+        """After a failed start: the next one would wait for ranks that do not answer until its deadline too."""
+        for rank, state in (await progress(workers)).items():
+            if state is None:
+                logger.error("lane %s: stage %d rank %d does not answer, killed", self._lane, *rank)
+                ray.kill(workers[rank])
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+from typing import NoReturn
 
 import ray
 from ray.actor import ActorHandle
@@ -11,6 +13,8 @@ from ray.actor import ActorHandle
 from stagemesh.config.engine import EngineConfig
 from stagemesh.deployments.lane.mailbox import Mailbox, Raw
 from stagemesh.stages.messages.wiring import Endpoints, Progress, Wiring
+
+logger = logging.getLogger(__name__)
 
 MAX_CONCURRENCY = 8
 """Threads: `watch` and `run` occupy one each, the others serve short calls."""
@@ -25,6 +29,7 @@ class ShardWorker:
 
         limit_threads(config)
         self._config = config
+        self._name = f"stage {stage} rank {tp_rank}"
         self._worker = Worker(config, stage, tp_rank, ray.util.get_node_ip_address())
         self._mailbox = Mailbox()
 
@@ -43,14 +48,19 @@ class ShardWorker:
         return self._worker.profile()
 
     def open(self, epoch: int) -> Endpoints:
-        return self._worker.open(epoch)
+        from stagemesh.stages.worker.worker import EpochStuck
+
+        self._mailbox.open(epoch)  # wakes a rank that waits for activations of an older epoch
+        try:
+            return self._worker.open(epoch)
+        except EpochStuck as error:
+            self._end_process(str(error))
 
     def connect(self, wiring: Wiring, next_worker: ActorHandle | None) -> None:
         """next_worker: the same rank of the next stage."""
         if self._config.transport == "object_store":
             from stagemesh.deployments.lane.object_store import ObjectStoreTransport
 
-            self._mailbox.open(wiring.epoch)
             self._worker.connect(
                 wiring,
                 lambda: ObjectStoreTransport(self._mailbox, next_worker, wiring.epoch, self._config.peer_timeout_s),
@@ -58,15 +68,27 @@ class ShardWorker:
         else:
             self._worker.connect(wiring)
 
-    def run(self) -> None:
-        self._worker.run()
+    def run(self, epoch: int) -> None:
+        try:
+            self._worker.run(epoch)
+        except Exception as error:
+            if self._worker.device_is_broken():
+                self._worker.close()  # sends what it still has to say
+                self._end_process(f"its CUDA context is broken: {error}")
+            raise
 
-    def stop(self, epoch: int) -> None:
-        self._worker.stop(epoch)
+    def stop(self, epoch: int | None) -> None:
+        """None: whatever runs. As `Worker.stop`."""
         self._mailbox.end(epoch)  # wakes a rank that waits for activations
+        self._worker.stop(epoch)
 
     def progress(self) -> Progress:
         return self._worker.progress()
+
+    def _end_process(self, why: str) -> NoReturn:
+        """The group sees the death and starts this rank anew."""
+        logger.error("%s: %s; the process ends and is replaced", self._name, why)
+        os._exit(1)
 
     def deliver(self, epoch: int, step: int, hidden: Raw) -> None:
         """Called by the stage before."""

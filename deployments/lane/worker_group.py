@@ -21,7 +21,11 @@ from stagemesh.stages.messages.wiring import Rank
 logger = logging.getLogger("ray.serve")
 
 RESPAWN_PAUSE_S = 1.0
-"""Between attempts to replace a dead rank."""
+"""After the first attempt to replace a dead rank that failed; twice as long after each further one."""
+MAX_REPAIRS = 5
+"""Attempts that fail one after another: then the group gives up, and its replica is to be replaced."""
+STOP_TIMEOUT_S = 3.0
+"""For a worker to answer `stop`."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class WorkerGroup:
         self._state = GroupState(0, reason="not started")
         self._changed = asyncio.Condition()
         self._repair: asyncio.Task[None] | None = None
+        self._gave_up = ""
 
     async def start(self) -> None:
         """Raises PhaseError."""
@@ -88,6 +93,30 @@ class WorkerGroup:
                 state = self._state
             seen = state.generation
             yield state
+
+    def check_health(self) -> None:
+        """Raises RuntimeError if the group cannot repair itself."""
+        if self._gave_up:
+            raise RuntimeError(f"stage {self._stage} gave up after {MAX_REPAIRS} attempts: {self._gave_up}")
+        for task in (self._repair, *(member.watcher for member in self._members)):
+            if task is not None and task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                raise RuntimeError(f"stage {self._stage} is no longer repaired: {error!r}") from error
+
+    async def stop_run(self) -> None:
+        """End whatever epoch runs in the workers. One that does not answer is killed, and replaced."""
+        calls = {asyncio.ensure_future(m.worker.stop.remote(None)): m.worker for m in self._members if m.worker}
+        if not calls:
+            return
+        _, silent = await asyncio.wait(calls, timeout=STOP_TIMEOUT_S)
+        for call, worker in calls.items():
+            if call in silent:
+                logger.error(
+                    "stage %d: a worker did not answer `stop` within %g s, killed", self._stage, STOP_TIMEOUT_S
+                )
+                call.cancel()
+                ray.kill(worker)
+            else:
+                call.exception()  # of one that has died: its watcher knows
 
     def close(self) -> None:
         """Safe to call twice, and after a `start` that failed."""
@@ -145,17 +174,24 @@ class WorkerGroup:
             self._repair = asyncio.create_task(self._repair_all())
 
     async def _repair_all(self) -> None:
+        num_failed = 0
         while dead := [i for i, member in enumerate(self._members) if member.worker is None]:
             try:
                 await self._bring_up(dead)
+                num_failed = 0
             except PhaseError as error:
-                logger.error("%s; trying again", error)
+                num_failed += 1
+                logger.error("%s; attempt %d of %d", error, num_failed, MAX_REPAIRS)
                 for tp_rank in dead:
                     member = self._members[tp_rank]
                     if member.worker is not None and member.watcher is None:
                         ray.kill(member.worker)
                         member.worker = None
-                await asyncio.sleep(RESPAWN_PAUSE_S)
+                if num_failed == MAX_REPAIRS:
+                    self._gave_up = str(error)
+                    await self._set_state(reason=self._gave_up)
+                    return
+                await asyncio.sleep(RESPAWN_PAUSE_S * 2 ** (num_failed - 1))
 
     async def _set_state(self, workers: tuple[ActorHandle, ...] = (), num_blocks: int = 0, reason: str = "") -> None:
         complete = workers if len(workers) == len(self._members) else ()

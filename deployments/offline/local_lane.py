@@ -13,12 +13,10 @@ from stagemesh.stages.engine.engine import Engine, TokenSink
 from stagemesh.stages.engine.lane import Lane
 from stagemesh.stages.messages.channel import LeaderChannel
 from stagemesh.stages.messages.request import EngineRequest, RequestSummary
-from stagemesh.stages.messages.wiring import make_wiring
+from stagemesh.stages.messages.wiring import make_wiring, new_epoch
 from stagemesh.stages.worker.worker import Worker
 
 HOST = "127.0.0.1"
-EPOCH = 1
-"""The only one: wired again, the same process would fail again."""
 JOIN_TIMEOUT_S = 30.0
 
 
@@ -28,13 +26,15 @@ class LocalLane(Lane):
     def __init__(self, config: EngineConfig, sink: TokenSink, on_failure: Callable[[str], None]) -> None:
         assert config.plan.tp_size * config.plan.pp_size == 1
         self.num_blocks = 0
+        self._epoch = new_epoch()
+        """The only one: wired again, the same process would fail again."""
         self._worker = Worker(config, 0, 0, HOST)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = LeaderChannel(self._context, HOST)
         # The threads keep no reference to the lane, so that it can be garbage-collected.
         self.engine = Engine(config, "local", sink, lambda _, error: on_failure(f"{type(error).__name__}: {error}"))
         self._thread = threading.Thread(
-            target=_run, args=(self._worker, self.engine, on_failure), name="worker", daemon=True
+            target=_run, args=(self._worker, self._epoch, self.engine, on_failure), name="worker", daemon=True
         )
 
     def start(self) -> None:
@@ -42,11 +42,11 @@ class LocalLane(Lane):
         try:
             self._worker.load()
             self.num_blocks = self._worker.profile()
-            endpoints = self._worker.open(EPOCH)
-            self._worker.connect(make_wiring(EPOCH, {(0, 0): endpoints}, self._channel.address, self.num_blocks))
+            endpoints = self._worker.open(self._epoch)
+            self._worker.connect(make_wiring(self._epoch, {(0, 0): endpoints}, self._channel.address, self.num_blocks))
             self._channel.connect([endpoints.plan_address])
             self._thread.start()
-            self.engine.attach(self._channel, EPOCH, self.num_blocks).result()
+            self.engine.attach(self._channel, self._epoch, self.num_blocks).result()
         except BaseException:
             self.close()
             raise
@@ -59,7 +59,7 @@ class LocalLane(Lane):
 
     def close(self) -> None:
         self.engine.close()
-        self._worker.stop(EPOCH)
+        self._worker.stop(self._epoch)
         if self._thread.is_alive():
             self._thread.join(JOIN_TIMEOUT_S)
         if not self._thread.is_alive():
@@ -68,9 +68,9 @@ class LocalLane(Lane):
         self._context.term()
 
 
-def _run(worker: Worker, engine: Engine, on_failure: Callable[[str], None]) -> None:
+def _run(worker: Worker, epoch: int, engine: Engine, on_failure: Callable[[str], None]) -> None:
     try:
-        worker.run()
+        worker.run(epoch)
     except Exception as error:
         engine.detach("failed")
         on_failure(f"stage 0 rank 0: {type(error).__name__}: {error}")

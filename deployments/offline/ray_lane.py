@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -20,16 +19,12 @@ from stagemesh.deployments.lane.worker_group import WorkerGroup, rank_resources,
 from stagemesh.stages.engine.engine import Engine, TokenSink
 from stagemesh.stages.engine.lane import Lane
 from stagemesh.stages.messages.request import EngineRequest, RequestSummary
-from stagemesh.stages.messages.wiring import Rank
+from stagemesh.stages.messages.wiring import Rank, new_epoch
 
 logger = logging.getLogger(__name__)
 
-EPOCH = 1
 AFTERMATH_S = 1.0
 """For other ranks to fail too: the first error may be an effect."""
-LOST_PEER = re.compile(r"Connection (closed|reset)|gloo|NCCL|epoch \d+ is over|no activations for step", re.IGNORECASE)
-"""Errors of a rank that lost a peer: effects, not causes."""
-
 Result = TypeVar("Result")
 
 
@@ -101,7 +96,7 @@ class RayLane(Lane):
             raise RuntimeError("; ".join(down))
         self._workers = workers_by_rank(states)
         self.num_blocks = min(state.num_blocks for state in states)
-        runs = await start_epoch(self._config, self._context, self.engine, EPOCH, self._workers, self.num_blocks)
+        runs = await start_epoch(self._config, self._context, self.engine, new_epoch(), self._workers, self.num_blocks)
         self._watching = asyncio.create_task(self._watch(runs))  # asyncio holds tasks weakly
 
     async def _watch(self, runs: dict[Rank, asyncio.Task[None]]) -> None:
@@ -148,12 +143,12 @@ class RayLane(Lane):
 
 def root_cause(failed: dict[Rank, BaseException]) -> str:
     """The errors as text, without those that only lost a peer unless all did."""
+    from stagemesh.stages.layers.tensor_parallel import PeerLost
 
-    def text(error: BaseException) -> str:
-        # Ray wraps the error: the original has the short message, the wrapper a traceback.
-        original = getattr(error, "cause", None) or error
-        return f"{type(original).__name__}: {str(original)[-300:]}"
-
-    reasons = {rank: text(error) for rank, error in sorted(failed.items())}
-    causes = {rank: reason for rank, reason in reasons.items() if not LOST_PEER.search(reason)} or reasons
-    return "; ".join(f"stage {stage} rank {tp_rank}: {reason}" for (stage, tp_rank), reason in causes.items())
+    # Ray wraps the error: the original has the short message, the wrapper a traceback.
+    errors = {rank: getattr(error, "cause", None) or error for rank, error in sorted(failed.items())}
+    causes = {rank: error for rank, error in errors.items() if not isinstance(error, PeerLost)} or errors
+    return "; ".join(
+        f"stage {stage} rank {tp_rank}: {type(error).__name__}: {str(error)[-300:]}"
+        for (stage, tp_rank), error in causes.items()
+    )

@@ -14,8 +14,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class PeerLost(RuntimeError):
+    """A collective or a transfer failed: the cause is another rank, or the way to it."""
+
+
+class _Peers:
+    """What `torch.distributed` raises inside becomes PeerLost; what breaks this rank's own device stays what it is."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            raise PeerLost(f"{type(error).__name__}: {error}") from error
+
+
+PEERS = _Peers()
+"""`with PEERS:` around calls that wait for other ranks. Cheaper than a generator: there are several in each layer."""
+
+
 class TensorGroup(Protocol):
-    """Collectives over a stage; all ranks call them in the same order."""
+    """Collectives over a stage; all ranks call them in the same order. They raise PeerLost."""
 
     @property
     def rank(self) -> int: ...
@@ -56,7 +74,7 @@ class SingleRank:
 
 
 class DistGroup:
-    """A `torch.distributed` process group. A lost peer raises torch's errors."""
+    """A `torch.distributed` process group."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
@@ -65,22 +83,27 @@ class DistGroup:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        dist.all_reduce(x, group=self._group)
+        with PEERS:
+            dist.all_reduce(x, group=self._group)
         return x
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self._group)
+        parts, x = [torch.empty_like(x) for _ in range(self.size)], x.contiguous()
+        with PEERS:
+            dist.all_gather(parts, x, group=self._group)
         return torch.cat(parts, dim)
 
     def gather_to_rank0(self, x: Tensor, dim: int) -> Tensor | None:
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
+        x = x.contiguous()
+        with PEERS:
+            dist.gather(x, parts, group=self._group, group_dst=0)
         return torch.cat(parts, dim) if parts else None
 
     def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
-        received = x.new_empty(sum(receive_rows), *x.shape[1:])
-        dist.all_to_all_single(received, x.contiguous(), list(receive_rows), list(send_rows), group=self._group)
+        received, x = x.new_empty(sum(receive_rows), *x.shape[1:]), x.contiguous()
+        with PEERS:
+            dist.all_to_all_single(received, x, list(receive_rows), list(send_rows), group=self._group)
         return received
 
 

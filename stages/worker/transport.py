@@ -12,12 +12,14 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from stagemesh.stages.layers.tensor_parallel import PEERS
+
 MAX_SENDS_IN_FLIGHT = 4
 """Beyond these a sender waits for its oldest send: back-pressure from a slower stage."""
 
 
 class ActivationTransport(Protocol):
-    """Moves `hidden` [T, hidden_size] to the next stage."""
+    """Moves `hidden` [T, hidden_size] to the next stage. Raises PeerLost."""
 
     def send(self, step: int, hidden: torch.Tensor) -> None:
         """Nobody may write to `hidden` afterwards. May return before it has arrived."""
@@ -39,14 +41,22 @@ class DistTransport:
 
     def send(self, step: int, hidden: torch.Tensor) -> None:
         hidden = hidden.contiguous()
-        work = dist.isend(hidden, self._next_rank)
-        assert work is not None
-        self._in_flight.append((work, hidden))  # the buffer must live until it is sent
-        while self._in_flight and (len(self._in_flight) > MAX_SENDS_IN_FLIGHT or self._in_flight[0][0].is_completed()):
-            self._in_flight.popleft()[0].wait()
+        with PEERS:
+            work = dist.isend(hidden, self._next_rank)
+            assert work is not None
+            self._in_flight.append((work, hidden))  # the buffer must live until it is sent
+            while self._must_wait():
+                self._in_flight.popleft()[0].wait()
+
+    def _must_wait(self) -> bool:
+        """Or need not: what has been sent lets go of its buffer."""
+        return bool(self._in_flight) and (
+            len(self._in_flight) > MAX_SENDS_IN_FLIGHT or self._in_flight[0][0].is_completed()
+        )
 
     def receive(self, step: int, into: torch.Tensor) -> torch.Tensor:
-        dist.recv(into, self._previous_rank)
+        with PEERS:
+            dist.recv(into, self._previous_rank)
         return into
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ class Actor:
         self.broken = False
         self.open = Method(lambda epoch: Endpoints(self.address, self.store_port))
         self.connect = Method(self._connect)
-        self.run = Method(lambda: log.append("run"))
+        self.run = Method(lambda epoch: log.append(f"run {epoch}"))
         self._log = log
 
     def _connect(self, wiring: Wiring, next_worker: Actor | None) -> None:
@@ -94,7 +94,7 @@ def test_an_epoch_starts_with_all_ranks_connected_then_running_then_the_engine(c
     )
     for (stage, tp_rank), actor in actors.items():
         assert actor.connected == (wiring, actors.get((stage + 1, tp_rank)))
-    assert log[:4] == ["connect"] * 4 and sorted(log[4:]) == ["attach 3 64", *["run"] * 4]
+    assert log[:4] == ["connect"] * 4 and sorted(log[4:]) == ["attach 3 64", *["run 3"] * 4]
     engine.channel.close()
 
 
@@ -104,4 +104,4 @@ def test_a_rank_that_cannot_connect_is_named_and_no_socket_stays_open(context: z
     actors[1, 0].broken = True
     with pytest.raises(PhaseError, match="phase 'rendezvous' failed at stage 1 rank 0: OSError: no route"):
         start(context, RecordingEngine(log), actors)
-    assert "run" not in log and "attach 3 64" not in log
+    assert "run 3" not in log and "attach 3 64" not in log

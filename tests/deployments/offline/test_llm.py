@@ -381,7 +381,8 @@ def test_a_mixture_of_experts_cut_both_ways_answers_as_one_process_does(
 
 def test_the_cause_is_told_apart_from_its_effects() -> None:
     from stagemesh.deployments.offline.ray_lane import root_cause
+    from stagemesh.stages.layers.tensor_parallel import PeerLost
 
-    lost = RuntimeError("Connection closed by peer [127.0.0.1]:4711")
+    lost = PeerLost("Connection closed by peer [127.0.0.1]:4711")
     assert root_cause({(0, 0): lost, (1, 0): ValueError("bad row")}) == "stage 1 rank 0: ValueError: bad row"
     assert root_cause({(0, 0): lost, (0, 1): lost}).count("Connection closed") == 2
