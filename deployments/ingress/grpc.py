@@ -17,7 +17,7 @@ from google.protobuf import json_format
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.deployments.ingress.errors import report_error
+from stagemesh.deployments.ingress.errors import BodyTooLarge, report_error
 from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
 from stagemesh.deployments.proto import inference_pb2 as pb
@@ -102,9 +102,16 @@ class GrpcApi:
         ready = self.inference_service.ready()
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
-    async def _accept_generate(self, request: pb.GenerateRequest, *, stream: bool) -> GenerationStream:
-        # Through the HTTP schema, so that both frontends accept and refuse the same.
+    def _check(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
+        """Raises what HTTP does before it parses a body: Overloaded, BodyTooLarge."""
         self.inference_service.check_room()
+        size, most = request.ByteSize(), self.inference_service.max_body_bytes
+        if size > most:
+            raise BodyTooLarge("", None, f"the request has {size} bytes, which is more than the limit of {most}")
+
+    async def _accept_generate(self, request: pb.GenerateRequest, *, stream: bool) -> GenerationStream:
+        self._check(request)
+        # Through the HTTP schema, so that both frontends accept and refuse the same.
         fields = _shared_fields(request, stream)
         kind = request.WhichOneof("prompt")
         if kind is not None:
@@ -112,7 +119,7 @@ class GrpcApi:
         return await self.inference_service.complete(CompletionRequest.parse(fields))
 
     async def _accept_chat(self, request: pb.ChatRequest, *, stream: bool) -> GenerationStream:
-        self.inference_service.check_room()
+        self._check(request)
         fields = _shared_fields(request, stream)
         fields["messages"] = [_message(message) for message in request.messages]
         if (count := fields.pop("logprobs", None)) is not None:
