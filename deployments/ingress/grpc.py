@@ -179,7 +179,7 @@ def _tool(i: int, tool: pb.Tool) -> dict[str, Any]:
     if tool.parameters:
         try:
             function["parameters"] = json.loads(tool.parameters)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"tools[{i}].parameters", tool.parameters, f"is not valid JSON: {error}") from error
     return {"type": "function", "function": function}
 

@@ -87,9 +87,10 @@ class GenerationStream:
         started = time.perf_counter()
         last = 0.0
         outcome = "abort"
+        timer = self._deadline.timer()
         try:
             async with aclosing(self._service.lanes.generate(choice.request)) as deltas:
-                while (delta := await self._deadline.next(deltas)) is not None:
+                while (delta := await timer.next(deltas)) is not None:
                     now = time.perf_counter()
                     if last:
                         metrics.inter_token_latency.observe(now - last)
@@ -111,6 +112,7 @@ class GenerationStream:
             outcome = "error"
             raise
         finally:
+            timer.close()
             place.leave()
             metrics.finished[outcome].inc()
 
@@ -238,11 +240,13 @@ class InferenceService:
         return EmbeddingResponse.of(vectors, model.id, num_tokens, request.encoding_format)
 
     async def _vector(self, request: EngineRequest, place: Place, deadline: Deadline) -> bytes:
+        timer = deadline.timer()
         try:
             async with aclosing(self.lanes.generate(request)) as deltas:
-                if (delta := await deadline.next(deltas)) is not None:
+                if (delta := await timer.next(deltas)) is not None:
                     return embedding_of(delta)
         finally:
+            timer.close()
             place.leave()
         raise LaneError("lost", "the lane ended the request before it was complete")
 

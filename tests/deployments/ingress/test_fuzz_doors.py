@@ -156,20 +156,22 @@ async def test_no_http_body_is_a_bug(service, lanes, caplog):
 
     async def post(client: httpx.AsyncClient, path: str, content: bytes, type: str) -> None:
         response = await client.post(path, content=content, headers={"content-type": type})
-        shown = f"{path} {content[:300]!r}: {response.status_code} {response.text[:300]}"
-        assert response.status_code < 500, shown
-        if response.status_code >= 400:
+        if response.status_code >= 500:
+            bugs.append(f"{path} {content[:300]!r}: {response.text[:300]}")
+        elif response.status_code >= 400:
             error = response.json()["error"]
-            assert error["message"] and error["type"] and {"param", "code"} <= error.keys(), shown
+            assert error["message"] and error["type"] and {"param", "code"} <= error.keys()
         statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
 
     statuses: dict[int, int] = {}
+    bugs: list[str] = []
     async with httpx.AsyncClient(transport=httpx.ASGITransport(build_http_app(service)), base_url="http://t") as client:
         for _ in range(NUM_BODIES // AT_ONCE):
             paths = [rng.choice(list(REQUESTS)) for _ in range(AT_ONCE)]
             calls = [post(client, path, body(rng, REQUESTS[path]), rng.choice(types)) for path in paths]
             await asyncio.wait_for(asyncio.gather(*calls), 60)
         assert (await client.post("/v1/completions", json={"prompt": "Hi"})).status_code == 200
+    assert not bugs, bugs[:3]
     assert statuses[200] > NUM_BODIES / 20 and statuses[400] > NUM_BODIES / 4, statuses
     assert not lanes.running
     assert not [record for record in caplog.records if record.exc_info]
@@ -244,6 +246,7 @@ async def test_no_grpc_message_is_a_bug(channel, lanes, caplog):
     rng = random.Random(21)
     kinds: dict[str, type[Message]] = {"Generate": pb.GenerateRequest, "Chat": pb.ChatRequest}
     codes: dict[str, int] = {}
+    bugs: list[str] = []
 
     async def call(rpc: str, data: bytes) -> None:
         path = f"/stagemesh.v1.Inference/{rpc}"
@@ -257,19 +260,15 @@ async def test_no_grpc_message_is_a_bug(channel, lanes, caplog):
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
         # gRPC itself says so where bytes are no message.
-        undecodable = "DecodeError" in details
-        assert code not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL) or undecodable, (
-            rpc,
-            data,
-            code,
-            details,
-        )
+        if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL) and "DecodeError" not in details:
+            bugs.append(f"{rpc} {data[:300]!r}: {code} {details}")
         codes[code.name] = codes.get(code.name, 0) + 1
 
     for _ in range(NUM_MESSAGES // AT_ONCE):
         rpcs = [rng.choice(list(kinds)) + rng.choice(("", "Stream")) for _ in range(AT_ONCE)]
         calls = [call(rpc, serialized(rng, kinds[rpc.removesuffix("Stream")])) for rpc in rpcs]
         await asyncio.wait_for(asyncio.gather(*calls), 60)
+    assert not bugs, bugs[:3]
     assert codes["OK"] > NUM_MESSAGES / 20 and codes["INVALID_ARGUMENT"] > NUM_MESSAGES / 4, codes
     assert not lanes.running
     assert not [record for record in caplog.records if record.name.startswith("stagemesh")]
