@@ -16,6 +16,13 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     # Seconds that a stopping router still answers: HAProxy needs one, the default of 30 suits remote balancers.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    # Seconds after which HAProxy cuts off a client that reads nothing; one that waits for its answer is not meant.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
+    # Bytes of a gRPC message: 64 MiB, where Serve's own limit is 2 GiB.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": "67108864",
+    # Ray writes the value into HAProxy's `defaults` section. With splicing, HAProxy 2.8 does not notice a client that
+    # leaves after a body of 40 KB or more: its answer is generated to the end while one of HAProxy's threads spins.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure\n    no option splice-request\n    no option splice-response",
 }
 GRPC_SERVICERS = [
     "stagemesh.deployments.proto.inference_pb2_grpc:add_InferenceServicer_to_server",

@@ -9,6 +9,7 @@ import grpc
 import msgspec
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.deployments.ingress.admission import Overloaded
 from stagemesh.stages.messages.request import LaneError
 from stagemesh.stages.text.input import PromptTooLong
 
@@ -57,6 +58,8 @@ class ErrorReport(msgspec.Struct, frozen=True):
     kind: ErrorKind
     message: str
     param: str | None = None
+    retry_after_s: int | None = None
+    """Sent as Retry-After."""
 
     def body(self) -> dict[str, Any]:
         return openai_error(self.message, type=self.kind.type, param=self.param, code=self.kind.code)
@@ -74,7 +77,8 @@ def report_error(error: Exception) -> ErrorReport:
         kind = _BY_LANE_STATUS[error.status]
         if kind is _INTERNAL:
             logger.error("a lane failed a request: %s", error)
-        return ErrorReport(kind, str(error))
+        retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else kind.retry_after_s
+        return ErrorReport(kind, str(error), retry_after_s=retry_after_s)
     if isinstance(error, ConfigError):
         kind = next(_BY_EXCEPTION[cls] for cls in type(error).__mro__ if cls in _BY_EXCEPTION)
         return ErrorReport(kind, str(error), error.field or None)

@@ -17,7 +17,7 @@ from google.protobuf import json_format
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.deployments.ingress.errors import report_error
+from stagemesh.deployments.ingress.errors import BodyTooLarge, report_error
 from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
 from stagemesh.deployments.proto import inference_pb2 as pb
@@ -102,7 +102,15 @@ class GrpcApi:
         ready = self.inference_service.ready()
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
+    def _check(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
+        """Raises what HTTP does before it parses a body: Overloaded, BodyTooLarge."""
+        self.inference_service.check_room()
+        size, most = request.ByteSize(), self.inference_service.max_body_bytes
+        if size > most:
+            raise BodyTooLarge("", None, f"the request has {size} bytes, which is more than the limit of {most}")
+
     async def _accept_generate(self, request: pb.GenerateRequest, *, stream: bool) -> GenerationStream:
+        self._check(request)
         # Through the HTTP schema, so that both frontends accept and refuse the same.
         fields = _shared_fields(request, stream)
         kind = request.WhichOneof("prompt")
@@ -111,6 +119,7 @@ class GrpcApi:
         return await self.inference_service.complete(CompletionRequest.parse(fields))
 
     async def _accept_chat(self, request: pb.ChatRequest, *, stream: bool) -> GenerationStream:
+        self._check(request)
         fields = _shared_fields(request, stream)
         fields["messages"] = [_message(message) for message in request.messages]
         if (count := fields.pop("logprobs", None)) is not None:
@@ -136,6 +145,9 @@ def _shared_fields(request: pb.GenerateRequest | pb.ChatRequest, stream: bool) -
     fields: dict[str, Any] = {"stream": stream}
     if request.model:
         fields["model"] = request.model
+    for name in ("timeout", "priority"):
+        if request.HasField(name):
+            fields[name] = getattr(request, name)
     for descriptor, value in request.sampling.ListFields():
         if descriptor.name == "logit_bias":
             fields["logit_bias"] = {str(token_id): bias for token_id, bias in value.items()}
@@ -167,7 +179,7 @@ def _tool(i: int, tool: pb.Tool) -> dict[str, Any]:
     if tool.parameters:
         try:
             function["parameters"] = json.loads(tool.parameters)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"tools[{i}].parameters", tool.parameters, f"is not valid JSON: {error}") from error
     return {"type": "function", "function": function}
 
@@ -196,11 +208,19 @@ async def _whole(
             logprobs=_logprobs(one.logprobs),
             prompt_logprobs=_logprobs(one.prompt_logprobs or ()),
             token_ids=one.token_ids,
+            seed=_int64(one.seed),
             **content(one),
         )
         for one in stream.choices
     ]
-    return response(id=stream.id, model=stream.model, created=stream.created, choices=choices, usage=_usage(stream))
+    return response(
+        id=stream.id,
+        model=stream.model,
+        created=stream.created,
+        choices=choices,
+        usage=_usage(stream),
+        system_fingerprint=stream.system_fingerprint,
+    )
 
 
 async def _chunks(
@@ -220,11 +240,17 @@ async def _chunks(
                     finish_reason=delta.finish_reason or "",
                     logprobs=_logprobs(delta.logprobs),
                     token_ids=delta.token_ids,
+                    seed=_int64(stream.choices[delta.index].seed) if delta.finish_reason else 0,
                     **content(delta),
                 )
-        yield chunk(id=stream.id, usage=_usage(stream))
+        yield chunk(id=stream.id, usage=_usage(stream), system_fingerprint=stream.system_fingerprint)
     except Exception as error:
         _fail(grpc_context, error)
+
+
+def _int64(seed: int) -> int:
+    """A request's seed counts modulo 2**64."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _text(output: OutputProcessor | TextDelta) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,11 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
+from stagemesh.deployments.ingress.connection import AbortableResponse, Connection
 from stagemesh.deployments.ingress.errors import BodyTooLarge, ErrorReport, openai_error, report_error
 from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
-from stagemesh.deployments.ingress.sse import ChatChunks, ChunkWriter, CompletionChunks, event
+from stagemesh.deployments.ingress.sse import WAITING, ChatChunks, ChunkWriter, CompletionChunks, event
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest
 from stagemesh.deployments.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest, InferenceRequest
@@ -116,31 +116,12 @@ class HttpApi:
     ) -> Response:
         """Validate the request; the model runs when the returned response is called."""
         try:
+            self._service.check_room()  # first, so that a refusal costs next to nothing
             return await accept(schema.parse(await _read_body(request, self._service.max_body_bytes)))
         except ClientDisconnect:
             return Response(status_code=499)  # nobody is there to read it
         except Exception as error:
             return _error_response(report_error(error))
-
-
-class AbortableResponse(Response):
-    """Computed while it is sent, and cancelled as soon as the client leaves.
-
-    With ASGI 2.4, Starlette's StreamingResponse notices that only by its next write: too late for a queued sequence.
-    """
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def write(message: Message) -> None:
-            try:
-                await send(message)
-            except OSError as error:  # ASGI's sign for a closed connection
-                raise ClientDisconnect from error
-
-        with suppress(ClientDisconnect):  # nobody is there to read it
-            await _while_connected(receive, self._run(scope, receive, write))
-
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
 
 
 class WholeResponse(AbortableResponse):
@@ -150,21 +131,23 @@ class WholeResponse(AbortableResponse):
         super().__init__()
         self._compute = compute
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _run(self, scope: Scope, receive: Receive, connection: Connection) -> None:
         response: Response
         try:
             response = JSON(await self._compute())
         except Exception as error:
             response = _error_response(report_error(error))
-        await response(scope, receive, send)
+        await response(scope, receive, connection.send)
 
 
 class StreamedResponse(AbortableResponse):
-    """Server-sent events, one write per delta.
+    """Server-sent events, one write per delta, and a comment where nothing comes for a while.
 
-    An error before the first delta gets its own status; a later one is an event with the error object, and the stream
-    ends without [DONE].
+    What fails at once gets its own status. The head is sent as soon as nothing did: a later error, also one before the
+    first delta, is an event with the error object, and the stream ends without [DONE].
     """
+
+    keep_alive = WAITING
 
     def __init__(self, stream: GenerationStream, chunks: ChunkWriter) -> None:
         super().__init__()
@@ -173,26 +156,21 @@ class StreamedResponse(AbortableResponse):
         self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
         del self.headers["content-length"]
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+    async def _run(self, scope: Scope, receive: Receive, connection: Connection) -> None:
         try:
             async with aclosing(self._stream.deltas()) as deltas:
                 async for delta in deltas:
-                    if not started:
-                        started = True
-                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    chunk = self._chunks.delta(delta)
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    await connection.body(self._chunks.delta(delta))
             last = self._chunks.end()
         except ClientDisconnect:
             raise
         except Exception as error:
             report = report_error(error)
-            if not started:
-                await _error_response(report)(scope, receive, send)
+            if not connection.is_started:
+                await _error_response(report)(scope, receive, connection.send)
                 return
             last = event(report.body())
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await connection.body(last, more=False)
 
 
 def _response(
@@ -211,25 +189,6 @@ def _response(
         return whole(stream, return_token_ids)
 
     return WholeResponse(collected)
-
-
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`; cancel it when the client leaves or this call is cancelled."""
-
-    async def until_disconnect() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(until_disconnect())
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        watching.cancel()
-        working.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-    if not working.cancelled():
-        working.result()
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
@@ -262,6 +221,7 @@ def _completion_response(stream: GenerationStream, return_token_ids: bool) -> Co
             choice.index,
             choice.text,
             choice.finish_reason,
+            choice.seed,
             completion_logprobs(choice.logprobs) if choice.request.params.logprobs is not None else None,
             _prompt_logprobs(choice),
             choice.token_ids if return_token_ids else msgspec.UNSET,
@@ -269,7 +229,7 @@ def _completion_response(stream: GenerationStream, return_token_ids: bool) -> Co
         )
         for choice in stream.choices
     ]
-    return CompletionResponse(stream.id, stream.created, stream.model, choices, stream.usage)
+    return CompletionResponse(stream.id, stream.created, stream.model, choices, stream.usage, stream.system_fingerprint)
 
 
 def _chat_response(stream: GenerationStream, return_token_ids: bool) -> ChatResponse:
@@ -278,6 +238,7 @@ def _chat_response(stream: GenerationStream, return_token_ids: bool) -> ChatResp
             choice.index,
             _assistant_message(choice),
             choice.finish_reason,
+            choice.seed,
             chat_logprobs(choice.logprobs) if choice.request.params.logprobs is not None else None,
             choice.token_ids if return_token_ids else msgspec.UNSET,
         )
@@ -289,6 +250,7 @@ def _chat_response(stream: GenerationStream, return_token_ids: bool) -> ChatResp
         stream.model,
         choices,
         stream.usage,
+        stream.system_fingerprint,
         prompt_logprobs=_prompt_logprobs(stream.choices[0]),
         prompt_token_ids=stream.choices[0].request.prompt_token_ids if return_token_ids else msgspec.UNSET,
     )
@@ -307,8 +269,8 @@ def _prompt_logprobs(choice: OutputProcessor) -> PromptLogprobs | msgspec.UnsetT
 
 def _error_response(report: ErrorReport) -> Response:
     response = JSON(report.body(), report.kind.http_status)
-    if report.kind.retry_after_s is not None:
-        response.headers["retry-after"] = str(report.kind.retry_after_s)
+    if report.retry_after_s is not None:
+        response.headers["retry-after"] = str(report.retry_after_s)
     if report.kind.http_status == 413:
         # The rest of the body may be on its way; there is no next request on this connection.
         response.headers["connection"] = "close"

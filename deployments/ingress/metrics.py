@@ -69,6 +69,13 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
+        refused = Counter(
+            "stagemesh:requests_refused",
+            "Requests refused with 429 because the queues were full.",
+            ["model_name"],
+            registry=self._registry,
+        )
+        self.refused = refused.labels(model_name)
         self.finished = {reason: finished.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
 
     def render(self) -> bytes:

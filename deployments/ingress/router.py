@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from stagemesh.config.engine import EngineConfig
+from stagemesh.config.fingerprint import fingerprint
 from stagemesh.config.generation_config import default_sampling
 from stagemesh.deployments.ingress.grpc import GrpcApi
 from stagemesh.deployments.ingress.http import build_http_app
@@ -35,6 +36,10 @@ class Router(GrpcApi):
             vocab_size=config.model.vocab_size,
             sampling_defaults=default_sampling(config),
             seed=config.seed,
+            max_queued_requests=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+            max_request_timeout_s=config.max_request_timeout_s,
+            system_fingerprint=fingerprint(config),
         )
 
     def __serve_build_asgi_app__(self) -> Starlette:

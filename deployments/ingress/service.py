@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from stagemesh.deployments.ingress.admission import Admission, Overloaded, Place
+from stagemesh.deployments.ingress.deadline import Deadline
 from stagemesh.deployments.ingress.errors import UnknownModel
 from stagemesh.deployments.ingress.lanes import LaneClient
 from stagemesh.deployments.ingress.metrics import Metrics
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest, EmbeddingResponse
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
 from stagemesh.deployments.openai.responses import ModelCard, PromptTokensDetails, Usage
+from stagemesh.deployments.openai.schema import OpenAIRequest
 from stagemesh.stages.messages.request import EngineRequest, LaneError
 from stagemesh.stages.text.input import InputProcessor, ProcessedPrompt
 from stagemesh.stages.text.output import OutputProcessor, TextDelta, embedding_of, output_processors
@@ -23,6 +26,9 @@ from stagemesh.stages.text.tokenizer import Tokenizer
 
 LONG_TEXT_CHARS = 16_384
 """Longer texts are tokenized on another thread: a megabyte takes about a second."""
+
+MAX_UNREAD_DELTAS = 4096
+"""Of a request with several choices, at one time. A client that reads so slowly is cut off."""
 
 Result = TypeVar("Result")
 
@@ -35,22 +41,24 @@ class GenerationStream:
         id: str,
         model: str,
         prompts: Sequence[ProcessedPrompt],
-        tokenizer: Tokenizer,
-        lanes: LaneClient,
-        metrics: Metrics,
+        service: InferenceService,
+        deadline: Deadline,
     ) -> None:
+        """Raises Overloaded."""
         self.id = id
         self.model = model
+        self.system_fingerprint = service.system_fingerprint
         self.created = int(time.time())
-        self.choices = output_processors(prompts, tokenizer)
+        self.choices = output_processors(prompts, service.tokenizer)
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._choices_per_prompt = len(prompts[0].requests)
-        self._lanes = lanes
-        self._metrics = metrics
+        self._places = service.enter([choice.request for choice in self.choices])
+        self._service = service
+        self._deadline = deadline
 
     def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """Choices interleaved. Use under `aclosing`: closing aborts what still runs."""
-        streams = [_generate(choice, self._lanes, self._metrics) for choice in self.choices]
+        streams = [self._generate(choice, place) for choice, place in zip(self.choices, self._places, strict=True)]
         return streams[0] if len(streams) == 1 else _merge(streams)
 
     async def collect(self) -> list[str]:
@@ -73,6 +81,41 @@ class GenerationStream:
             prompt_tokens_details=PromptTokensDetails(cached_tokens),
         )
 
+    async def _generate(self, choice: OutputProcessor, place: Place) -> AsyncGenerator[TextDelta, None]:
+        """Closing this, an error, or the deadline aborts the choice in its lane."""
+        metrics = self._service.metrics
+        started = time.perf_counter()
+        last = 0.0
+        outcome = "abort"
+        timer = self._deadline.timer()
+        try:
+            async with aclosing(self._service.lanes.generate(choice.request)) as deltas:
+                while (delta := await timer.next(deltas)) is not None:
+                    now = time.perf_counter()
+                    if last:
+                        metrics.inter_token_latency.observe(now - last)
+                    else:
+                        place.leave()
+                        metrics.time_to_first_token.observe(now - started)
+                    last = now
+                    text_delta = choice.process(delta)
+                    if text_delta.finish_reason is not None:
+                        break
+                    yield text_delta
+                else:
+                    raise LaneError("lost", "the lane ended the answer before it was complete")
+            # The lane is released before a slow client takes the last delta.
+            metrics.e2e_latency.observe(last - started)
+            outcome = {"tool_calls": "stop"}.get(text_delta.finish_reason, text_delta.finish_reason)
+            yield text_delta
+        except Exception:
+            outcome = "error"
+            raise
+        finally:
+            timer.close()
+            place.leave()
+            metrics.finished[outcome].inc()
+
 
 class InferenceService:
     """One per router process, used from its event loop."""
@@ -87,15 +130,23 @@ class InferenceService:
         vocab_size: int,
         sampling_defaults: Mapping[str, Any] | None = None,
         seed: int | None = None,
+        max_queued_requests: int = 256,
+        max_queued_tokens: int = 32_768,
+        max_request_timeout_s: float = 3600.0,
+        system_fingerprint: str = "",
     ) -> None:
         """model_names: a response has the requested one, else the first.
 
-        sampling_defaults: for fields that a request leaves out. The others: see InputProcessor.
+        sampling_defaults: for fields that a request leaves out. max_queued_…: see Admission. The others: see
+        InputProcessor and EngineArgs.
         """
         self.metrics = Metrics(model_names[0], lanes.lane_stats)
         self.max_model_len = max_model_len
-        self._lanes = lanes
-        self._tokenizer = tokenizer
+        self.lanes = lanes
+        self.tokenizer = tokenizer
+        self.system_fingerprint = system_fingerprint
+        self._admission = Admission(lanes, max_requests=max_queued_requests, max_tokens=max_queued_tokens)
+        self._max_timeout_s = max_request_timeout_s
         self._input = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed)
         self._models = {name: ModelCard(name, int(time.time()), max_model_len) for name in model_names}
         self._sampling_defaults = dict(sampling_defaults or {})
@@ -106,7 +157,7 @@ class InferenceService:
         return max(1 << 20, 16 * self.max_model_len)
 
     def ready(self) -> bool:
-        return self._lanes.ready()
+        return self.lanes.ready()
 
     def models(self) -> list[ModelCard]:
         return list(self._models.values())
@@ -119,8 +170,19 @@ class InferenceService:
             raise UnknownModel("model", name, f"is not served here; served: {', '.join(self._models)}")
         return self._models[name]
 
+    def check_room(self) -> None:
+        """Raises Overloaded if a request need not even be read."""
+        with self._counting_refusals():
+            self._admission.check()
+
+    def enter(self, requests: Sequence[EngineRequest]) -> list[Place]:
+        """Queue all, or raise Overloaded."""
+        with self._counting_refusals():
+            return self._admission.enter(requests)
+
     async def complete(self, request: CompletionRequest) -> GenerationStream:
-        """Raises ConfigError naming the wrong field."""
+        """Raises ConfigError naming the wrong field, Overloaded."""
+        deadline = self._deadline(request)
         model = self.model(request.model)
         id = "cmpl-" + uuid.uuid4().hex
         params = request.sampling_params(self._sampling_defaults)
@@ -131,23 +193,28 @@ class InferenceService:
             id,
             add_special_tokens=request.add_special_tokens is not False,
             structured_outputs_name=request.structured_outputs_name,
+            priority=request.priority or 0,
         )
         prompts = await _run(process, is_slow=request.num_chars > LONG_TEXT_CHARS or bool(params.structured_outputs))
-        return GenerationStream(id, model.id, prompts, self._tokenizer, self._lanes, self.metrics)
+        return GenerationStream(id, model.id, prompts, self, deadline)
 
     async def chat(self, request: ChatRequest) -> GenerationStream:
-        """Raises ConfigError naming the wrong field."""
+        """Raises ConfigError naming the wrong field, Overloaded."""
+        deadline = self._deadline(request)
         model = self.model(request.model)
         id = "chatcmpl-" + uuid.uuid4().hex
         chat, params = request.chat_input(), request.sampling_params(self._sampling_defaults)
         name = request.structured_outputs_name
-        process = partial(self._input.process_chat, chat, params, id, structured_outputs_name=name)
+        process = partial(
+            self._input.process_chat, chat, params, id, structured_outputs_name=name, priority=request.priority or 0
+        )
         is_slow = request.num_chars > LONG_TEXT_CHARS or bool(params.structured_outputs or chat.tools)
         prompt = await _run(process, is_slow=is_slow)
-        return GenerationStream(id, model.id, [prompt], self._tokenizer, self._lanes, self.metrics)
+        return GenerationStream(id, model.id, [prompt], self, deadline)
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
-        """One vector per input. Raises ConfigError naming the wrong input. Cancelling aborts what runs."""
+        """One vector per input. Raises ConfigError naming the wrong input, Overloaded. Cancelling aborts what runs."""
+        deadline = self._deadline(request)
         model = self.model(request.model)
         id = "embd-" + uuid.uuid4().hex
         process = partial(
@@ -156,22 +223,44 @@ class InferenceService:
             request.params(),
             id,
             add_special_tokens=request.add_special_tokens is not False,
+            priority=request.priority or 0,
         )
         requests = await _run(process, is_slow=request.num_chars > LONG_TEXT_CHARS)
+        places = self.enter(requests)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._vector(one)) for one in requests]
+                tasks = [
+                    group.create_task(self._vector(one, place, deadline))
+                    for one, place in zip(requests, places, strict=True)
+                ]
         except ExceptionGroup as errors:  # the first is the cause
             raise errors.exceptions[0] from None
         num_tokens = sum(len(one.prompt_token_ids) for one in requests)
         vectors = [task.result() for task in tasks]
         return EmbeddingResponse.of(vectors, model.id, num_tokens, request.encoding_format)
 
-    async def _vector(self, request: EngineRequest) -> bytes:
-        async with aclosing(self._lanes.generate(request)) as deltas:
-            async for delta in deltas:
-                return embedding_of(delta)
+    async def _vector(self, request: EngineRequest, place: Place, deadline: Deadline) -> bytes:
+        timer = deadline.timer()
+        try:
+            async with aclosing(self.lanes.generate(request)) as deltas:
+                if (delta := await timer.next(deltas)) is not None:
+                    return embedding_of(delta)
+        finally:
+            timer.close()
+            place.leave()
         raise LaneError("lost", "the lane ended the request before it was complete")
+
+    def _deadline(self, request: OpenAIRequest) -> Deadline:
+        timeout = request.timeout
+        return Deadline(self._max_timeout_s if timeout is None else min(timeout, self._max_timeout_s))
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except Overloaded:
+            self.metrics.refused.inc()
+            raise
 
 
 async def _run(function: Callable[[], Result], *, is_slow: bool) -> Result:
@@ -179,45 +268,20 @@ async def _run(function: Callable[[], Result], *, is_slow: bool) -> Result:
     return await asyncio.to_thread(function) if is_slow else function()
 
 
-async def _generate(choice: OutputProcessor, lanes: LaneClient, metrics: Metrics) -> AsyncGenerator[TextDelta, None]:
-    """Closing this, or an error, aborts the choice in its lane."""
-    started = time.perf_counter()
-    last = 0.0
-    outcome = "abort"
-    try:
-        async with aclosing(lanes.generate(choice.request)) as deltas:
-            async for delta in deltas:
-                now = time.perf_counter()
-                if last:
-                    metrics.inter_token_latency.observe(now - last)
-                else:
-                    metrics.time_to_first_token.observe(now - started)
-                last = now
-                text_delta = choice.process(delta)
-                if text_delta.finish_reason is not None:
-                    break
-                yield text_delta
-            else:
-                raise LaneError("lost", "the lane ended the answer before it was complete")
-        # The lane is released before a slow client takes the last delta.
-        metrics.e2e_latency.observe(last - started)
-        outcome = {"tool_calls": "stop"}.get(text_delta.finish_reason, text_delta.finish_reason)
-        yield text_delta
-    except Exception:
-        outcome = "error"
-        raise
-    finally:
-        metrics.finished[outcome].inc()
-
-
 async def _merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
-    """All streams interleaved. The first error ends all; closing this closes them."""
+    """All streams interleaved. The first error ends all; closing this closes them.
+
+    Raises LaneError when MAX_UNREAD_DELTAS wait to be taken.
+    """
     queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
 
-    async def drain(stream: AsyncIterator[TextDelta]) -> None:
+    async def drain(stream: AsyncGenerator[TextDelta, None]) -> None:
         try:
-            async for delta in stream:
-                queue.put_nowait(delta)
+            async with aclosing(stream):
+                async for delta in stream:
+                    if queue.qsize() >= MAX_UNREAD_DELTAS:
+                        raise LaneError("overloaded", f"{MAX_UNREAD_DELTAS} pieces of the answer were not read")
+                    queue.put_nowait(delta)
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)

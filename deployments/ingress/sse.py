@@ -14,7 +14,9 @@ from stagemesh.stages.text.tool_calls import ToolCallDelta
 _json = msgspec.json.encode
 
 DONE = b"data: [DONE]\n\n"
-_FINISH = {reason: b',"finish_reason":' + _json(reason) + b"}" for reason in (None, "stop", "length", "tool_calls")}
+WAITING = b": waiting\n\n"
+"""A comment, which clients skip: shows them and all proxies that the connection lives."""
+_FINISH = {reason: b',"finish_reason":' + _json(reason) for reason in (None, "stop", "length", "tool_calls")}
 _NO_LOGPROBS = b',"logprobs":null'
 
 
@@ -30,7 +32,15 @@ class ChunkWriter:
     def __init__(
         self, stream: GenerationStream, *, include_usage: bool = False, return_token_ids: bool = False
     ) -> None:
-        head = _json({"id": stream.id, "object": self.object, "created": stream.created, "model": stream.model})
+        head = _json(
+            {
+                "id": stream.id,
+                "object": self.object,
+                "created": stream.created,
+                "model": stream.model,
+                "system_fingerprint": stream.system_fingerprint,
+            }
+        )
         self._head = b"data: " + head[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._stream = stream
@@ -46,12 +56,14 @@ class ChunkWriter:
             opening = self._opening(delta.index)
         logprobs = b',"logprobs":' + self._logprobs(delta.logprobs) if delta.logprobs else _NO_LOGPROBS
         token_ids = b',"token_ids":' + _json(delta.token_ids) if self._return_token_ids else b""
-        choice = b'{"index":%d,%s%s%s%s' % (
+        seed = b',"seed":%d' % self._stream.choices[delta.index].seed if delta.finish_reason is not None else b""
+        choice = b'{"index":%d,%s%s%s%s%s}' % (
             delta.index,
             self._content(delta),
             logprobs,
             token_ids,
             _FINISH[delta.finish_reason],
+            seed,
         )
         return opening + self._head + choice + self._tail
 
@@ -85,7 +97,7 @@ class ChatChunks(ChunkWriter):
     object = "chat.completion.chunk"
 
     def _opening(self, index: int) -> bytes:
-        opening = b'{"index":%d,"delta":{"role":"assistant","content":""}%s%s'
+        opening = b'{"index":%d,"delta":{"role":"assistant","content":""}%s%s}'
         return self._head + opening % (index, _NO_LOGPROBS, _FINISH[None]) + self._tail
 
     def _content(self, delta: TextDelta) -> bytes:

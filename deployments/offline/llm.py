@@ -121,18 +121,24 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | ProgressBar = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answer every prompt, in their order.
 
-        sampling_params: one for all, or one per prompt. Raises ConfigError naming the prompt that cannot run,
-        before any does, and LaneFailed when the lane breaks.
+        sampling_params: one for all, or one per prompt. priority: one per prompt, lower ones go first. Raises
+        ConfigError naming the prompt that cannot run, before any does, and LaneFailed when the lane breaks.
         """
         texts_and_prompts = [_text_and_prompt(i, prompt) for i, prompt in enumerate(_as_list(prompts))]
+        if priority is not None and len(priority) != len(texts_and_prompts):
+            reason = f"must be as many as there are prompts ({len(texts_and_prompts)})"
+            raise ConfigError("priority", len(priority), reason)
         call = _new_id()
         states = []
         for i, params in enumerate(self._params_of_each(sampling_params, len(texts_and_prompts))):
             text, prompt = texts_and_prompts[i]
-            (processed,) = self._input.process_prompts([prompt], params, f"{call}-{i}", name=f"prompts[{i}]")
+            (processed,) = self._input.process_prompts(
+                [prompt], params, f"{call}-{i}", name=f"prompts[{i}]", priority=priority[i] if priority else 0
+            )
             states.append(RequestState(f"{call}-{i}", text, processed, self._tokenizer))
         return self._run(call, states, use_tqdm)
 

@@ -50,6 +50,8 @@ class CompletionOutput:
     """The stop string or stop token id; None for EOS and "length"."""
     tool_calls: list[ToolCall] = field(default_factory=list)
     """If `LLM.chat` had a tool_choice."""
+    seed: int | None = None
+    """With it and n=1, the same prompt and parameters give this answer again."""
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -146,6 +148,7 @@ def _completion(choice: OutputProcessor) -> CompletionOutput:
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
         tool_calls=choice.tool_calls,
+        seed=choice.seed,
     )
 
 

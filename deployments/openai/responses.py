@@ -71,6 +71,8 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
     finish_reason: str | None
+    seed: int
+    """With it, n=1 and the same system_fingerprint, the same request gives this answer again."""
     logprobs: CompletionLogprobs | None = None
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     """If requested, as the fields below."""
@@ -84,6 +86,8 @@ class CompletionResponse(msgspec.Struct, frozen=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    system_fingerprint: str
+    """Of all else that an answer depends on: configuration, code and checkpoint."""
     object: str = "text_completion"
 
 
@@ -99,6 +103,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: AssistantMessage
     finish_reason: str | None
+    seed: int
+    """As in CompletionChoice."""
     logprobs: ChatLogprobs | None = None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
@@ -109,6 +115,8 @@ class ChatResponse(msgspec.Struct, frozen=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    system_fingerprint: str
+    """As in CompletionResponse."""
     object: str = "chat.completion"
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET

@@ -32,7 +32,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
     "reasoning_effort": (),
     "service_tier": ("auto", "default"),
@@ -55,6 +54,10 @@ class OpenAIRequest(pydantic.BaseModel, strict=True, extra="allow"):
     """One of the served names."""
     user: str | None = None
     """Without effect."""
+    priority: int | None = None
+    """vLLM's: lower ones go first; default 0."""
+    timeout: float | None = None
+    """Ours: seconds for the whole answer, its time in queues included; the server has a maximum."""
 
     @classmethod
     def parse(cls, body: bytes | dict[str, Any]) -> Self:
@@ -68,6 +71,8 @@ class OpenAIRequest(pydantic.BaseModel, strict=True, extra="allow"):
 
     def _check(self) -> None:
         """What the types do not check. Raises ConfigError."""
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigError("timeout", self.timeout, "must be above 0 seconds")
         for name, value in (self.model_extra or {}).items():
             if name in _NEUTRAL:
                 if value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):

@@ -27,8 +27,8 @@ if _version_not_supported:
 
 class InferenceStub:
     """Text generation. A request that is refused ends with INVALID_ARGUMENT (the details name the field), an unknown
-    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues with RESOURCE_EXHAUSTED. Cancelling a call
-    aborts its sequences and frees their memory.
+    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues with RESOURCE_EXHAUSTED. Cancelling a call, or its
+    deadline, aborts its sequences and frees their memory.
     """
 
     def __init__(self, channel):
@@ -66,8 +66,8 @@ class InferenceStub:
 
 class InferenceServicer:
     """Text generation. A request that is refused ends with INVALID_ARGUMENT (the details name the field), an unknown
-    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues with RESOURCE_EXHAUSTED. Cancelling a call
-    aborts its sequences and frees their memory.
+    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues with RESOURCE_EXHAUSTED. Cancelling a call, or its
+    deadline, aborts its sequences and frees their memory.
     """
 
     def Generate(self, request, context):
@@ -143,8 +143,8 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference:
     """Text generation. A request that is refused ends with INVALID_ARGUMENT (the details name the field), an unknown
-    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues with RESOURCE_EXHAUSTED. Cancelling a call
-    aborts its sequences and frees their memory.
+    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues with RESOURCE_EXHAUSTED. Cancelling a call, or its
+    deadline, aborts its sequences and frees their memory.
     """
 
     @staticmethod

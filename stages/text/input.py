@@ -30,6 +30,9 @@ from stagemesh.stages.text.tool_calls import (
     free_parser,
 )
 
+MAX_PRIORITY = 100
+"""Either side of 0."""
+
 Prompt = str | Sequence[int]
 MakeToolParser = Callable[[], ToolParser]
 
@@ -83,14 +86,16 @@ class InputProcessor:
         name: str = "prompt",
         add_special_tokens: bool = True,
         structured_outputs_name: str = "structured_outputs",
+        priority: int = 0,
     ) -> list[ProcessedPrompt]:
         """Process all or none. name, structured_outputs_name: the user's names of the fields."""
+        _check_priority(priority)
         params = self._resolve(params, structured_outputs_name)
         all_token_ids = self._tokenize(prompts, name, add_special_tokens, room_for_answer=1)
         processed: list[ProcessedPrompt] = []
         for prompt, token_ids in zip(prompts, all_token_ids, strict=True):
             text = prompt if isinstance(prompt, str) else None
-            requests = self._requests(token_ids, params, request_id, len(processed) * params.n)
+            requests = self._requests(token_ids, params, request_id, len(processed) * params.n, priority)
             processed.append(ProcessedPrompt(text=text, token_ids=token_ids, requests=requests))
         return processed
 
@@ -101,7 +106,9 @@ class InputProcessor:
         request_id: str,
         *,
         structured_outputs_name: str = "structured_outputs",
+        priority: int = 0,
     ) -> ProcessedPrompt:
+        _check_priority(priority)
         if not chat.messages:
             raise ConfigError("messages", [], "must hold at least one message")
         tools, schema, make_tool_parser = self._tool_use(chat)
@@ -121,7 +128,7 @@ class InputProcessor:
         return ProcessedPrompt(
             text=text,
             token_ids=token_ids,
-            requests=self._requests(token_ids, params, request_id, 0),
+            requests=self._requests(token_ids, params, request_id, 0, priority),
             make_tool_parser=make_tool_parser,
         )
 
@@ -133,11 +140,16 @@ class InputProcessor:
         *,
         name: str = "input",
         add_special_tokens: bool = True,
+        priority: int = 0,
     ) -> list[EngineRequest]:
         """One request per prompt, for its vector."""
+        _check_priority(priority)
         params = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=pooling)
         all_token_ids = self._tokenize(prompts, name, add_special_tokens, room_for_answer=0)
-        return [EngineRequest(f"{request_id}-{i}", token_ids, params) for i, token_ids in enumerate(all_token_ids)]
+        return [
+            EngineRequest(f"{request_id}-{i}", token_ids, params, priority=priority)
+            for i, token_ids in enumerate(all_token_ids)
+        ]
 
     def _tokenize(
         self, prompts: Sequence[Prompt], name: str, add_special_tokens: bool, room_for_answer: int
@@ -189,7 +201,7 @@ class InputProcessor:
         return msgspec.structs.replace(params, bad_words_token_ids=token_ids)
 
     def _requests(
-        self, token_ids: list[int], params: SamplingParams, request_id: str, first_choice: int
+        self, token_ids: list[int], params: SamplingParams, request_id: str, first_choice: int, priority: int
     ) -> list[EngineRequest]:
         """One per choice, numbered from `first_choice` on."""
         # More than fits is no error: the answer ends with "length" where the model ends.
@@ -197,9 +209,11 @@ class InputProcessor:
         requests = []
         for i in range(params.n):
             seed = params.seed_of_choice(i)
-            seed = self._seeds.getrandbits(63) if seed is None else seed
+            # Each answer reports its seed, and JavaScript reads JSON's numbers exactly up to 53 bits.
+            seed = self._seeds.getrandbits(53) if seed is None else seed
             choice_params = msgspec.structs.replace(params, max_tokens=max_tokens, seed=seed)
-            requests.append(EngineRequest(f"{request_id}-{first_choice + i}", token_ids, choice_params))
+            id = f"{request_id}-{first_choice + i}"
+            requests.append(EngineRequest(id, token_ids, choice_params, priority=priority))
         return requests
 
     def _tool_use(
@@ -232,6 +246,11 @@ class InputProcessor:
         if format is None:
             raise ConfigError("tools", names, "this model's chat template has no format for calling them freely")
         return tools, None, partial(free_parser, format, parallel=chat.parallel_tool_calls)
+
+
+def _check_priority(priority: int) -> None:
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise ConfigError("priority", priority, f"must be within [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
 
 
 def bad_words_token_ids(words: Sequence[str], encode: Callable[[str], list[int]]) -> tuple[tuple[int, ...], ...]:

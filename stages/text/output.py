@@ -78,6 +78,13 @@ class OutputProcessor:
         self._num_logprob_chars = 0
 
     @property
+    def seed(self) -> int:
+        """With it, the same prompt and parameters give this answer again, as the first choice."""
+        seed = self.request.params.seed
+        assert seed is not None, "InputProcessor gives one"
+        return seed
+
+    @property
     def text(self) -> str:
         """Without tool calls."""
         return "".join(self._texts)

@@ -26,6 +26,15 @@ def test_defaults_follow_the_model(model_folder: Path) -> None:
     assert config.kv_cache_memory_bytes == 256 * 2**20
 
 
+def test_what_may_wait_follows_what_a_lane_computes_at_once(model_folder: Path) -> None:
+    config = resolve(model_folder, max_num_seqs=8, max_num_batched_tokens=16)
+    assert (config.max_queued_requests, config.max_queued_tokens) == (8, 2 * 512)
+    config = resolve(model_folder, max_num_seqs=8, max_num_batched_tokens=100)
+    assert config.max_queued_tokens == 1600
+    config = resolve(model_folder, max_queued_requests=3, max_queued_tokens=7)
+    assert (config.max_queued_requests, config.max_queued_tokens) == (3, 7)
+
+
 def test_a_config_survives_the_way_to_another_process(model_folder: Path) -> None:
     config = resolve(model_folder, tensor_parallel_size=2, autoscaling_config={"max_replicas": 2})
     assert pickle.loads(pickle.dumps(config)) == config

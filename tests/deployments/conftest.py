@@ -68,6 +68,8 @@ class FakeLanes:
             return self.deltas
         if self.error is not None and self.pause_after is None:
             return []
+        if params.pooling is not None:
+            return [TokenDelta(request_id, 0, [], "stop", embedding=bytes(4 * 8))]
         token_ids = [*self.tokenizer.encode(self.answer, add_special_tokens=False), self.eos]
         deltas = []
         for offset, token_id in enumerate(token_ids[: params.max_tokens]):
@@ -153,4 +155,5 @@ def service(lanes: FakeLanes, tokenizer: Tokenizer, backend: tokenizers.Tokenize
         model_names=["tiny", "alias"],
         max_model_len=64,
         vocab_size=backend.get_vocab_size(),
+        system_fingerprint="fp_test",
     )

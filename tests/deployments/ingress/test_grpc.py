@@ -126,6 +126,46 @@ async def test_token_ids_and_all_sampling_fields_reach_the_lane(stub, lanes):
     }
 
 
+async def test_every_answer_carries_its_seed_and_the_fingerprint(stub, lanes):
+    for call, stream, request in (
+        (stub.Generate, stub.GenerateStream, prompt(n=2, seed=2**63 - 1)),
+        (stub.Chat, stub.ChatStream, conversation(n=2, seed=2**63 - 1)),
+    ):
+        answer = await call(request)
+        assert [choice.seed for choice in answer.choices] == [2**63 - 1, -(2**63)]
+        assert answer.system_fingerprint == "fp_test"
+        chunks = [chunk async for chunk in stream(request)]
+        assert {c.index: c.seed for c in chunks if c.finish_reason} == {0: 2**63 - 1, 1: -(2**63)}
+        assert [c.system_fingerprint for c in chunks] == [""] * (len(chunks) - 1) + ["fp_test"]
+    assert {params.seed for _, params, _ in lanes.calls} == {2**63 - 1, 2**63}
+
+
+@pytest.mark.parametrize("rpc", ["Generate", "ChatStream"])
+async def test_a_timeout_ends_a_call_and_so_does_its_own_deadline(stub, lanes, rpc):
+    lanes.pause_after = 1
+
+    async def run(request: Any, **options: Any) -> None:
+        call = getattr(stub, rpc)(request, **options)
+        if rpc.endswith("Stream"):
+            async for _ in call:
+                pass
+        await call
+
+    request = conversation() if rpc.startswith("Chat") else prompt()
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await run(request, timeout=0.05)
+    assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    await running(lanes, 0)
+    request.timeout = 0.05
+    with pytest.raises(grpc.aio.AioRpcError, match="did not finish within timeout=0.05 s") as ended:
+        await run(request)
+    assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    await running(lanes, 0)
+    request.timeout, request.priority = 10, 101
+    with pytest.raises(grpc.aio.AioRpcError, match="priority=101"):
+        await run(request)
+
+
 async def test_models_are_listed(stub):
     answer = await stub.Models(pb.ModelsRequest())
     assert [(model.id, model.max_model_len) for model in answer.models] == [("tiny", 64), ("alias", 64)]
@@ -140,6 +180,7 @@ async def test_models_are_listed(stub):
         (prompt(temperature=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "temperature=nan"),
         (prompt("x" * 5000), grpc.StatusCode.INVALID_ARGUMENT, "max_model_len is 64"),
         (pb.GenerateRequest(model="gpt-4", text="Hi"), grpc.StatusCode.NOT_FOUND, "model='gpt-4'"),
+        (prompt("x" * 1_100_000), grpc.StatusCode.RESOURCE_EXHAUSTED, "more than the limit of 1048576"),
     ],
 )
 async def test_bad_requests_are_refused_as_over_http(stub, request_, code, details):

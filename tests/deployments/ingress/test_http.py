@@ -217,6 +217,23 @@ async def test_a_failure_in_mid_stream_is_an_event_and_the_end(http, lanes):
     }
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_every_answer_carries_its_seed_and_the_fingerprint(http, lanes, path):
+    body = (COMPLETION if path == "/v1/completions" else CHAT) | {"n": 2}
+    answer = (await http.post(path, json=body)).json()
+    assert answer["system_fingerprint"] == "fp_test"
+    assert [choice["seed"] for choice in answer["choices"]] == [params.seed for _, params, _ in lanes.calls]
+    lanes.calls.clear()
+    chunks = events((await http.post(path, json=body | {"seed": -1, "stream": True})).text)
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {"fp_test"}
+    last = {c["index"]: c["seed"] for chunk in chunks for c in chunk["choices"] if c["finish_reason"]}
+    assert last == {0: 2**64 - 1, 1: 0}
+    assert sum("seed" in c for chunk in chunks for c in chunk["choices"]) == 2
+    lanes.calls.clear()
+    await http.post(path, json=body | {"seed": last[0], "n": 1})
+    assert lanes.calls[0][1].seed == 2**64 - 1
+
+
 # ---- clients that leave
 
 

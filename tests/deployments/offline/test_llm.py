@@ -170,6 +170,24 @@ def test_n_answers_differ_and_each_is_what_its_own_seed_gives(llm: LLM) -> None:
     assert len({tuple(answer.token_ids) for answer in alone}) == 3
 
 
+def test_an_answer_without_a_seed_reports_the_one_that_gives_it_again(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=12, n=2)
+    for answer in llm.generate("Hello", params, use_tqdm=False)[0].outputs:
+        again = llm.generate("Hello", SamplingParams(temperature=1.0, max_tokens=12, seed=answer.seed), use_tqdm=False)
+        assert again[0].outputs[0].token_ids == answer.token_ids and again[0].outputs[0].seed == answer.seed
+
+
+def test_priorities_are_one_per_prompt(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4)
+    plain = llm.generate(["Hello", "Hi"], params, use_tqdm=False)
+    ranked = llm.generate(["Hello", "Hi"], params, use_tqdm=False, priority=[5, -5])
+    assert [output.outputs[0].token_ids for output in ranked] == [output.outputs[0].token_ids for output in plain]
+    with pytest.raises(ConfigError, match=r"priority=1: must be as many as there are prompts \(2\)"):
+        llm.generate(["Hello", "Hi"], params, use_tqdm=False, priority=[5])
+    with pytest.raises(ConfigError, match=r"priority=101: must be within"):
+        llm.generate("Hello", params, use_tqdm=False, priority=[101])
+
+
 def test_logprobs_come_by_token_with_rank_and_text(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=1)
     output = llm.generate("The king said", params, use_tqdm=False)[0]
