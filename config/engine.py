@@ -88,7 +88,7 @@ class EngineArgs(Settings):
     max_queued_requests: int | None = Field(default=None, ge=1)
     """Most sequences per lane that wait for their first token; more are refused (429). By default max_num_seqs."""
     max_queued_tokens: int | None = Field(default=None, ge=1)
-    """Most prompt tokens per lane that wait; by default 16 steps' worth, and at least two of the longest prompts."""
+    """Most prompt tokens per lane that wait; by default 64 steps' worth, and at least two of the longest prompts."""
     max_request_timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds for a request, its time in queues included; a request's own `timeout` may be less."""
     startup_timeout_s: float = Field(default=300.0, gt=0)
@@ -209,7 +209,7 @@ class EngineConfig:
             "transport": _transport(args, device),
             "max_model_len": (max_model_len := args.max_model_len or model.max_position_embeddings),
             "max_queued_requests": args.max_queued_requests or args.max_num_seqs,
-            "max_queued_tokens": args.max_queued_tokens or max(16 * args.max_num_batched_tokens, 2 * max_model_len),
+            "max_queued_tokens": args.max_queued_tokens or max(64 * args.max_num_batched_tokens, 2 * max_model_len),
         }
         if args.kv_cache_memory_bytes is None and device == "cpu":
             values["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES

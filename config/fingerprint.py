@@ -35,6 +35,9 @@ WITHOUT_EFFECT = frozenset(
         "startup_timeout_s",
         "step_timeout_s",
         "drain_timeout_s",
+        "max_queued_requests",
+        "max_queued_tokens",
+        "max_request_timeout_s",
     }
 )
 """Fields of EngineConfig that change neither an answer (each has its seed) nor how a lane is wired."""

@@ -52,12 +52,17 @@ class Admission:
         *,
         max_requests: int,
         max_tokens: int,
+        max_running: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """max_requests, max_tokens: per lane that reports, and for one lane while none does."""
+        """max_requests, max_tokens: per lane that reports, and for one lane while none does.
+
+        max_running: what a lane runs at once; as many more requests are taken as its last report leaves free.
+        """
         self._lanes = lanes
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self._max_running = max_running
         self._clock = clock
         self._num_requests = 0
         self._num_tokens = 0
@@ -84,10 +89,11 @@ class Admission:
         stats = self._lanes.lane_stats()
         self._measure(stats)
         num_lanes = max(1, len(stats))
+        free = sum(max(0, self._max_running - lane.num_running) for lane in stats)
         queued_requests = max(self._num_requests, sum(lane.num_waiting for lane in stats))
         queued_tokens = max(self._num_tokens, sum(lane.queued_prefill_tokens for lane in stats))
         for what, queued, new, most in (
-            ("requests", queued_requests, num_requests, self._max_requests * num_lanes),
+            ("requests", queued_requests, num_requests, self._max_requests * num_lanes + free),
             ("prompt tokens", queued_tokens, num_tokens, self._max_tokens * num_lanes),
         ):
             if queued and queued + new > most:

@@ -36,11 +36,16 @@ class Router(GrpcApi):
             vocab_size=config.model.vocab_size,
             sampling_defaults=default_sampling(config),
             seed=config.seed,
+            max_num_seqs=config.max_num_seqs,
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
             max_request_timeout_s=config.max_request_timeout_s,
             system_fingerprint=fingerprint(config),
         )
+
+    async def check_health(self) -> None:
+        """Serve replaces a router that tokens or reports no longer reach."""
+        self._lanes.check_health()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Serve asks for the HTTP side after the constructor (see `serve.ingress`)."""

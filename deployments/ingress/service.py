@@ -130,6 +130,7 @@ class InferenceService:
         vocab_size: int,
         sampling_defaults: Mapping[str, Any] | None = None,
         seed: int | None = None,
+        max_num_seqs: int = 0,
         max_queued_requests: int = 256,
         max_queued_tokens: int = 32_768,
         max_request_timeout_s: float = 3600.0,
@@ -137,15 +138,17 @@ class InferenceService:
     ) -> None:
         """model_names: a response has the requested one, else the first.
 
-        sampling_defaults: for fields that a request leaves out. max_queued_…: see Admission. The others: see
-        InputProcessor and EngineArgs.
+        sampling_defaults: for fields that a request leaves out. max_num_seqs, max_queued_…: see Admission. The
+        others: see InputProcessor and EngineArgs.
         """
         self.metrics = Metrics(model_names[0], lanes.lane_stats)
         self.max_model_len = max_model_len
         self.lanes = lanes
         self.tokenizer = tokenizer
         self.system_fingerprint = system_fingerprint
-        self._admission = Admission(lanes, max_requests=max_queued_requests, max_tokens=max_queued_tokens)
+        self._admission = Admission(
+            lanes, max_requests=max_queued_requests, max_tokens=max_queued_tokens, max_running=max_num_seqs
+        )
         self._max_timeout_s = max_request_timeout_s
         self._input = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed)
         self._models = {name: ModelCard(name, int(time.time()), max_model_len) for name in model_names}

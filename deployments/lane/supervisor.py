@@ -60,7 +60,7 @@ class LaneSupervisor:
         self._epoch = 0
         self._failure: Exception | None = None
         """Why a step of this epoch failed."""
-        self._broken_since: float | None = None
+        self._started_at = 0.0
         self._last_error = ""
         self._tasks: list[asyncio.Task[None]] = []
         self.num_blocks = 0
@@ -71,7 +71,7 @@ class LaneSupervisor:
 
         This stage loads while the others are leased. PhaseError if it cannot.
         """
-        self._broken_since = time.monotonic()
+        self._started_at = time.monotonic()
         self._fingerprint = await asyncio.to_thread(fingerprint, self._config)
         for stage, handle in enumerate(self._later_stages, start=1):
             self._tasks.append(asyncio.create_task(self._keep_lease(stage, handle)))
@@ -89,14 +89,15 @@ class LaneSupervisor:
             raise TimeoutError(f"lane {self._lane} was not whole within {timeout_s:g} s: {self._waiting_for()}")
 
     def check_health(self) -> None:
-        """Raises RuntimeError if the lane cannot heal, or has not for three start-up deadlines."""
+        """Raises RuntimeError if the lane cannot heal, or has completed no step for three start-up deadlines."""
         for task in self._tasks:  # they run for as long as the lane does
             if task.done() and not task.cancelled():
                 raise RuntimeError(f"lane {self._lane} lost its supervisor: {task.exception()!r}")
         self._own_group.check_health()
-        if self._broken_since is None:
+        self.engine.check_health()
+        if self.engine.is_serving:
             return
-        broken_s = time.monotonic() - self._broken_since
+        broken_s = time.monotonic() - max(self._started_at, self.engine.last_result_at)
         if broken_s > 3 * self._config.startup_timeout_s:
             raise RuntimeError(f"lane {self._lane} has been broken for {broken_s:.0f} s: {self._waiting_for()}")
 
@@ -186,14 +187,12 @@ class LaneSupervisor:
                     runs = await start_epoch(self._config, self._context, self.engine, self._epoch, workers, num_blocks)
                 self.num_blocks = num_blocks
                 self._serving.set()
-                self._broken_since = None
                 reason = await self._until_broken(states, runs)
             except PhaseError as error:
                 reason = str(error)
                 await self._kill_silent(workers)
             self._last_error = reason
             self._serving.clear()
-            self._broken_since = self._broken_since or time.monotonic()
             logger.warning("lane %s: epoch %d is over: %s", self._lane, self._epoch, reason)
             await asyncio.wrap_future(self.engine.detach("healing"))
             await self._stop(workers, runs)

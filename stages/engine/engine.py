@@ -262,6 +262,21 @@ class Engine:
         """End a request; its blocks are free before the next step."""
         return self.call(self._abort, request_id)
 
+    def check_health(self) -> None:
+        """Raises RuntimeError if the loop has ended. From any thread."""
+        if not self._thread.is_alive():
+            raise RuntimeError(f"the engine of lane {self._lane} has ended")
+
+    @property
+    def is_serving(self) -> bool:
+        """A step of this epoch has been completed, and none has failed. From any thread."""
+        return self._stats.state == "serving"
+
+    @property
+    def last_result_at(self) -> float:
+        """`time.monotonic()` of the last completed step; 0 before the first. From any thread."""
+        return self._last_result_at
+
     def stats(self) -> Future[LaneStats]:
         return self.call(self._make_stats)
 

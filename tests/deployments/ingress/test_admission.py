@@ -276,3 +276,16 @@ async def test_priority_reaches_the_lane(service, lanes, monkeypatch):
     await (await complete(service, priority=-3, n=2)).collect()
     await (await complete(service)).collect()
     assert seen == [-3, -3, 0]
+
+
+async def test_what_a_lane_has_room_to_run_does_not_count_as_queued(lanes):
+    (stats,) = lanes.lane_stats()
+    stats = msgspec.structs.replace(stats, num_running=3, num_waiting=0, queued_prefill_tokens=0)
+    reporting = SimpleNamespace(lane_stats=lambda: [stats])
+    admission = Admission(reporting, max_requests=2, max_tokens=100, max_running=5)
+    requests = [EngineRequest(str(i), [1], None) for i in range(4)]
+    places = admission.enter(requests)
+    with pytest.raises(Overloaded, match="at most 4"):
+        admission.check()
+    places[0].leave()
+    admission.check()
