@@ -30,7 +30,7 @@ MAX_CHARS = 256 * 1024
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=100_000,
-    step_max_items=20_000,
+    step_max_items=10_000,
     max_lexer_states=50_000,
     max_grammar_size=250_000,
     verbose_errors=False,
@@ -69,7 +69,11 @@ class Grammar:
         if new and not self._is_over():
             self._matcher.consume_tokens(new)
         self._consumed = output
-        return self._eos_only if self._is_over() else np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if not self._is_over():
+            mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            if not self._is_over():  # computing may have met a limit
+                return mask
+        return self._eos_only
 
     def _is_over(self) -> bool:
         if self._matcher.is_error():
