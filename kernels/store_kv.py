@@ -42,3 +42,10 @@ def store_kv_rows(kv: Tensor, cache: Tensor, rows: Tensor) -> None:
         kv = kv.clamp(-FP8_MAX, FP8_MAX).to(cache.dtype).view(torch.uint8)
         cache = cache.view(torch.uint8)
     cache.view(-1, cache.shape[-1]).index_put_((rows,), kv)
+
+
+def clear_blocks(cache: Tensor, rows: Tensor) -> None:
+    """Zero `rows` (int64 [n]) of the cache seen as [N·2·K, B·D]."""
+    # torch indexes fp8 tensors as bytes only; the byte 0 is the number 0.
+    cache = cache if cache.itemsize > 1 else cache.view(torch.uint8)
+    cache.view(-1, cache.shape[3] * cache.shape[4]).index_put_((rows,), cache.new_zeros(()))

@@ -24,6 +24,18 @@ _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
     "key_separator": ": ",
 }
 
+MAX_CHARS = 256 * 1024
+"""Of a schema, regex, grammar or all choices."""
+# A compilation or a mask that reaches one of these ends with an error instead of holding the engine's thread.
+_LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    step_max_items=10_000,
+    max_lexer_states=50_000,
+    max_grammar_size=250_000,
+    verbose_errors=False,
+)
+
 TokenMask = np.ndarray[tuple[int], np.dtype[np.uint8]]
 """One bit per token id, the lowest first in each byte."""
 
@@ -57,7 +69,11 @@ class Grammar:
         if new and not self._is_over():
             self._matcher.consume_tokens(new)
         self._consumed = output
-        return self._eos_only if self._is_over() else np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if not self._is_over():
+            mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            if not self._is_over():  # computing may have met a limit
+                return mask
+        return self._eos_only
 
     def _is_over(self) -> bool:
         if self._matcher.is_error():
@@ -71,14 +87,15 @@ class GrammarFactory:
 
     def __init__(self, model_path: str | Path, eos_token_ids: Iterable[int], vocab_size: int) -> None:
         self._path = Path(model_path) / "tokenizer.json"
-        self._eos_token_ids = sorted(eos_token_ids)
+        # Configurations name ids that the model has not, or -1 for none.
+        self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
         self._vocab_size = vocab_size
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()
 
     def make(self, form: StructuredOutputsParams) -> Grammar:
         """Raises ConfigError for an invalid grammar, and for a model without tokenizer or EOS."""
-        matcher = llguidance.LLMatcher(self._loaded(), _definition(form), log_level=0)
+        matcher = llguidance.LLMatcher(self._loaded(), _definition(form), log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise _refusal(form, matcher.get_error())
         return Grammar(matcher, token_mask(self._eos_token_ids))
@@ -103,7 +120,7 @@ class GrammarFactory:
 
 def check(form: StructuredOutputsParams) -> None:
     """Raises ConfigError for an invalid grammar. Needs no tokenizer."""
-    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_definition(form))
+    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_definition(form), limits=_LIMITS)
     if is_error:
         raise _refusal(form, messages[0])
 
@@ -111,9 +128,12 @@ def check(form: StructuredOutputsParams) -> None:
 def _definition(form: StructuredOutputsParams) -> str:
     """In llguidance's language. Raises ConfigError."""
     try:
-        if form.json is not None:
-            json.loads(form.json_schema)
-            return llguidance.LLMatcher.grammar_from_json_schema(form.json_schema, defaults=_JSON_OPTIONS)
+        schema = None if form.json is None else form.json_schema
+        if sum(map(len, form.choice or (schema or form.regex or form.grammar or "",))) > MAX_CHARS:
+            raise ValueError(f"longer than {MAX_CHARS} characters")
+        if schema is not None:
+            json.loads(schema)
+            return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS)
         if form.json_object:
             return llguidance.LLMatcher.grammar_from_json_schema('{"type":"object"}', defaults=_JSON_OPTIONS)
         if form.regex is not None:
@@ -123,7 +143,7 @@ def _definition(form: StructuredOutputsParams) -> str:
             return llguidance.LLMatcher.grammar_from_lark(f"start: {texts}")
         assert form.grammar is not None
         return llguidance.grammar_from("grammar", form.grammar)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(form, str(error)) from error
 
 

@@ -78,7 +78,7 @@ class LogitsProcessor:
         mask = _intersection(grammar, self._allowed)
         if mask is None or not banned_token_ids:
             return b"" if mask is None else mask.tobytes()
-        ids = np.array([token_id for token_id in banned_token_ids if token_id < 8 * len(mask)], np.int64)
+        ids = np.array([token_id for token_id in banned_token_ids if 0 <= token_id < 8 * len(mask)], np.int64)
         not_banned = mask.copy()
         np.bitwise_and.at(not_banned, ids >> 3, ~(1 << (ids & 7)).astype(np.uint8))
         return (not_banned if not_banned.any() else mask).tobytes()

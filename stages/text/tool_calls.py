@@ -302,7 +302,10 @@ class _CallReader:
             if ends_itself and depth == 0 and not in_string:
                 break
             char = yield
-        content = json.loads(value)
+        try:
+            content = json.loads(value)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
         if key == "name":
             self.name = content if isinstance(content, str) else None
         elif key in _ARGUMENTS and isinstance(content, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from stagemesh.kernels import paged_attention_cpu
-from stagemesh.kernels.paged_attention import PagedAttentionStep, paged_attention
+from stagemesh.kernels.paged_attention import PagedAttentionStep, paged_attention, paged_attention_torch
 from stagemesh.kernels.paged_attention_cpu import CpuPagedAttention
 from stagemesh.kernels.store_kv import store_kv
 
@@ -107,8 +108,9 @@ def visible(query: int, context: int, window: int | None) -> Tensor:
 
 
 def run_cpu(case: Case) -> Tensor:
-    _, _, kv_heads, block_size, head_dim = case.cache.shape
-    attention = CpuPagedAttention(case.q.shape[1], kv_heads, block_size, head_dim, case.q.dtype, case.window)
+    _, kv_factor, kv_heads, block_size, head_dim = case.cache.shape
+    shape = (case.q.shape[1], kv_heads, block_size, head_dim)
+    attention = CpuPagedAttention(*shape, case.q.dtype, case.window, kv_factor)
     step = attention.prepare(case.query_lens, case.context_lens, case.block_tables, case.slots)
     return step(case.q, case.kv, case.cache, case.scale)
 
@@ -223,6 +225,82 @@ def test_padding_reads_nothing_of_other_sequences() -> None:
         case.expected,
         **tolerance(torch.float32),
     )
+
+
+def beside_nan(batch: list[tuple[int, int]], window: int | None, kv_factor: int = 2) -> list[Case]:
+    """The steps that lead to `batch`, in a clean cache and in one where earlier owners of the blocks left NaN.
+
+    First all cached tokens in one prefill, then the batch.
+    """
+    whole = make_case(batch, SHAPES["gqa"], 4, torch.float32, window)
+    past = [(context, 0) for _, context in batch]
+    steps: list[Case] = []
+    for fill in (0.0, math.nan):
+        cache = torch.full_like(whole.cache[:, :kv_factor], fill)
+        for lens in (past, batch):
+            rows = [s for s, (query, _) in enumerate(lens) if query]
+            if not rows:
+                continue
+            query_lens, context_lens = (np.array([lens[s][i] for s in rows], np.int32) for i in (0, 1))
+            positions = [np.arange(context, context + query) for query, context in (lens[s] for s in rows)]
+            slots = [
+                whole.block_tables[s, p // 4].astype(np.int64) * 4 + p % 4 for s, p in zip(rows, positions, strict=True)
+            ]
+            qkv = torch.randn(
+                query_lens.sum(), 6 + kv_factor * 2, 16, generator=torch.Generator().manual_seed(len(rows))
+            )
+            lens_and_tables = (query_lens, context_lens, whole.block_tables[rows], np.concatenate(slots))
+            steps.append(Case(qkv[:, :6], qkv[:, 6:], cache, *lens_and_tables, torch.empty(0), 0.3, window))
+    return steps
+
+
+@pytest.mark.parametrize("kv_factor", [1, 2])
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("implementation", ["cpu", "reference", "triton"])
+def test_what_earlier_owners_left_in_the_cache_reaches_no_sequence(
+    triton_device: torch.device, implementation: str, batch: list[tuple[int, int]], window: int | None, kv_factor: int
+) -> None:
+    from stagemesh.kernels.paged_attention_triton import paged_attention_triton
+
+    if implementation == "triton" and kv_factor == 1:
+        pytest.skip("the Triton kernel has no cache of one side")
+
+    def run(case: Case) -> Tensor:
+        if implementation == "cpu":
+            return run_cpu(case)
+        store_kv(case.kv, case.cache, torch.from_numpy(case.slots))
+        starts = torch.from_numpy(np.concatenate(([0], case.query_lens.cumsum())).astype(np.int32))
+        lens_and_tables = (starts, torch.from_numpy(case.context_lens.copy()), torch.from_numpy(case.block_tables))
+        if implementation == "reference":
+            return paged_attention_torch(case.q, case.cache, *lens_and_tables, case.scale, window).flatten(1)
+        on_device = [tensor.to(triton_device) for tensor in (case.q, case.cache, *lens_and_tables)]
+        return paged_attention_triton(*on_device, case.scale, window).flatten(1).cpu()
+
+    outs = [run(case) for case in beside_nan(batch, window, kv_factor)]
+    for clean, beside in zip(outs[: len(outs) // 2], outs[len(outs) // 2 :], strict=True):
+        assert torch.equal(clean, beside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_a_decode_that_begins_a_block_beside_longer_ones_sees_no_nan(dtype: torch.dtype) -> None:
+    """Every token of two sequences, step by step, in blocks that all hold NaN."""
+    attention = CpuPagedAttention(2, 1, 4, 8, torch.float32)
+    outs = []
+    for fill in (0.0, math.nan):
+        cache = torch.full((9, 2, 1, 4, 8), fill).to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        tables = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.int32)
+        for i in range(8):
+            query_lens = np.array([1, 8 if i == 0 else 1], np.int32)
+            contexts = np.array([i, 0 if i == 0 else 7 + i], np.int32)
+            positions = [np.arange(c, c + n) for c, n in zip(contexts, query_lens, strict=True)]
+            slots = np.concatenate([tables[s, p // 4].astype(np.int64) * 4 + p % 4 for s, p in enumerate(positions)])
+            qkv = torch.randn(query_lens.sum(), 4, 8, generator=generator)
+            step = attention.prepare(query_lens, contexts, tables, slots)
+            outs.append(step(qkv[:, :2], qkv[:, 2:], cache, 0.3))
+    for clean, beside in zip(outs[:8], outs[8:], strict=True):
+        assert torch.equal(clean, beside) and clean.isfinite().all()
 
 
 @pytest.mark.parametrize("window", [None, 3, 50])

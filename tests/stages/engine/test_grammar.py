@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from support.schemas import assert_valid, random_schema
@@ -28,6 +29,7 @@ class Model:
     """A small byte-level tokenizer, and the toy model over its vocabulary."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.tokenizer = tokenizers.Tokenizer(models.BPE())
         self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self.tokenizer.decoder = decoders.ByteLevel()
@@ -155,6 +157,48 @@ def test_a_grammar_that_is_wrong_is_refused_by_name(model: Model, form: dict[str
     for refuse in (check, model.grammars.make):
         with pytest.raises(ConfigError, match=rf"structured_outputs\.{next(iter(form))}"):
             refuse(StructuredOutputsParams(**form))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"json": '{"items":' * 20_000 + "{}" + "}" * 20_000},
+        {"regex": "a" * 300_000},
+        {"regex": "(" * 2000 + "a" + ")*" * 2000},
+        {"choice": ["a" * 300_000, "b"]},
+        {"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000},
+        {"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000},
+    ],
+)
+def test_a_grammar_too_large_or_too_deep_is_refused_by_name(model: Model, form: dict[str, Any]) -> None:
+    for refuse in (check, model.grammars.make):
+        with pytest.raises(ConfigError, match=rf"structured_outputs\.{next(iter(form))}"):
+            refuse(StructuredOutputsParams(**form))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"regex": "((a|a){1000}){1000}"},
+        {"grammar": 'start: a{1000000}\na: "x"'},
+        {"grammar": "root ::= " + '"a"? ' * 20_000},
+    ],
+)
+def test_a_mask_that_would_take_too_long_is_an_error_of_its_grammar(model: Model, form: dict[str, Any]) -> None:
+    grammar = model.grammar(**form)
+    output: list[int] = []
+    while not grammar.error:
+        mask = np.unpackbits(grammar.mask(output), bitorder="little")
+        output.append(int(np.flatnonzero(mask)[-1]))
+        assert len(output) < 100
+    assert "could not be kept to its form" in grammar.error and "<state>" not in grammar.error
+
+
+def test_eos_ids_that_the_model_has_not_leave_a_grammar_its_end(model: Model) -> None:
+    grammars = GrammarFactory(model.folder, [-1, EOS, model.vocab_size + 5], model.vocab_size)
+    grammar = grammars.make(StructuredOutputsParams(choice=["yes"]))
+    mask = np.unpackbits(grammar.mask(model.tokenizer.encode("yes").ids), bitorder="little")
+    assert np.flatnonzero(mask).tolist() == [EOS]
 
 
 def test_a_grammar_that_breaks_ends_the_answer_with_an_error(model: Model) -> None:

@@ -72,6 +72,19 @@ def test_a_refusal_names_the_field(processor: InputProcessor, prompts: Any, para
         processor.process_prompts(prompts, params, "id", name="prompts")
 
 
+def test_a_text_of_ids_that_the_model_has_not_is_refused(tokenizer: Tokenizer) -> None:
+    """A tokenizer may have more ids than the model's vocabulary: here its last one, 256 (BOS), and some bytes."""
+    processor = InputProcessor(tokenizer, vocab_size=100, max_model_len=40)
+    with pytest.raises(ConfigError, match=r"^prompts\[1\]=256: token ids must be within \[0, 100\)"):
+        processor.process_prompts([[1], "a"], PARAMS, "id", name="prompts")
+
+
+def test_bad_words_of_ids_that_the_model_has_not_are_left_to_the_sampler(tokenizer: Tokenizer) -> None:
+    processor = InputProcessor(tokenizer, vocab_size=50, max_model_len=40)
+    (prompt,) = processor.process_prompts([[1]], SamplingParams(bad_words=["xy"]), "id")
+    assert prompt.requests[0].params.bad_words_token_ids
+
+
 def test_a_refused_form_is_named_as_the_user_gave_it(processor: InputProcessor) -> None:
     params = SamplingParams(structured_outputs=StructuredOutputsParams(json={"type": "odd"}))
     with pytest.raises(ConfigError, match="^response_format.json_schema="):

@@ -145,3 +145,9 @@ def test_the_format_is_read_off_the_chat_template() -> None:
     assert format_of("… within <tool_call></tool_call> XML tags …") == "hermes"
     assert format_of("{{ '<|python_tag|>' }}") == "llama3"
     assert format_of("{{ messages }}") is None
+
+
+def test_a_value_nested_past_all_reason_is_no_call() -> None:
+    text = '{"name": "f", "parameters": [' + "[" * 100_000 + "]" * 100_000 + "]}"
+    content, calls = parse(lambda: free_parser("llama3", parallel=True), text, [])
+    assert content == text and calls == []

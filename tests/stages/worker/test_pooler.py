@@ -111,6 +111,14 @@ def test_a_prompt_that_begins_again_is_counted_from_nothing() -> None:
     assert not pooler._sums
 
 
+def test_a_vector_that_is_not_finite_is_left_empty() -> None:
+    hidden = torch.tensor([[1.0, 2.0], [float("nan"), 1.0]])
+    plan = make_plan(Part([1], 0, [0]), Part([2], 0, [1]))
+    plan.pools = [PoolSpec(i, "last", False, 0, True) for i in range(2)]
+    good, bad = Pooler().pool(plan, hidden, lambda x: x)
+    assert np.frombuffer(good, np.float32).tolist() == [1.0, 2.0] and bad == b""
+
+
 def test_a_bad_setting_is_named() -> None:
     with pytest.raises(ConfigError, match="pooling='max': must be one of last, mean"):
         PoolingParams(pooling="max")  # type: ignore[arg-type]
