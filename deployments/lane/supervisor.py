@@ -28,8 +28,9 @@ REFUSED_PAUSE_S = 3.0
 """After a replica has refused a lease: another one may accept it, or this one may be replaced."""
 LEASE_PATIENCE_S = 10.0
 """How long a stage is kept, or waited for, while an earlier one is not leased. Then it is given back."""
-STOP_TIMEOUT_S = 5.0
-"""A rank still in the run loop of a broken epoch by then is killed."""
+STOP_TIMEOUT_S = 8.0
+"""A rank still in the run loop of a broken epoch by then is killed. Ray takes 5 s to kill a process that does not
+react, and the ranks that wait for it leave only then."""
 
 
 class LaneSupervisor:
