@@ -1,0 +1,185 @@
+"""Clients that leave: whatever they sent and whenever they go, what they asked for must end within a second."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import grpc
+from chaos.processes import is_idle
+from chaos.report import Report, spread
+from support.harness import Cluster, eventually
+
+from stagemesh.deployments.proto import inference_pb2, inference_pb2_grpc
+
+LIMIT_BYTES = 1 << 20
+"""Of a body."""
+SIZES = (1, 10_000, 40_000, 200_000, LIMIT_BYTES - 1_000, LIMIT_BYTES)
+"""In bytes; 1 is no valid request."""
+FEW_SIZES = (1_000, 40_000)
+FREED_WITHIN_S = 1.0
+SLOW_MACHINE_S = 2.0
+"""What fails: a second, and the time that `/metrics` takes to say so on two busy cores."""
+GIVE_UP_S = 8.0
+QUIET_S = 0.4
+"""Nothing runs for this long: it was not between two steps."""
+MAX_TOKENS = 1900
+WORK = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+
+
+class Case(NamedTuple):
+    door: str
+    """"http" or "grpc"."""
+    size: int
+    streamed: bool
+    moment: str
+    """"first" (before the first token), "middle" or "queued"."""
+    resets: bool
+    """The connection is reset rather than closed; over gRPC closed rather than the call cancelled."""
+
+
+def run(cluster: Cluster, sizes: tuple[int, ...] = SIZES) -> Report:
+    """All cases but the queued ones."""
+    moments = ("first", "middle")
+    cases = [
+        Case(door, size, streamed, moment, resets=bool(i % 2))
+        for i, (door, size, streamed, moment) in enumerate(
+            itertools.product(("http", "grpc"), sizes, (True, False), moments)
+        )
+        if size > 1 or (door == "http" and moment == "first")
+    ]
+    return _run(cluster, "leavers", cases, work_of=lambda metrics: sum(metrics[name] for name in WORK))
+
+
+def run_queued(cluster: Cluster, sizes: tuple[int, ...] = FEW_SIZES) -> Report:
+    """Two requests fill the lane, whose max_num_seqs must be 2; the third waits and leaves."""
+    cases = [
+        Case(door, size, streamed, "queued", resets=bool(i % 2))
+        for i, (door, size, streamed) in enumerate(itertools.product(("http", "grpc"), sizes, (True, False)))
+    ]
+    return _run(cluster, "leavers-queued", cases, work_of=lambda metrics: metrics["vllm:num_requests_waiting"])
+
+
+def _run(cluster: Cluster, part: str, cases: list[Case], work_of: Callable[[dict[str, float]], float]) -> Report:
+    report = Report(part)
+    times: dict[str, float] = {}
+    for case in cases:
+        name = f"{case.door} {case.size} B {'streamed' if case.streamed else 'whole'} {case.moment}"
+        try:
+            times[name] = _one(cluster, case, work_of)
+        except (OSError, grpc.RpcError, TimeoutError, ValueError) as error:
+            report.check(False, name, f"{type(error).__name__}: {str(error)[:200]}")
+        _wait_idle(cluster, report, name)
+    over = {name: round(taken, 2) for name, taken in times.items() if taken > FREED_WITHIN_S}
+    report.data |= {"cases": len(cases), "freed_s": spread(list(times.values())), "over_a_second": over}
+    late = {name: taken for name, taken in over.items() if taken > SLOW_MACHINE_S}
+    report.check(late == {}, f"what a client that left had asked for ends within {SLOW_MACHINE_S:g} s", late)
+    return report
+
+
+def _one(cluster: Cluster, case: Case, work_of: Callable[[dict[str, float]], float]) -> float:
+    """Seconds from leaving until nothing of it is left; GIVE_UP_S where something stays."""
+    with _lane_full(cluster, case.moment == "queued"):
+        leave = _over_http(cluster, case) if case.door == "http" else _over_grpc(cluster, case)
+        if case.moment == "queued":
+            eventually(lambda: cluster.metrics()["vllm:num_requests_waiting"] > 0, 10, "it waits")
+        leave()
+        left = last_work = time.monotonic()
+        while (now := time.monotonic()) - left < GIVE_UP_S and now - last_work < QUIET_S:
+            if work_of(cluster.metrics()) > 1e-9:
+                last_work = time.monotonic()
+            time.sleep(0.02)
+    return last_work - left
+
+
+@contextmanager
+def _lane_full(cluster: Cluster, wanted: bool) -> Iterator[None]:
+    """Two sequences run meanwhile."""
+    holders = [_over_http(cluster, Case("http", 0, True, "middle", False)) for _ in range(2 if wanted else 0)]
+    try:
+        yield
+    finally:
+        for leave in holders:
+            leave()
+
+
+def _wait_idle(cluster: Cluster, report: Report, name: str) -> None:
+    try:
+        eventually(lambda: is_idle(cluster), 60, "the application is idle")
+    except TimeoutError as error:
+        report.check(False, f"after {name}", error)
+
+
+def _over_http(cluster: Cluster, case: Case) -> Callable[[], None]:
+    """Sends the request and waits for the moment; returns how to leave."""
+    connection = socket.create_connection(("127.0.0.1", cluster.http_port), timeout=30)
+    body = _body(case)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n"
+    connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+    if case.moment == "middle" and case.streamed:
+        _read_events(connection, 5)
+    elif case.moment == "middle":
+        eventually(lambda: cluster.metrics()["vllm:num_requests_running"] > 0, 20, "it runs")
+
+    def leave() -> None:
+        if case.resets:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+    return leave
+
+
+def _body(case: Case) -> bytes:
+    if case.size == 1:
+        return b"{"
+    fields: dict[str, Any] = {
+        "model": "demo",
+        "prompt": "The king",
+        "max_tokens": MAX_TOKENS,
+        "ignore_eos": True,
+        "stream": case.streamed,
+        "user": "",
+    }
+    fields["user"] = "x" * (case.size - len(json.dumps(fields)))
+    return json.dumps(fields).encode()
+
+
+def _read_events(connection: socket.socket, count: int) -> None:
+    received = b""
+    while received.count(b"data: {") < count:
+        part = connection.recv(65536)
+        if not part or not received.startswith(b"HTTP/1.1 200"[: len(received)]):
+            raise ValueError(f"no stream: {(received + part)[:300]!r}")
+        received += part
+
+
+def _over_grpc(cluster: Cluster, case: Case) -> Callable[[], None]:
+    channel = grpc.insecure_channel(cluster.grpc_address)
+    stub = inference_pb2_grpc.InferenceStub(channel)
+    request = inference_pb2.ChatRequest(
+        model="demo",
+        messages=[inference_pb2.ChatMessage(role="user", content="The king")],
+        sampling=inference_pb2.Sampling(max_tokens=MAX_TOKENS, ignore_eos=True),
+    )
+    request.chat_template_kwargs["padding"] = "x" * max(0, case.size - 200)
+    call = stub.ChatStream(request, timeout=60) if case.streamed else stub.Chat.future(request, timeout=60)
+    if case.moment == "middle" and case.streamed:
+        for _ in range(5):
+            next(call)
+    elif case.moment == "middle":
+        eventually(lambda: cluster.metrics()["vllm:num_requests_running"] > 0, 20, "it runs")
+    elif case.moment == "first":
+        time.sleep(0.05)  # else it would be cancelled before it is sent
+
+    def leave() -> None:
+        if not case.resets:
+            call.cancel()
+        channel.close()
+
+    return leave
