@@ -13,11 +13,11 @@ from typing import Any
 import grpc
 import httpx
 from chaos import edges
-from chaos.chaos import judge
-from chaos.processes import is_idle, memory_by_process, ours
+from chaos.judging import judge_growth, judge_idle, judge_ready, judge_traffic
+from chaos.processes import memory_by_process
 from chaos.report import Report, spread
 from chaos.traffic import Traffic, asks
-from support.harness import Cluster, eventually
+from support.harness import Cluster
 
 from stagemesh.deployments.proto import inference_pb2 as pb
 
@@ -64,7 +64,7 @@ FIELDS = {
 def run(cluster: Cluster, *, bodies: int = 2_000, calls: int = 2_000, streams: int = 4) -> Report:
     """bodies: over HTTP, beside some hundred that are no JSON at all. calls: over gRPC."""
     report = Report("doors")
-    memory, pids = memory_by_process(), ours()
+    memory = memory_by_process()
     traffic = Traffic(cluster.url, asks(1, 48), streams)
     rng = random.Random(0)
     with traffic, ThreadPoolExecutor(CLIENTS) as pool:
@@ -74,25 +74,23 @@ def run(cluster: Cluster, *, bodies: int = 2_000, calls: int = 2_000, streams: i
         with grpc.insecure_channel(cluster.grpc_address) as channel:
             messages = list(_messages(rng, calls))
             grpc_ends = list(pool.map(lambda message: _call(channel, *message), messages))
-    eventually(lambda: is_idle(cluster), 60, "the application is idle")
-    traffic.compare()
-    summary = traffic.summary()
-    judge(report, traffic, summary)
+    judge_idle(report, cluster)
+    judge_ready(report, cluster)
+    judge_growth(report, memory, memory_by_process(), MAX_GROWTH_MB)
+    judge_traffic(report, traffic)
     _judge_http(report, ends)
     _judge_grpc(report, grpc_ends)
-    after = memory_by_process()
-    grown = {name: round(after[name] - memory[name], 1) for name in after if name in memory}
-    report.check(ours() == pids, "no process died", {"before": pids, "after": ours()})
-    large = {name: mb for name, mb in grown.items() if mb > MAX_GROWTH_MB}
-    report.check(large == {}, f"no process grew by more than {MAX_GROWTH_MB:g} MB", large)
-    ready = httpx.get(f"{cluster.url}/ready", timeout=10).status_code
-    report.check(ready == 200, "/ready says 200", ready)
-    report.data |= {"memory_grown_mb": grown, "traffic": summary}
     return report
 
 
 def _judge_http(report: Report, ends: list[dict[str, Any]]) -> None:
-    bad = [end for end in ends if end["status"] >= 500 or end["status"] == 0 or "no error object" in end["said"]]
+    bad = [
+        end
+        for end in ends
+        if (end["status"] >= 500 and not (end["status"] == 504 and '"timeout"' in end["body"]))  # its own deadline
+        or end["status"] == 0
+        or "no error object" in end["said"]
+    ]
     report.data["http"] = {
         "bodies": len(ends),
         "statuses": dict(Counter(end["status"] for end in ends)),
@@ -217,7 +215,7 @@ def _shapes(rng: random.Random) -> Iterator[dict[str, Any]]:
         yield {"messages": [{"role": role}, {"content": "x"}]}
         yield {"messages": [{"role": role, "content": "x", "tool_calls": rng.choice([[], [{}], None, "x"])}]}
     nested: dict[str, Any] = {"type": "object"}
-    for _ in range(300):
+    for _ in range(150):
         nested = {"type": "object", "properties": {"a": nested}}
     schemas = [{}, {"type": "nothing"}, {"$ref": "#/no"}, nested, {"pattern": "("}, {"enum": []}, {"minimum": 1e400}]
     for schema in schemas:

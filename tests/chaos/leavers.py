@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import grpc
-from chaos.processes import is_idle
+from chaos.judging import judge_idle
 from chaos.report import Report, spread
 from support.harness import Cluster, eventually
 
@@ -75,7 +75,8 @@ def _run(cluster: Cluster, part: str, cases: list[Case], work_of: Callable[[dict
             times[name] = _one(cluster, case, work_of)
         except (OSError, grpc.RpcError, TimeoutError, ValueError) as error:
             report.check(False, name, f"{type(error).__name__}: {str(error)[:200]}")
-        _wait_idle(cluster, report, name)
+        if not judge_idle(report, cluster):
+            break
     over = {name: round(taken, 2) for name, taken in times.items() if taken > FREED_WITHIN_S}
     report.data |= {"cases": len(cases), "freed_s": spread(list(times.values())), "over_a_second": over}
     late = {name: taken for name, taken in over.items() if taken > SLOW_MACHINE_S}
@@ -107,13 +108,6 @@ def _lane_full(cluster: Cluster, wanted: bool) -> Iterator[None]:
     finally:
         for leave in holders:
             leave()
-
-
-def _wait_idle(cluster: Cluster, report: Report, name: str) -> None:
-    try:
-        eventually(lambda: is_idle(cluster), 60, "the application is idle")
-    except TimeoutError as error:
-        report.check(False, f"after {name}", error)
 
 
 def _over_http(cluster: Cluster, case: Case) -> Callable[[], None]:

@@ -20,11 +20,10 @@ from typing import Any
 
 import httpx
 from chaos import edges
-from chaos.chaos import judge
-from chaos.processes import is_idle
+from chaos.judging import judge_idle, judge_traffic
 from chaos.report import Report, spread
 from chaos.traffic import Traffic, asks
-from support.harness import DEMO, Cluster, eventually
+from support.harness import DEMO, Cluster
 
 NAN_TOKEN = 2047
 """Of the demo's rarest; nothing healthy holds it."""
@@ -104,10 +103,8 @@ def _attack(
     for body, end in zip(must_fail, ends, strict=False):
         report.check(not end["ok"], "a prompt that cannot be computed gets no answer", [body, end])
     _judge_ends(report, must_fail + bodies, ends)
-    eventually(lambda: is_idle(cluster), 60, "the application is idle")
-    traffic.compare()
-    summary = traffic.summary()
-    judge(report, traffic, summary)
+    judge_idle(report, cluster)
+    judge_traffic(report, traffic)
     lies = _lies(polls, traffic.events)
     report.data |= {
         "poisoned": len(ends),
@@ -115,7 +112,6 @@ def _attack(
         "named_errors": dict(Counter(end["said"][:80] for end in ends if not end["ok"]).most_common(12)),
         "seconds": spread([end["seconds"] for end in ends]),
         "ready": {"polls": len(polls), "true": sum(ready for _, ready in polls), "lies": len(lies)},
-        "traffic": summary,
     }
     report.check(len(polls) > 0 and any(ready for _, ready in polls), "/ready was polled and said 200")
     report.check(lies == [], "/ready says 200 only while healthy requests are answered", lies[:3])

@@ -17,7 +17,7 @@ from typing import Any, Self
 import httpx
 from chaos.report import spread
 
-TIMEOUT_S = 180.0
+TIMEOUT_S = 120.0
 """For one request, pauses included."""
 LOGPROB_TOLERANCE = 1e-3
 """The batch that a token is computed in changes the last digits."""
@@ -169,7 +169,7 @@ class Traffic:
 
     async def _undisturbed(self, wanted: list[Ask]) -> dict[str, Answer]:
         async with _client(self._url) as client:
-            gate = asyncio.Semaphore(4)
+            gate = asyncio.Semaphore(8)
 
             async def one(ask: Ask) -> Answer:
                 async with gate:
@@ -200,6 +200,7 @@ class Traffic:
                 await asyncio.sleep(0.2)  # a server that refuses at once is not asked all the time
 
     async def _recompute(self, results: list[Result]) -> None:
+        broken: list[str] = []
         async with _client(self._url) as client:
             gate = asyncio.Semaphore(8)
 
@@ -212,7 +213,12 @@ class Traffic:
                 for seed in answer.seeds:
                     body = {**result.ask.body, "seed": seed, "n": 1}
                     async with gate:
+                        if broken:
+                            answer.error = f"asking again with its seed: {broken[0]}"
+                            return
                         whole = await request(client, replace(result.ask, body=body), streamed=False, events=[])
+                    if whole.answer.error:
+                        broken.append(whole.answer.error)  # the others need not wait for their timeouts
                     again.texts += whole.answer.texts
                     again.logprobs += whole.answer.logprobs
                 result.is_right = same(answer, again)
