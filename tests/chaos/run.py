@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 # In place of this folder, whose chaos.py would hide the package of that name.
 sys.path[0] = str(Path(__file__).parents[1])
 
-from chaos import chaos, doors, idle, leavers, overload, poison, processes, sockets  # noqa: E402
+from chaos import chaos, doors, drains, idle, leavers, overload, poison, processes, sockets  # noqa: E402
 from chaos.report import Report  # noqa: E402
 from support.harness import Cluster, running_cluster  # noqa: E402
 
@@ -48,6 +48,21 @@ PARTS: dict[str, Part] = {
         SMALL,
         chaos.run,
         lambda cluster: chaos.run(cluster, streams=6, seconds=27, every_s=9, stops=False, variants=1, max_tokens=48),
+    ),
+    "scale-down": Part(
+        {**SMALL, "autoscaling_config": drains.POOL, "drain_timeout_s": drains.DRAIN_TIMEOUT_S},
+        drains.run_scale_down,
+        drains.run_scale_down,
+    ),
+    "replace": Part(
+        {
+            **SMALL,
+            "data_parallel_size": 2,
+            "num_router_replicas": 2,
+            "drain_timeout_s": drains.DRAIN_TIMEOUT_S,
+        },
+        drains.run_replace,
+        drains.run_replace,
     ),
     "sockets": Part(SMALL, sockets.run, lambda cluster: sockets.run(cluster, messages=5_000, torch_connections=0)),
     "doors": Part(SMALL, doors.run, lambda cluster: doors.run(cluster, bodies=250, calls=250)),
