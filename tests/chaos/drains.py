@@ -27,7 +27,7 @@ LONG_ANSWER = 400
 
 
 def run_scale_down(cluster: Cluster) -> Report:
-    """The application must have `POOL` as its autoscaling_config: many streams bring a second lane, few take it away."""
+    """Needs `POOL` as the autoscaling_config: many streams bring a second lane, few take it away."""
     report = Report("scale-down")
     with Traffic(cluster.url, asks(1, 48), 16) as crowd:
         eventually(lambda: len(lanes(cluster)) == 2, 200, "a second lane")

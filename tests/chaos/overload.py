@@ -41,21 +41,29 @@ class Seen:
     tokens: int = 0
     broken: Counter[str] = field(default_factory=Counter)
     """What was neither refused nor finished."""
+    elapsed_s: float = 0.0
     not_sent: int = 0
     """For want of connections here."""
 
 
-def run(cluster: Cluster, *, seconds: float = 60.0, capacity_s: float = 15.0, timed: bool = True) -> Report:
+def run(
+    cluster: Cluster,
+    *,
+    seconds: float = 60.0,
+    capacity_s: float = 15.0,
+    most_clients: int = LARGEST_CLIENTS,
+    timed: bool = True,
+) -> Report:
     """timed: also check what a busy machine makes slow: how soon refusals and first tokens come."""
-    return asyncio.run(_run(cluster, seconds, capacity_s, timed))
+    return asyncio.run(_run(cluster, seconds, capacity_s, most_clients, timed))
 
 
-async def _run(cluster: Cluster, seconds: float, capacity_s: float, timed: bool) -> Report:
+async def _run(cluster: Cluster, seconds: float, capacity_s: float, most_clients: int, timed: bool) -> Report:
     report = Report("overload")
     knows_timeout = await _knows_timeout(cluster)
     body = _body(knows_timeout)
-    clients, at_capacity = await _capacity(cluster, body, capacity_s)
-    rate = len(at_capacity.duration_s) / capacity_s
+    clients, at_capacity = await _capacity(cluster, body, capacity_s, most_clients)
+    rate = len(at_capacity.duration_s) / at_capacity.elapsed_s
     eventually(lambda: is_idle(cluster), 60, "the application is idle")
     before = _memory()
     peak = dict(before)
@@ -72,7 +80,7 @@ async def _run(cluster: Cluster, seconds: float, capacity_s: float, timed: bool)
         "capacity": {
             "clients": clients,
             "requests_per_s": round(rate, 1),
-            "tokens_per_s": round(at_capacity.tokens / capacity_s, 1),
+            "tokens_per_s": round(at_capacity.tokens / at_capacity.elapsed_s, 1),
             "ttft_ms": ttft_at_capacity,
         },
         "overload": {
@@ -134,10 +142,10 @@ async def _knows_timeout(cluster: Cluster) -> bool:
     return len(seen.duration_s) == 1
 
 
-async def _capacity(cluster: Cluster, body: bytes, seconds: float) -> tuple[int, Seen]:
+async def _capacity(cluster: Cluster, body: bytes, seconds: float, most_clients: int) -> tuple[int, Seen]:
     """The most clients in closed loop of which none is refused, and what they see."""
     clients = 16
-    while clients < LARGEST_CLIENTS and not (await _closed_loop(cluster, body, 2 * clients, seconds / 3)).refused_s:
+    while 2 * clients <= most_clients and not (await _closed_loop(cluster, body, 2 * clients, 0)).refused_s:
         clients *= 2
     while True:
         seen = await _closed_loop(cluster, body, clients, seconds)
@@ -147,21 +155,19 @@ async def _capacity(cluster: Cluster, body: bytes, seconds: float) -> tuple[int,
 
 
 async def _closed_loop(cluster: Cluster, body: bytes, clients: int, seconds: float) -> Seen:
-    """Counts only what ends in `seconds`."""
+    """Until `seconds` are over and each client has had an answer; counts all that was sent."""
     seen = Seen()
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
 
     async def client() -> None:
-        while time.monotonic() < deadline:
+        first = True
+        while first or time.monotonic() < started + seconds:
+            first = False
             await _one(cluster, body, seen)
 
-    tasks = [asyncio.create_task(client()) for _ in range(clients)]
-    await asyncio.sleep(seconds)
-    measured = Seen(
-        list(seen.ttft_s), list(seen.duration_s), list(seen.refused_s), 0, seen.tokens, Counter(seen.broken)
-    )
-    await asyncio.gather(*tasks)
-    return measured
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seen.elapsed_s = time.monotonic() - started
+    return seen
 
 
 async def _open_loop(cluster: Cluster, body: bytes, rate: float, seconds: float, seen: Seen, lag: list[float]) -> None:

@@ -66,10 +66,14 @@ PARTS: dict[str, Part] = {
     ),
     "sockets": Part(SMALL, sockets.run, lambda cluster: sockets.run(cluster, messages=5_000, torch_connections=0)),
     "doors": Part(SMALL, doors.run, lambda cluster: doors.run(cluster, bodies=250, calls=250)),
-    "overload": Part(SMALL, overload.run, lambda cluster: overload.run(cluster, seconds=8, capacity_s=4, timed=False)),
+    "overload": Part(
+        SMALL,
+        overload.run,
+        lambda cluster: overload.run(cluster, seconds=8, capacity_s=4, most_clients=64, timed=False),
+    ),
     "leavers": Part(SMALL, leavers.run, lambda cluster: leavers.run(cluster, sizes=leavers.FEW_SIZES)),
     "leavers-queued": Part({**SMALL, "max_num_seqs": 2}, leavers.run_queued, leavers.run_queued),
-    "idle": Part(SMALL, idle.run, lambda cluster: idle.run(cluster, seconds=5)),
+    "idle": Part(SMALL, idle.run, lambda cluster: idle.run(cluster, seconds=5, most_percent=20)),
     "poison": Part(
         {**SMALL, "model": "nan"}, poison.run, lambda cluster: poison.run(cluster, singles=False, num_pairs=20)
     ),

@@ -8,6 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -50,14 +51,12 @@ class Target(NamedTuple):
 
 def find_targets() -> list[Target]:
     """Every listening socket of our processes. One answers for several processes where they inherited it."""
-    found: dict[int, Target] = {}
-    for kind, pids in ours().items():
-        for pid in pids:
-            for listener in listeners(pid):
-                if listener.port not in found:
-                    type = zmtp.socket_type(listener.host, listener.port)
-                    found[listener.port] = Target(kind, pid, listener.host, listener.port, type)
-    return list(found.values())
+    found = {
+        listener.port: (kind, listener) for kind, pids in ours().items() for pid in pids for listener in listeners(pid)
+    }
+    with ThreadPoolExecutor(16) as pool:  # most of it waits for what does not come
+        types = pool.map(lambda entry: zmtp.socket_type(entry[1].host, entry[1].port), found.values())
+        return [Target(kind, *listener, type) for (kind, listener), type in zip(found.values(), types, strict=True)]
 
 
 def run(cluster: Cluster, *, messages: int = 100_000, torch_connections: int = 3_000, streams: int = 4) -> Report:

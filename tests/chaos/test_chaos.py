@@ -34,11 +34,11 @@ def test_what_clients_that_leave_had_asked_for_ends(served: Cluster) -> None:
 
 
 def test_an_idle_application_uses_no_cpu(served: Cluster) -> None:
-    passed(idle.run(served, seconds=4))
+    passed(idle.run(served, seconds=4, most_percent=20))
 
 
 def test_overload_is_refused_and_what_is_accepted_finishes(served: Cluster) -> None:
-    passed(overload.run(served, seconds=6, capacity_s=3, timed=False))
+    passed(overload.run(served, seconds=6, capacity_s=3, most_clients=64, timed=False))
 
 
 def test_no_answer_is_lost_or_changed_when_processes_die(served: Cluster) -> None:
