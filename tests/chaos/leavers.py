@@ -45,10 +45,9 @@ class Case(NamedTuple):
     """The connection is reset rather than closed; over gRPC closed rather than the call cancelled."""
 
     def __str__(self) -> str:
-        ends = (
-            ("resets" if self.resets else "closes") if self.door == "http" else ("closes", "cancels")[not self.resets]
-        )
-        return f"{self.door} {self.size} B {'streamed' if self.streamed else 'whole'} {self.moment} {ends}"
+        hard, soft = ("resets", "closes") if self.door == "http" else ("closes", "cancels")
+        answer, end = "streamed" if self.streamed else "whole", hard if self.resets else soft
+        return f"{self.door} {self.size} B {answer} {self.moment} {end}"
 
 
 def run(cluster: Cluster, sizes: tuple[int, ...] = SIZES) -> Report:
@@ -64,9 +63,8 @@ def run(cluster: Cluster, sizes: tuple[int, ...] = SIZES) -> Report:
 
 def run_queued(cluster: Cluster, sizes: tuple[int, ...] = FEW_SIZES) -> Report:
     """Two requests fill the lane, whose max_num_seqs must be 2; the third waits and leaves."""
-    cases = [
-        Case(*case) for case in itertools.product(("http", "grpc"), sizes, (True, False), ("queued",), (True, False))
-    ]
+    both = (True, False)
+    cases = [Case(*case) for case in itertools.product(("http", "grpc"), sizes, both, ("queued",), both)]
     return _run(cluster, "leavers-queued", cases, WORK[1:2])
 
 

@@ -41,9 +41,9 @@ class Seen:
     tokens: int = 0
     broken: Counter[str] = field(default_factory=Counter)
     """What was neither refused nor finished."""
-    elapsed_s: float = 0.0
     not_sent: int = 0
     """For want of connections here."""
+    elapsed_s: float = 0.0
 
 
 def run(

@@ -26,7 +26,7 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.messages import request, step
 
 MAX_GROWTH_MB = 200.0
-STUCK_S = 60.0
+STUCK_S = 15.0
 """A socket that takes nothing for so long is no longer read."""
 MAX_RANDOM_BYTES = 64 << 10
 OVERSIZE_BYTES = 300 << 20
@@ -51,9 +51,8 @@ class Target(NamedTuple):
 
 def find_targets() -> list[Target]:
     """Every listening socket of our processes. One answers for several processes where they inherited it."""
-    found = {
-        listener.port: (kind, listener) for kind, pids in ours().items() for pid in pids for listener in listeners(pid)
-    }
+    processes = [(kind, pid) for kind, pids in ours().items() for pid in pids]
+    found = {listener.port: (kind, listener) for kind, pid in processes for listener in listeners(pid)}
     with ThreadPoolExecutor(16) as pool:  # most of it waits for what does not come
         types = pool.map(lambda entry: zmtp.socket_type(entry[1].host, entry[1].port), found.values())
         return [Target(kind, *listener, type) for (kind, listener), type in zip(found.values(), types, strict=True)]
