@@ -46,7 +46,7 @@ accuracy: install ## 400 questions over HTTP to the demo model in every quantize
 bench: install ## throughput and latencies over HTTP, and the time of a step outside the model
 	$(BIN)/python tests/bench/bench_serve.py $(ARGS)
 
-chaos: install ## attacks on a running application, minutes each; ARGS='chaos doors' for some, --quick for short ones
+chaos: install ## attacks on a running application, minutes each; ARGS='chaos doors' for some, --short for short ones
 	$(BIN)/python tests/chaos/run.py $(ARGS)
 
 # Through the link, so that protoc derives the imports of the installed package from the path.

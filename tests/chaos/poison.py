@@ -64,6 +64,12 @@ def make_large_tokenizer_model(folder: Path) -> Path:
 MODELS: dict[str, Callable[[Path], Path]] = {"nan": make_nan_model, "tokenizer": make_large_tokenizer_model}
 
 
+def model(name: str, folder: Path) -> Path:
+    """The checkpoint of that name in MODELS, made in `folder` where it is not there yet."""
+    made = folder / name
+    return made if made.exists() else MODELS[name](folder)
+
+
 def run(cluster: Cluster, *, singles: bool = True, num_pairs: int = 300, streams: int = 8) -> Report:
     """The model must be the one with a NaN row; then every edge of every parameter, singly and in pairs."""
     poisons = [_nan_body(i) for i in range(12)]

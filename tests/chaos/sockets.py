@@ -76,6 +76,9 @@ def run(cluster: Cluster, *, messages: int = 100_000, torch_connections: int = 3
             sent[target.name] += count
             report.check(problem == "", f"{target.name} takes messages", problem)
             report.check(not _refused(target), f"{target.name} still listens")
+            for connection in held:  # slowly
+                with suppress(OSError):
+                    connection.send(b"x")
             oversize = _oversize(target, random.Random(i))
             report.data.setdefault("oversize", {}).setdefault(target.name, oversize)
             whole = f"{target.name} cuts off a message of 300 MB"
@@ -243,17 +246,18 @@ _REAL["stage"] = [make for kind in ("worker", "leader", "router") for make in _R
 
 
 def _half_open(target: Target) -> Iterator[socket.socket]:
-    """Connections that stop: before the handshake, in it, after it, in a message; and one that sends slowly."""
+    """Connections that stop: before the handshake, in it, after it, in a message."""
     beginnings = [b"", zmtp.GREETING[:7], zmtp.GREETING[:40], zmtp.GREETING, zmtp.GREETING + b"\x04\xff"]
     for i in range(HALF_OPEN):
         with suppress(OSError):
             if i % 4 == 3:
                 connection = zmtp.shaken(target.host, target.port, zmtp.PEER_OF[target.type])
-                connection.sendall(zmtp.long_frame(5_000) + b"slow")
+                beginning = zmtp.long_frame(5_000) + b"slow"
             else:
                 connection = socket.create_connection((target.host, target.port), timeout=5)
-                connection.sendall(beginnings[i % len(beginnings)])
-            yield connection
+                beginning = beginnings[i % len(beginnings)]
+            yield connection  # first, so that it is closed whatever comes
+            connection.sendall(beginning)
 
 
 def _oversize(target: Target, rng: random.Random) -> dict[str, str]:

@@ -30,9 +30,13 @@ def long_frame(size: int) -> bytes:
 def shaken(host: str, port: int, socket_type: str, timeout_s: float = 5.0) -> socket.socket:
     """A connection past the handshake. Raises OSError."""
     connection = socket.create_connection((host, port), timeout=timeout_s)
-    connection.sendall(GREETING)
-    _exactly(connection, len(GREETING))
-    connection.sendall(ready(socket_type))
+    try:
+        connection.sendall(GREETING)
+        _exactly(connection, len(GREETING))
+        connection.sendall(ready(socket_type))
+    except OSError:
+        connection.close()
+        raise
     return connection
 
 
