@@ -102,8 +102,8 @@ def _judge_http(report: Report, ends: list[dict[str, Any]]) -> None:
 
 
 def _judge_grpc(report: Report, ends: list[dict[str, Any]]) -> None:
-    # That the bytes are no message is found by gRPC itself, before us; it calls that INTERNAL.
-    undecodable = [end for end in ends if "deserializing" in end["said"].lower()]
+    # That the bytes are no message is found by gRPC itself, before us; it calls that UNKNOWN.
+    undecodable = [end for end in ends if "DecodeError" in end["said"] or "deserializing" in end["said"]]
     bad = [end for end in ends if end["code"] in OUR_FAULT and end not in undecodable]
     report.data["grpc"] = {
         "calls": len(ends),
