@@ -128,7 +128,9 @@ def _over_http(cluster: Cluster, case: Case) -> Callable[[], None]:
     connection = socket.create_connection(("127.0.0.1", cluster.http_port), timeout=30)
     body = _body(case)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n"
-    connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
+    connection.sendall(body)  # apart, as most clients do
     if case.moment == "middle" and case.streamed:
         _read_events(connection, 5)
     elif case.moment == "middle":
