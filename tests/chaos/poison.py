@@ -106,8 +106,8 @@ def _attack(
     with traffic, _ready_polled(cluster) as polls, ThreadPoolExecutor(4) as pool:
         ends = list(pool.map(lambda body: _ask(cluster, body), must_fail + bodies))
         time.sleep(1)
-    for body, end in zip(must_fail, ends, strict=False):
-        report.check(not end["ok"], "a prompt that cannot be computed gets no answer", [body, end])
+    answered = [str(body)[-80:] for body, end in zip(must_fail, ends, strict=False) if end["ok"]]
+    report.check(answered == [], f"prompts that cannot be computed get no answer ({len(answered)} did)", answered[:3])
     _judge_ends(report, must_fail + bodies, ends)
     judge_idle(report, cluster)
     judge_traffic(report, traffic)
