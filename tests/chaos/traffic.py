@@ -250,7 +250,7 @@ async def request(client: httpx.AsyncClient, ask: Ask, *, streamed: bool, events
             response = await client.post(ask.path, json=ask.body)
             answer = _whole(response)
             events.append(time.monotonic())
-    except (httpx.HTTPError, ValueError, LookupError) as error:
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:  # also of odd answers
         answer = Answer(error=f"{type(error).__name__}: {error}")
     return Result(ask, streamed, answer, started, time.monotonic() - started, max(pauses))
 
