@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-from chaos.processes import is_idle
+from chaos.processes import busy, is_idle
 from chaos.report import Report
 from chaos.traffic import Traffic
 from support.harness import Cluster, eventually
@@ -28,9 +28,16 @@ def judge_idle(report: Report, cluster: Cluster, timeout_s: float = 60.0) -> boo
     try:
         eventually(lambda: is_idle(cluster), timeout_s, "no request runs or waits and every block is free")
     except TimeoutError as error:
-        report.check(False, "the application is idle afterwards", error)
+        report.check(False, "the application is idle afterwards", f"{error}; {_busy(cluster)}")
         return False
     return True
+
+
+def _busy(cluster: Cluster) -> str:
+    try:
+        return str(busy(cluster))
+    except httpx.HTTPError as error:
+        return repr(error)
 
 
 def judge_ready(report: Report, cluster: Cluster) -> None:

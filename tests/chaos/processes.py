@@ -175,9 +175,14 @@ def lanes(cluster: Cluster) -> dict[str, dict[str, float]]:
 
 def is_idle(cluster: Cluster) -> bool:
     """No request runs or waits, and every block is free."""
+    return busy(cluster) == {}
+
+
+def busy(cluster: Cluster) -> dict[str, float]:
+    """What runs, waits or holds blocks, by metric; empty when idle. A metric that is missing counts as -1."""
     metrics = cluster.metrics()
-    busy = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    return all(metrics.get(name, 1.0) < 1e-9 for name in busy)
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    return {name: metrics.get(name, -1.0) for name in names if abs(metrics.get(name, -1.0)) > 1e-9}
 
 
 def wait_whole(cluster: Cluster, before: Books, timeout_s: float) -> tuple[float, str]:
