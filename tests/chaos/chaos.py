@@ -9,10 +9,10 @@ from collections import Counter
 from typing import Any
 
 from chaos.judging import judge_idle, judge_traffic
-from chaos.processes import Books, is_idle, ours, send, state, take_books, wait_whole
+from chaos.processes import Books, ours, send, settled_books, state, take_books, wait_whole
 from chaos.report import Report
 from chaos.traffic import Traffic, asks
-from support.harness import Cluster, eventually
+from support.harness import Cluster
 
 VICTIMS = ("worker", "stage", "leader")
 WHOLE_TIMEOUT_S = 180.0
@@ -35,7 +35,7 @@ def run(
     The first three kills are one of each kind.
     """
     report = Report("chaos")
-    before = _books(cluster)
+    before = settled_books(cluster, WHOLE_TIMEOUT_S)
     traffic = Traffic(cluster.url, asks(variants, max_tokens), streams, seed)
     rng = random.Random(seed)
     signals = _schedule(rng, seconds, every_s, stops)
@@ -67,12 +67,6 @@ def run(
     report.check(left == [], "no stopped process is left behind", left)
     report.check(len(fingerprints) == 1 and fingerprints != ["None"], "answers have one fingerprint", fingerprints)
     return report
-
-
-def _books(cluster: Cluster) -> Books:
-    cluster.wait_ready(WHOLE_TIMEOUT_S)
-    eventually(lambda: is_idle(cluster), 60, "the application is idle")
-    return take_books(cluster)
 
 
 def _settle(cluster: Cluster, before: Books, report: Report) -> None:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from chaos.judging import judge_idle, judge_ready, judge_traffic
-from chaos.processes import lanes, ours, take_books, wait_whole
+from chaos.processes import lanes, ours, settled_books, take_books, wait_whole
 from chaos.report import Report
 from chaos.traffic import Traffic, asks
 from support.harness import Cluster, eventually
@@ -49,14 +49,18 @@ def run_scale_down(cluster: Cluster) -> Report:
 
 
 def run_replace(cluster: Cluster, *, streams: int = 8) -> Report:
-    """Serve replaces every replica, for a setting that changes no answer; two routers, so that one always listens."""
+    """Serve replaces every replica, for a setting that changes no answer.
+
+    Needs two routers, so that one always listens, and time to drain for the longest answer: a router that goes earlier
+    takes its connections with it.
+    """
     from ray import serve
 
     from stagemesh.deployments.app import build
 
     report = Report("replace")
     assert cluster.args is not None, "replacing needs an application that was deployed here"
-    before = take_books(cluster)
+    before = settled_books(cluster, 120)
     old = {pid for pids in ours().values() for pid in pids}
     traffic = Traffic(cluster.url, asks(1, LONG_ANSWER // 4), streams)
     cluster.args = {**cluster.args, "drain_timeout_s": cluster.args["drain_timeout_s"] + 1}

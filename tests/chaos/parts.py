@@ -15,7 +15,7 @@ LANE: dict[str, Any] = {
     "num_cpus_per_worker": 0.01,
     "step_timeout_s": 10.0,
 }
-DRAINING: dict[str, Any] = {**LANE, "drain_timeout_s": drains.DRAIN_TIMEOUT_S}
+POOL: dict[str, Any] = {**LANE, "autoscaling_config": drains.POOL, "drain_timeout_s": drains.DRAIN_TIMEOUT_S}
 
 
 class Part(NamedTuple):
@@ -67,9 +67,11 @@ PARTS: dict[str, Part] = {
     "leavers": Part(LANE, leavers.run, _short_leavers),
     "idle": Part(LANE, idle.run, _short_idle),
     "leavers-queued": Part({**LANE, "max_num_seqs": 2}, leavers.run_queued, leavers.run_queued),
-    "scale-down": Part({**DRAINING, "autoscaling_config": drains.POOL}, drains.run_scale_down, drains.run_scale_down),
+    "scale-down": Part(POOL, drains.run_scale_down, drains.run_scale_down),
     "replace": Part(
-        {**DRAINING, "data_parallel_size": 2, "num_router_replicas": 2}, drains.run_replace, drains.run_replace
+        {**LANE, "data_parallel_size": 2, "num_router_replicas": 2, "drain_timeout_s": 30.0},
+        drains.run_replace,
+        drains.run_replace,
     ),
     "poison": Part({**LANE, "model": "nan"}, poison.run, _short_poison),
     "poison-tokenizer": Part({**LANE, "model": "tokenizer"}, poison.run_tokenizer, _short_poison_tokenizer),

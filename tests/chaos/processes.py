@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from support.harness import Cluster
+from support.harness import Cluster, eventually
 
 from stagemesh.deployments.cli.processes import descendants
 
@@ -159,6 +159,14 @@ def take_books(cluster: Cluster) -> Books:
         leases=_open_leases() if in_ray else 0,
         lanes=len(lanes(cluster)),
     )
+
+
+def settled_books(cluster: Cluster, timeout_s: float) -> Books:
+    """`take_books` as soon as the application is ready and idle, and the routers know the lane of every leader."""
+    cluster.wait_ready(timeout_s)
+    eventually(lambda: len(lanes(cluster)) == len(ours()["leader"]), timeout_s, "the lane of every leader reports")
+    eventually(lambda: is_idle(cluster), timeout_s, "the application is idle")
+    return take_books(cluster)
 
 
 def lanes(cluster: Cluster) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ import msgspec
 import zmq
 from chaos import zmtp
 from chaos.judging import judge_growth, judge_idle, judge_ready, judge_traffic
-from chaos.processes import lanes, listeners, memory_by_process, ours, state, take_books, wait_whole
+from chaos.processes import lanes, listeners, memory_by_process, ours, settled_books, state, wait_whole
 from chaos.report import Report
 from chaos.traffic import Traffic, asks
 from support.harness import Cluster, chat
@@ -305,7 +305,7 @@ def _torch(cluster: Cluster, targets: list[Target], connections: int) -> dict[st
     aimed = [target for target in targets if target.kind == "worker" and target.type == "silent"]
     if not aimed:
         return {"sockets": 0}
-    before = take_books(cluster)
+    before = settled_books(cluster, 120)
     pids = {pid for pids in ours().values() for pid in pids}
     rng = random.Random(3)
     traffic = Traffic(cluster.url, asks(1, 48), 2)
