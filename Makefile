@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONFIG ?= config/demo.yaml
 PACKAGES := config deployments kernels router stages
 
-.PHONY: help install serve test check format accuracy bench proto clean
+.PHONY: help install serve test check format accuracy bench chaos proto clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -45,6 +45,9 @@ accuracy: install ## 400 questions over HTTP to the demo model in every quantize
 
 bench: install ## throughput and latencies over HTTP, and the time of a step outside the model
 	$(BIN)/python tests/bench/bench_serve.py $(ARGS)
+
+chaos: install ## attacks on a running application, minutes each; ARGS='chaos doors' for some, --short for short ones
+	$(BIN)/python tests/chaos/run.py $(ARGS)
 
 # Through the link, so that protoc derives the imports of the installed package from the path.
 proto: install .typing/stagemesh ## generate the gRPC code from its .proto

@@ -11,7 +11,7 @@ from support.harness import Cluster, running_cluster
 # Ray's own 15 starves its processes beside tests that compute.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray reads it in this spelling
 
-SAME_APPLICATION = ["test_layouts", "test_serving", "test_failures"]
+SAME_APPLICATION = ["test_layouts", "test_serving", "test_failures", "test_chaos"]
 """Files of which each begins with the application that the one before ends with, so that it need not start again."""
 
 
