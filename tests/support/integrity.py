@@ -15,8 +15,8 @@ def check_scheduler(scheduler: Scheduler) -> None:
     queues = scheduler.queues
     check_blocks(queues.blocks, [sequence.block_table for sequence in queues.running])
     for status, queue in ((SequenceStatus.RUNNING, queues.running), (SequenceStatus.WAITING, queues.waiting)):
-        arrivals = [sequence.seq_id for sequence in queue]
-        check(arrivals == sorted(set(arrivals)), f"{status}: not in order of arrival: {arrivals}")
+        orders = [sequence.order for sequence in queue]
+        check(orders == sorted(set(orders)), f"{status}: not in order: {orders}")
         check(all(sequence.status is status for sequence in queue), f"{status}: one is not")
     queued = {sequence.request_id: sequence for sequence in (*queues.running, *queues.waiting)}
     check(queued == scheduler._sequences, "requests and queues differ")

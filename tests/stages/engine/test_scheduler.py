@@ -12,6 +12,7 @@ from support.integrity import check_scheduler
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
+from stagemesh.stages.engine import scheduler as scheduler_module
 from stagemesh.stages.engine.scheduler import MIN_SHARE_TOKENS, Scheduler
 from stagemesh.stages.engine.sequence import SequenceStatus
 from stagemesh.stages.engine.step import ScheduledStep
@@ -495,6 +496,75 @@ def test_after_a_loss_of_the_kv_everything_is_computed_again_from_the_tokens() -
     assert (scheduler.stats().num_running, scheduler.stats().num_waiting, len(scheduler._in_flight)) == (0, 3, 0)
     assert scheduler.stats().num_free_blocks == scheduler.blocks.num_blocks
     assert shape(scheduler.schedule()) == [("a", 0, 10), ("b", 0, 10), ("c", 0, 2)]
+
+
+# ---- one request among others ------------------------------------------------------------------------------
+
+
+def test_priorities_go_first_and_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(scheduler_module.time, "monotonic", lambda: now)
+    scheduler = make(max_num_seqs=1)
+    for name, priority in (("usual", 0), ("late", 3), ("urgent", -2), ("twin", 0)):
+        scheduler.add_request(name, prompt(5), params(max_tokens=1), priority=priority)
+    now += 29
+    scheduler.add_request("after 29 s", prompt(5), params(max_tokens=1))
+    now += 2
+    scheduler.add_request("after 31 s", prompt(5), params(max_tokens=1))
+    check_scheduler(scheduler)
+    order = [run(scheduler)[0].request_id for _ in range(6)]
+    assert order == ["urgent", "usual", "twin", "after 29 s", "late", "after 31 s"]
+
+
+def test_a_step_that_failed_is_tried_one_sequence_at_a_time() -> None:
+    scheduler = make()
+    for i, name in enumerate("abc"):
+        scheduler.add_request(name, prompt(5, 10 * i), params(max_tokens=9))
+    step = scheduler.schedule()
+    assert step is not None and len(step.entries) == 3
+    scheduler.add_request("d", prompt(5), params(max_tokens=1))
+    scheduler.preempt_all()
+    assert scheduler.blame(step, "it raised") == []
+    for name in "ab":
+        for num_known in (5, 1):  # the prompt, and a decode
+            alone = scheduler.schedule()
+            assert [request_id for request_id, _, _ in shape(alone)] == [name]
+            assert shape(alone)[0][2] == num_known
+            assert scheduler.schedule() is None
+            answer(scheduler, alone)
+            check_scheduler(scheduler)
+    alone = scheduler.schedule()
+    assert alone is not None and shape(alone) == [("c", 0, 5)]
+    scheduler.preempt_all()
+    (delta,) = scheduler.blame(alone, "it raised again")
+    assert (delta.request_id, delta.finish_reason, delta.error) == ("c", "error", "it raised again")
+    assert [name for name, _, _ in shape(scheduler.schedule())] == ["a", "b", "d"]
+
+
+def test_who_fails_in_company_only_ends_at_last() -> None:
+    scheduler = make()
+    scheduler.add_request("a", prompt(5), params(max_tokens=99))
+    scheduler.add_request("b", prompt(5, 50), params(max_tokens=99))
+    guilty: list[TokenDelta] = []
+    for _ in range(20):
+        step = scheduler.schedule()
+        assert step is not None
+        if len(step.entries) == 1:
+            answer(scheduler, step)
+        else:
+            scheduler.preempt_all()
+            guilty += scheduler.blame(step, "together")
+        if guilty:
+            break
+    assert [delta.request_id for delta in guilty] == ["a", "b"]
+    assert not scheduler.has_work
+
+
+def test_a_whole_answer_cannot_go_on() -> None:
+    scheduler = make()
+    with pytest.raises(ConfigError, match="3 tokens are a whole answer"):
+        scheduler.add_request("a", prompt(5), params(max_tokens=3), output_token_ids=[7, 8, 9])
+    assert not scheduler.has_work
 
 
 # ---- plans and counts --------------------------------------------------------------------------------------

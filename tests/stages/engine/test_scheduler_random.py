@@ -92,11 +92,15 @@ class FakeLane:
         """Tokens computed before the scheduler knew them."""
         self.num_requests = 0
 
-    def add(self, prompt: list[int], params: SamplingParams) -> str:
+    def add(self, prompt: list[int], params: SamplingParams, num_known: int = 0, priority: int = 0) -> str:
+        """num_known: tokens of the answer that another lane has generated."""
         request_id = str(self.num_requests)
         self.num_requests += 1
-        sequence = self.scheduler.add_request(request_id, prompt, params)
-        self.requests[request_id] = self.by_seq_id[sequence.seq_id] = Request(prompt, params)
+        known = whole_answer(prompt, params, self.scheduler.max_model_len)[0][:-1][:num_known]
+        sequence = self.scheduler.add_request(
+            request_id, prompt, params, output_token_ids=known, attempt=num_known, priority=priority
+        )
+        self.requests[request_id] = self.by_seq_id[sequence.seq_id] = Request(prompt, params, known)
         return request_id
 
     @property
@@ -149,6 +153,16 @@ class FakeLane:
         self.flights.clear()
         self.kv.clear()
         self.scheduler.preempt_all()
+
+    def fail_step(self, rng: random.Random) -> None:
+        """One of the steps in flight fails, and with it the epoch."""
+        if not self.flights:
+            return
+        step = rng.choice(self.flights).step
+        self.lose_everything()
+        for delta in self.scheduler.blame(step, "it failed", is_hang=rng.random() < 0.5):
+            self.requests[delta.request_id].finish_reason = delta.finish_reason
+            assert (delta.finish_reason, delta.error, delta.token_ids) == ("error", "it failed", [])
 
     def drain(self) -> None:
         for _ in range(10_000):
@@ -265,7 +279,8 @@ def add_random_request(lane: FakeLane, rng: random.Random) -> None:
     num_prompt = rng.randint(1, rng.randint(1, most - 1))
     shared = [rng.randrange(2)] * rng.randint(0, num_prompt)
     prompt = shared + [rng.randrange(NUM_TOKENS) for _ in range(num_prompt - len(shared))]
-    lane.add(prompt, draw_params(rng, max_tokens=most - num_prompt))
+    params = draw_params(rng, max_tokens=most - num_prompt)
+    lane.add(prompt, params, rng.choice([0, 0, rng.randrange(8)]), rng.choice([0, 0, rng.randint(-100, 100)]))
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -280,6 +295,8 @@ def test_random_traffic_is_answered_in_full_from_the_right_blocks(seed: int) -> 
             lane.abort(rng.choice(lane.unfinished))
         elif action < 0.19:
             lane.lose_everything()
+        elif action < 0.20:
+            lane.fail_step(rng)
         elif action < 0.55:
             lane.schedule()
         elif action < 0.75:
