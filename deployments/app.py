@@ -18,7 +18,7 @@ from stagemesh.stages.text.tokenizer import Tokenizer
 
 UNLIMITED_REQUESTS = 100_000
 """No limit by Serve: the scheduler queues, and the router bounds."""
-HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0, "graceful_shutdown_wait_loop_s": 0.5}
+HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 10.0, "graceful_shutdown_wait_loop_s": 0.5}
 """Notices a dead replica, and that a replica has drained, sooner than Serve's defaults of 10 s and 2 s."""
 STAGE_AUTOSCALING = {
     "target_ongoing_requests": 1,  # one lease per replica

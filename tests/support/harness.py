@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from stagemesh.config.serve_yaml import SERVE_ENVIRONMENT
 from stagemesh.deployments.cli.processes import adopt_orphans, end_descendants
 
 REPO = Path(__file__).resolve().parents[2]
@@ -119,7 +120,7 @@ def eventually(condition: Callable[[], bool], timeout_s: float, what: str) -> No
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
     """Ray and Serve, behind HAProxy as the YAML files switch it on; everything is ended on leaving."""
-    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ.update(SERVE_ENVIRONMENT)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Behind a load balancer of its own a router must stay reachable for a while; here nobody would notice.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0.5"

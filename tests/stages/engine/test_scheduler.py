@@ -522,7 +522,7 @@ def test_a_step_that_failed_is_tried_one_sequence_at_a_time() -> None:
         scheduler.add_request(name, prompt(5, 10 * i), params(max_tokens=9))
     step = scheduler.schedule()
     assert step is not None and len(step.entries) == 3
-    scheduler.add_request("d", prompt(5), params(max_tokens=1))
+    scheduler.add_request("d", prompt(5, 90), params(max_tokens=1))
     scheduler.preempt_all()
     assert scheduler.blame(step, "it raised") == []
     for name in "ab":
