@@ -108,22 +108,26 @@ class Scheduler:
             attempt=attempt,
             due_at=time.monotonic() + PRIORITY_S * priority,
         )
-        if sequence.num_tokens >= sequence.max_num_tokens and output_token_ids:
-            raise ConfigError("output_token_ids", "…", f"{len(output_token_ids)} tokens are a whole answer")
-        # The KV of the last token is never computed. A sequence that fits alone can always be finished: at worst every
-        # later one is preempted for the oldest.
-        capacity = self.blocks.num_blocks * self.block_size
-        if sequence.max_num_tokens - 1 > capacity:
-            reason = (
-                f"its {num_prompt} tokens and max_tokens={params.max_tokens} may need {sequence.max_num_tokens - 1} "
-                f"tokens of KV cache (max_model_len={self.max_model_len}), there are {capacity}"
-            )
-            raise ConfigError("prompt", "…", reason)
+        self._check_room(sequence)
         self.abort_request(request_id)
         self._next_seq_id += 1
         self._sequences[request_id] = sequence
         self.queues.add(sequence)
         return sequence
+
+    def _check_room(self, sequence: Sequence) -> None:
+        if sequence.num_output_tokens and sequence.num_tokens >= sequence.max_num_tokens:
+            raise ConfigError("output_token_ids", "…", f"{sequence.num_output_tokens} tokens are a whole answer")
+        # The KV of the last token is never computed. A sequence that fits alone can always be finished: at worst every
+        # later one is preempted for the oldest.
+        capacity = self.blocks.num_blocks * self.block_size
+        if sequence.max_num_tokens - 1 > capacity:
+            what = f"its {sequence.num_prompt_tokens} tokens and max_tokens={sequence.params.max_tokens}"
+            reason = (
+                f"{what} may need {sequence.max_num_tokens - 1} tokens of KV cache "
+                f"(max_model_len={self.max_model_len}), there are {capacity}"
+            )
+            raise ConfigError("prompt", "…", reason)
 
     def abort_request(self, request_id: str) -> Sequence | None:
         """Frees its blocks at once, in flight or not. None if the id is unknown."""

@@ -41,7 +41,6 @@ class Sequence:
         due_at: float = 0.0,
     ) -> None:
         """output_token_ids: the answer so far, from another lane. attempt: repeated in its deltas."""
-        assert params.seed is not None, "a request has a seed before it reaches a leader"
         self.seq_id = seq_id
         self.order = (due_at, seq_id)
         """Its place in both queues, kept through preemptions."""
@@ -74,12 +73,16 @@ class Sequence:
         self.finish_reason: str | None = None
         self.error = ""
         self.stop_token_id: int | None = None
+        self._prepare_sampling(eos_token_ids, LogitsProcessor.of(params, prompt_token_ids, grammar))
 
+    def _prepare_sampling(self, eos_token_ids: Iterable[int], logits_processor: LogitsProcessor | None) -> None:
+        params = self.params
+        assert params.seed is not None, "a request has a seed before it reaches a leader"
         eos, stop = set(eos_token_ids), set(params.stop_token_ids)
         self.stop_token_ids = frozenset(stop if params.ignore_eos else stop | eos)
         self.banned_token_ids = sorted(stop | eos)
         """Not sampled before min_tokens exist."""
-        self._logits_processor = LogitsProcessor.of(params, prompt_token_ids, grammar)
+        self._logits_processor = logits_processor
         self.has_logits_processor = self._logits_processor is not None
         """Its next token depends on its tokens beside the model: it cannot follow a placeholder."""
         self._spec = (params.temperature, params.top_p, max(params.top_k, 0), params.min_p, params.seed & (2**64 - 1))
