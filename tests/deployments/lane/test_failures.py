@@ -45,7 +45,7 @@ def undisturbed(cluster: Cluster) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["worker", "stage-1", "leader"])
-def test_after_a_kill_the_service_is_whole_again_and_requests_end(
+def test_a_kill_is_a_pause_and_the_service_is_whole_again(
     cluster: Cluster, undisturbed: list[str], kind: str
 ) -> None:
     deploy(cluster)
@@ -55,12 +55,8 @@ def test_after_a_kill_the_service_is_whole_again_and_requests_end(
         os.kill(victim(kind), signal.SIGKILL)
         responses = [future.result(timeout=120) for future in running]
     for response, text in zip(responses, undisturbed, strict=True):
-        if kind != "leader" or response.status_code == 200:
-            assert response.status_code == 200, response.text
-            assert response.json()["choices"][0]["text"] == text
-        else:
-            assert response.status_code == 503
-            assert "lost" in response.json()["error"]["message"]
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"][0]["text"] == text
     started = time.monotonic()
     cluster.wait_ready(60)
     with cluster.client() as client:
