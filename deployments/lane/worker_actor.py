@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from typing import NoReturn
 
 import ray
@@ -18,13 +19,18 @@ logger = logging.getLogger(__name__)
 
 MAX_CONCURRENCY = 8
 """Threads: `watch` and `run` occupy one each, the others serve short calls."""
+OWNER_CHECK_PERIOD_S = 10.0
+OWNER_TIMEOUT_S = 60.0
+"""A replica that does not answer for so long is frozen. Serve asks those that run, but has no deadline for one that is
+still in its constructor."""
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=MAX_CONCURRENCY)
 class ShardWorker:
     """`stages.worker.worker.Worker` as an actor, owned by a `WorkerGroup`."""
 
-    def __init__(self, config: EngineConfig, stage: int, tp_rank: int) -> None:
+    def __init__(self, config: EngineConfig, stage: int, tp_rank: int, owner: ActorHandle | None = None) -> None:
+        """owner: the replica that this worker belongs to; killed, so that Serve replaces it, when it is frozen."""
         from stagemesh.stages.worker.worker import Worker
 
         limit_threads(config)
@@ -32,6 +38,8 @@ class ShardWorker:
         self._name = f"stage {stage} rank {tp_rank}"
         self._worker = Worker(config, stage, tp_rank, ray.util.get_node_ip_address())
         self._mailbox = Mailbox()
+        if owner is not None:
+            threading.Thread(target=_end_if_frozen, args=(owner, self._name), name="owner", daemon=True).start()
 
     def pid(self) -> int:
         return os.getpid()
@@ -93,6 +101,20 @@ class ShardWorker:
     def deliver(self, epoch: int, step: int, hidden: Raw) -> None:
         """Called by the stage before."""
         self._mailbox.put(epoch, step, hidden)
+
+
+def _end_if_frozen(owner: ActorHandle, name: str) -> None:
+    """Kill `owner` when it stops answering; return when it has died. `__ray_ready__` is Ray's no-op."""
+    while True:
+        time.sleep(OWNER_CHECK_PERIOD_S)
+        try:
+            ray.get(owner.__ray_ready__.remote(), timeout=OWNER_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            logger.error("%s: its replica has not answered for %g s, killed", name, OWNER_TIMEOUT_S)
+            ray.kill(owner)
+            return
+        except ray.exceptions.RayActorError:
+            return
 
 
 def limit_threads(config: EngineConfig) -> None:

@@ -153,13 +153,14 @@ class WorkerGroup:
 
     def _spawn(self, tp_rank: int) -> ActorHandle:
         resources = rank_resources(self._config)
+        owner = None if self._placement else ray.get_runtime_context().current_actor
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self._placement or ray.util.get_current_placement_group(),
             placement_group_bundle_index=tp_rank if self._placement else 1 + tp_rank,
         )
         return ShardWorker.options(  # type: ignore[attr-defined]  # ray.remote adds it
             num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), scheduling_strategy=strategy
-        ).remote(self._config, self._stage, tp_rank)
+        ).remote(self._config, self._stage, tp_rank, owner)
 
     async def _watch(self, tp_rank: int, worker: ActorHandle) -> None:
         try:
