@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from chaos.judging import judge_idle, judge_traffic
-from chaos.processes import Books, is_starting, ours, send, settled_books, state, take_books, wait_whole
+from chaos.processes import Books, ours, send, settled_books, state, take_books, wait_whole
 from chaos.report import Report
 from chaos.traffic import Traffic, asks
 from support.harness import Cluster
@@ -45,7 +45,7 @@ def run(
     with traffic:
         for at_s, kind, number in signals:
             time.sleep(max(0.0, started + at_s - time.monotonic()))
-            pid = _pick(rng, kind, may_start=number == signal.SIGKILL)
+            pid = _pick(rng, kind)
             if pid is not None:
                 send(pid, number)
                 if number == signal.SIGSTOP:
@@ -94,15 +94,11 @@ def _schedule(
     return sorted(kills + (halts if stops else []))
 
 
-def _pick(rng: random.Random, kind: str, *, may_start: bool) -> int | None:
-    """A process of that kind that runs; waits a while where all of them are being replaced.
-
-    may_start: it may also be a replica in its constructor. Serve has no deadline for those: one that stops there for
-    good is never replaced.
-    """
+def _pick(rng: random.Random, kind: str) -> int | None:
+    """A process of that kind that runs; waits a while where all of them are being replaced."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        pids = [pid for pid in ours()[kind] if state(pid) not in ("T", "") and (may_start or not is_starting(pid))]
+        pids = [pid for pid in ours()[kind] if state(pid) not in ("T", "")]
         if pids:
             return rng.choice(pids)
         time.sleep(0.2)

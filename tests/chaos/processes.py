@@ -80,11 +80,6 @@ def ours() -> dict[str, list[int]]:
     return {kind: found.get(kind, []) for kind in OURS}
 
 
-def is_starting(pid: int) -> bool:
-    """Whether it is a replica whose constructor has not returned."""
-    return "initialize_and_get_metadata" in _read(pid, "cmdline")
-
-
 def send(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
