@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MAX_CONCURRENCY = 8
 """Threads: `watch` and `run` occupy one each, the others serve short calls."""
 OWNER_CHECK_PERIOD_S = 10.0
-OWNER_TIMEOUT_S = 60.0
+OWNER_TIMEOUT_S = 30.0
 """A replica that does not answer for so long is frozen. Serve asks those that run, but has no deadline for one that is
 still in its constructor."""
 
