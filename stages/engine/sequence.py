@@ -144,6 +144,6 @@ class Sequence:
         if token_id in self.stop_token_ids:
             self.finish_reason, self.stop_token_id = "stop", token_id
             if self._logits_processor is not None and self._logits_processor.error:
-                self.finish_reason, self.error = "error", self._logits_processor.error
+                self.finish_reason, self.error = "unsatisfiable", self._logits_processor.error
         elif len(self.token_ids) >= self.max_num_tokens:
             self.finish_reason = "length"

@@ -18,13 +18,14 @@ class TokenDelta(msgspec.Struct, array_like=True):
     """Index in the answer of the first of `token_ids`; a gap or an overlap is a protocol error."""
     token_ids: list[int]
     finish_reason: str | None = None
-    """None while running; else "stop" (EOS or a stop id), "length", "abort", "error"."""
+    """None while running; else "stop" (EOS or a stop id), "length", "abort", "error", or "unsatisfiable": no answer has
+    the form that the request asks for."""
     stop_token_id: int | None = None
     """The stop or EOS id that ended it, the last of token_ids."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache."""
     error: str = ""
-    """With finish_reason "error"."""
+    """With finish_reason "error" and "unsatisfiable"."""
     logprobs: list[TokenLogprobs] | None = None
     """One per token id; None if not wanted."""
     prompt_logprobs: list[TokenLogprobs] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from stagemesh.config.errors import ConfigError
 from stagemesh.stages.messages.request import EngineRequest, LaneError, TokenDelta
 from stagemesh.stages.messages.step import TokenLogprobs
 from stagemesh.stages.text.detokenizer import StopStrings
@@ -90,7 +91,7 @@ class OutputProcessor:
         return "".join(self._texts)
 
     def process(self, delta: TokenDelta) -> TextDelta:
-        """LaneError: the tokens do not follow the last ones, or the lane gave up."""
+        """LaneError: the tokens do not follow the last ones, or the lane gave up. ConfigError: no answer can be."""
         self._check(delta)
         if not self.token_ids:
             self.num_cached_tokens = delta.num_cached_tokens
@@ -121,6 +122,8 @@ class OutputProcessor:
             raise LaneError("internal", f"request {self.request.request_id}: {reason}")
         if delta.finish_reason == "error":
             raise LaneError("internal", delta.error or "the lane failed")
+        if delta.finish_reason == "unsatisfiable":
+            raise ConfigError("structured_outputs", "…", delta.error)
         if delta.finish_reason == "abort":
             raise LaneError("lost", delta.error or "the lane gave the request up")
 

@@ -45,9 +45,7 @@ def undisturbed(cluster: Cluster) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["worker", "stage-1", "leader"])
-def test_a_kill_is_a_pause_and_the_service_is_whole_again(
-    cluster: Cluster, undisturbed: list[str], kind: str
-) -> None:
+def test_a_kill_is_a_pause_and_the_service_is_whole_again(cluster: Cluster, undisturbed: list[str], kind: str) -> None:
     deploy(cluster)
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
         running: list[Future[httpx.Response]] = [pool.submit(complete, cluster, prompt) for prompt in PROMPTS]

@@ -211,7 +211,7 @@ def test_a_grammar_that_breaks_ends_the_answer_with_an_error(model: Model) -> No
             grammar._matcher.consume_tokens(model.tokenizer.encode("x").ids)
 
     answer = lane.run(disturb)["a"]
-    assert answer.finish_reason == "error"
+    assert answer.finish_reason == "unsatisfiable"
     assert "could not be kept to its form" in answer.error
 
 

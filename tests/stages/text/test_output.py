@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.messages.request import EngineRequest, LaneError, TokenDelta
 from stagemesh.stages.messages.step import TokenLogprobs
@@ -118,6 +119,11 @@ def test_what_a_lane_must_not_send_is_an_error(tokenizer: Tokenizer, delta: Toke
     with pytest.raises(LaneError) as caught:
         Answer(tokenizer).output.process(delta)
     assert caught.value.status == status
+
+
+def test_a_form_that_no_answer_has_is_the_users_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="structured_outputs=.*: nothing fits"):
+        Answer(tokenizer).output.process(TokenDelta("r", 0, [5], "unsatisfiable", error="nothing fits"))
 
 
 def test_a_lane_without_a_vector_is_an_error() -> None:
