@@ -105,6 +105,7 @@ class LeaderChannel:
 
 class WorkerChannel:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
+        self._context = context
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: MessageDecoder[ToWorker] = MessageDecoder(ToWorker, "a worker's plans")
         self._plans = context.socket(zmq.PULL)
@@ -122,6 +123,13 @@ class WorkerChannel:
         if not self._plans.poll(timeout_ms):
             return None
         return self._decoder.decode(self._plans.recv())
+
+    def interrupt(self, message: ToWorker) -> None:
+        """Let `receive`, which waits in another thread, return `message`. From any thread."""
+        with self._context.socket(zmq.PUSH) as socket:
+            socket.setsockopt(zmq.LINGER, 1000)  # the loop may end without reading it
+            socket.connect(self.address)
+            socket.send(msgspec.msgpack.encode(message))
 
     def send(self, message: WorkerMessage) -> None:
         self._results.send(self._encoder.encode(message))

@@ -27,8 +27,8 @@ from stagemesh.stages.worker.model_runner import ModelRunner
 from stagemesh.stages.worker.process_groups import ProcessGroups
 from stagemesh.stages.worker.transport import ActivationTransport, DistTransport
 
-POLL_MS = 100
-"""How soon an idle worker sees `stop`."""
+POLL_MS = 1000
+"""An idle worker waits this long at a time: it then sends the stats of its last steps."""
 STATS_PERIOD_S = 1.0
 JOIN_TIMEOUT_S = 5.0
 """For what runs in an epoch to end once it is told to stop."""
@@ -290,6 +290,7 @@ class Worker:
         with self._turn:
             if epoch is None or epoch == self._epoch:
                 self._stop.set()
+                self._wake_up()
                 self._end_before(self._epoch + 1)
 
     def _end_before(self, epoch: int) -> None:
@@ -304,7 +305,13 @@ class Worker:
         if self._epoch >= epoch or self._life not in ("connecting", "running"):
             return True
         self._stop.set()
+        self._wake_up()
         return False
+
+    def _wake_up(self) -> None:
+        """Let a run loop that waits for a plan see that it is stopped."""
+        if self._life == "running" and self._channel is not None:
+            self._channel.interrupt(StopRun(self._epoch))
 
     def device_is_broken(self) -> bool:
         """A CUDA context that failed once (an illegal access, say) fails for ever: only a new process has another."""
