@@ -9,6 +9,7 @@ import msgspec
 from stagemesh.config.errors import ConfigError
 
 Pooling = Literal["last", "mean"]
+MAX_DIMENSIONS = 2**31 - 1
 
 
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,5 +25,5 @@ class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.pooling not in get_args(Pooling):
             raise ConfigError("pooling", self.pooling, f"must be one of {', '.join(get_args(Pooling))}")
-        if self.dimensions is not None and self.dimensions < 1:
-            raise ConfigError("dimensions", self.dimensions, "must be at least 1")
+        if self.dimensions is not None and not 1 <= self.dimensions <= MAX_DIMENSIONS:
+            raise ConfigError("dimensions", self.dimensions, f"must be in [1, {MAX_DIMENSIONS}]")

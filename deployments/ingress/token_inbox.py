@@ -15,12 +15,16 @@ from stagemesh.stages.messages.request import LaneError, TokenBatch, TokenDelta
 logger = logging.getLogger("ray.serve")
 
 
+MAX_UNREAD_DELTAS = 4096
+"""Of one attempt: more end it. Its reader takes them as they come unless the router hangs."""
+
+
 class LaneLost(RuntimeError):
     """The lane of a request can no longer answer it; another one can."""
 
 
 class TokenReader:
-    """The tokens of one attempt, in order. Its queue holds at most one entry per token of the answer."""
+    """The tokens of one attempt, in order. LaneError "overloaded" comes behind MAX_UNREAD_DELTAS unread ones."""
 
     def __init__(self, attempt: int, offset: int) -> None:
         """offset: tokens of the answer that earlier attempts brought."""
@@ -28,11 +32,17 @@ class TokenReader:
         self.lane: str | None = None
         """Known with its first tokens."""
         self._next_offset = offset
+        self._is_full = False
         self._arrived: asyncio.Queue[TokenDelta | Exception | None] = asyncio.Queue()
 
     def put(self, lane: str, delta: TokenDelta) -> None:
         self.lane = lane
-        self._arrived.put_nowait(delta)
+        num_unread = self._arrived.qsize()
+        if num_unread < MAX_UNREAD_DELTAS:
+            self._arrived.put_nowait(delta)
+        elif not self._is_full:
+            self._is_full = True
+            self.end(LaneError("overloaded", f"{num_unread} pieces of the answer were not read"))
 
     def end(self, reason: LaneLost | LaneError | None) -> None:
         """Raised by `get` behind what has come; None: nothing more will be sent, though tokens may be on their way."""

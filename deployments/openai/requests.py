@@ -8,11 +8,11 @@ from typing import Any, Literal
 import pydantic
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.sampling import NO_LIMIT, SamplingParams, StructuredOutputsParams
+from stagemesh.config.sampling import MAX_N, NO_LIMIT, SamplingParams, StructuredOutputsParams
 from stagemesh.deployments.openai.schema import OpenAIRequest, one_or_many
 from stagemesh.stages.text.input import ChatInput
 
-MAX_CHOICES = 256
+MAX_ANSWERS = 256
 """Prompts times n of one request."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -105,7 +105,7 @@ class InferenceRequest(OpenAIRequest):
             raise ConfigError("stream_options", "given", "is only allowed with stream=true")
         if self.prompt_logprobs is not None and self.stream:
             raise ConfigError("prompt_logprobs", self.prompt_logprobs, "is not allowed with stream=true")
-        _check_range("n", self.n, 1, MAX_CHOICES)
+        _check_range("n", self.n, 1, MAX_N)
         _check_range("logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
         _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         _check_count("stop", self.stops, MAX_STOPS, "strings")
@@ -191,8 +191,8 @@ class CompletionRequest(InferenceRequest):
     def prompts(self) -> Sequence[str | list[int]]:
         """All of one kind. Raises ConfigError."""
         prompts = one_or_many("prompt", self.prompt)
-        if len(prompts) * (self.n or 1) > MAX_CHOICES:
-            raise ConfigError("prompt", len(prompts), f"prompts times n={self.n} must not exceed {MAX_CHOICES}")
+        if len(prompts) * (self.n or 1) > MAX_ANSWERS:
+            raise ConfigError("prompt", len(prompts), f"prompts times n={self.n} must not exceed {MAX_ANSWERS}")
         return prompts
 
 

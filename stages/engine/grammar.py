@@ -26,13 +26,16 @@ _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
 
 MAX_CHARS = 256 * 1024
 """Of a schema, regex, grammar or all choices."""
+MAX_DEPTH = 1000
+"""Of rules and brackets, or of a schema's references times half its nesting: llguidance follows a chain of them by
+recursion, and to exhaust the stack would end the process (on a thread of 8 MiB 1000 rules are well, 3000 are not)."""
 # A compilation or a mask that reaches one of these ends with an error instead of holding the engine's thread.
 _LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=100_000,
+    initial_lexer_fuel=300_000,
+    step_lexer_fuel=50_000,
     step_max_items=10_000,
     max_lexer_states=50_000,
-    max_grammar_size=250_000,
+    max_grammar_size=50_000,
     verbose_errors=False,
 )
 
@@ -132,19 +135,35 @@ def _definition(form: StructuredOutputsParams) -> str:
         if sum(map(len, form.choice or (schema or form.regex or form.grammar or "",))) > MAX_CHARS:
             raise ValueError(f"longer than {MAX_CHARS} characters")
         if schema is not None:
-            json.loads(schema)
+            value = json.loads(schema)
+            num_references = json.dumps(value).count('"$ref"')  # written anew, as a key may be spelled with escapes
+            _check_depth((num_references + 1) * _nesting(value) // 2)
             return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS)
         if form.json_object:
             return llguidance.LLMatcher.grammar_from_json_schema('{"type":"object"}', defaults=_JSON_OPTIONS)
         if form.regex is not None:
             return llguidance.LLMatcher.grammar_from_regex(form.regex)
         if form.choice is not None:
+            # A rule may have 2000 branches only, a terminal more.
             texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in form.choice)
-            return llguidance.LLMatcher.grammar_from_lark(f"start: {texts}")
+            return llguidance.LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
         assert form.grammar is not None
+        # Each rule has a colon, each level of nesting a bracket.
+        _check_depth(sum(map(form.grammar.replace("::=", ":").count, ":([{")))
         return llguidance.grammar_from("grammar", form.grammar)
     except (ValueError, RecursionError) as error:
         raise _refusal(form, str(error)) from error
+
+
+def _check_depth(depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"rules or references may lie {depth} deep, {MAX_DEPTH} is the most")
+
+
+def _nesting(value: object) -> int:
+    """Of JSON. Raises RecursionError."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_nesting, children), default=0)
 
 
 def _refusal(form: StructuredOutputsParams, reason: str) -> ConfigError:

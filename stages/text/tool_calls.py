@@ -22,6 +22,8 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"
 _ARGUMENTS = ("arguments", "parameters")
 _KEYS = ("name", "type", "id", *_ARGUMENTS)
+MAX_DEPTH = 200
+"""Of a call's arguments: Python's JSON parser recurses, and only some processes may do so for long."""
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True):
@@ -299,13 +301,12 @@ class _CallReader:
             else:
                 in_string = char == '"'
                 depth += (char in "{[") - (char in "}]")
+                if depth > MAX_DEPTH:
+                    raise ValueError("nested too deeply")
             if ends_itself and depth == 0 and not in_string:
                 break
             char = yield
-        try:
-            content = json.loads(value)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
+        content = json.loads(value)
         if key == "name":
             self.name = content if isinstance(content, str) else None
         elif key in _ARGUMENTS and isinstance(content, str):

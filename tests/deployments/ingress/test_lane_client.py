@@ -16,7 +16,7 @@ import zmq.asyncio
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.deployments.ingress import lane_client, lane_view
+from stagemesh.deployments.ingress import lane_client, lane_view, token_inbox
 from stagemesh.deployments.ingress.lane_client import RayLaneClient
 from stagemesh.deployments.ingress.lane_view import LaneView
 from stagemesh.stages.messages.channel import bind_random_port
@@ -299,6 +299,21 @@ async def test_an_error_of_the_request_itself_is_its_answer(client: RayLaneClien
         delta = await anext(deltas)
     assert (delta.finish_reason, delta.error) == ("error", "no token could be sampled")
     assert len(leaders.calls) == 1
+
+
+async def test_an_answer_that_nobody_reads_ends_with_an_error(
+    client: RayLaneClient, leaders: Leaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_inbox, "MAX_UNREAD_DELTAS", 5)
+    async with aclosing(client.generate(request())) as deltas:
+        token_ids = (await anext(deltas)).token_ids
+        (reader,) = client._inbox.readers.values()
+        await asyncio.sleep(0.2)
+        assert reader._arrived.qsize() <= 6, "the first five and the error"
+        with pytest.raises(LaneError, match="5 pieces of the answer were not read"):
+            async for delta in deltas:
+                token_ids += delta.token_ids
+    assert token_ids == ANSWER[: len(token_ids)] and len(token_ids) < len(ANSWER)
 
 
 async def test_no_message_ends_the_receive_loop(client: RayLaneClient, leaders: Leaders) -> None:

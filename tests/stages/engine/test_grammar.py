@@ -16,7 +16,7 @@ from support.toy_lane import Answer, ToyLane, answer_alone
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
+from stagemesh.config.sampling import MAX_CHOICES, SamplingParams, StructuredOutputsParams
 from stagemesh.stages.engine.grammar import Grammar, GrammarFactory, check
 
 EOS = 0
@@ -121,6 +121,11 @@ def test_an_answer_follows_a_grammar_of_either_notation(model: Model, grammar: s
         assert re.fullmatch("ab{1,4}c", model.answer(seed, {"grammar": grammar}))
 
 
+def test_as_many_choices_as_may_be_given(model: Model) -> None:
+    choices = [f"choice {i}" for i in range(MAX_CHOICES)]
+    assert model.answer(0, {"choice": choices}) in choices
+
+
 def test_json_object_gives_an_object(model: Model) -> None:
     # Nothing bounds this one but a bias towards what closes strings and objects.
     bias = {model.tokenizer.encode(text).ids[0]: 12.0 for text in ('"', "}", ":")}
@@ -159,6 +164,11 @@ def test_a_grammar_that_is_wrong_is_refused_by_name(model: Model, form: dict[str
             refuse(StructuredOutputsParams(**form))
 
 
+def chain_of_references(length: int) -> dict[str, Any]:
+    definitions: dict[str, Any] = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(length)}
+    return {"$defs": definitions | {f"d{length}": {"type": "null"}}, "$ref": "#/$defs/d0"}
+
+
 @pytest.mark.parametrize(
     "form",
     [
@@ -168,6 +178,10 @@ def test_a_grammar_that_is_wrong_is_refused_by_name(model: Model, form: dict[str
         {"choice": ["a" * 300_000, "b"]},
         {"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000},
         {"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000},
+        {"grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(9000)) + 'r9000: "a"'},
+        {"grammar": "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(9000)) + 'r9000 ::= "a"'},
+        {"grammar": "start: r0\n" + "".join(f"r{i}: ((((r{i + 1}))))\n" for i in range(998)) + 'r998: "a"'},
+        {"json": json.dumps(chain_of_references(5000)).replace("$ref", "\\u0024ref")},
     ],
 )
 def test_a_grammar_too_large_or_too_deep_is_refused_by_name(model: Model, form: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 
 from stagemesh.stages.text.tool_calls import (
+    MAX_DEPTH,
     HermesParser,
     NamedParser,
     ObjectsParser,
@@ -147,7 +148,8 @@ def test_the_format_is_read_off_the_chat_template() -> None:
     assert format_of("{{ messages }}") is None
 
 
-def test_a_value_nested_past_all_reason_is_no_call() -> None:
-    text = '{"name": "f", "parameters": [' + "[" * 100_000 + "]" * 100_000 + "]}"
-    content, calls = parse(lambda: free_parser("llama3", parallel=True), text, [])
-    assert content == text and calls == []
+@pytest.mark.parametrize("depth, is_call", [(MAX_DEPTH, True), (MAX_DEPTH + 1, False), (100_000, False)])
+def test_a_value_nested_past_all_reason_is_no_call(depth: int, is_call: bool) -> None:
+    text = '{"parameters": ' + "[" * depth + "]" * depth + ', "name": "f"}'
+    expected = ("", [("f", "{}")]) if is_call else (text, [])
+    assert parse(lambda: free_parser("llama3", parallel=True), text, []) == expected

@@ -145,8 +145,8 @@ def test_tokens_that_another_rank_samples_are_taken_when_they_come(bench: Bench,
     else:
         bench.send(plan, decode(23, 17, step=3))
         bench.until("tokens")
-        bench.send(SampledTokens(EPOCH - 1, 16, [1, 1]), SampledTokens(EPOCH, 15, [2, 2]), tokens)
         assert bench.worker.progress().step == 2
+        bench.send(SampledTokens(EPOCH - 1, 16, [1, 1]), SampledTokens(EPOCH, 15, [2, 2]), tokens)
     assert bench.result().token_ids == expected
     if not early:
         assert bench.result().step == 3, "a plan that came meanwhile is not lost"
