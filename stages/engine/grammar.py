@@ -25,7 +25,9 @@ _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
 }
 
 MAX_CHARS = 256 * 1024
-"""Of a schema, regex, grammar or all choices."""
+"""Of a schema or all choices."""
+MAX_GRAMMAR_CHARS, MAX_REGEX_CHARS = 32 * 1024, 8 * 1024
+"""What longer ones say in few symbols, such as 20 000 optional letters, takes a second per mask or more."""
 MAX_DEPTH = 1000
 """Of rules and brackets, or of a schema's references times half its nesting: llguidance follows a chain of them by
 recursion, and to exhaust the stack would end the process (on a thread of 8 MiB 1000 rules are well, 3000 are not)."""
@@ -128,12 +130,18 @@ def check(form: StructuredOutputsParams) -> None:
         raise _refusal(form, messages[0])
 
 
+def _check_length(length: int, most: int) -> None:
+    if length > most:
+        raise ValueError(f"longer than {most} characters")
+
+
 def _definition(form: StructuredOutputsParams) -> str:
     """In llguidance's language. Raises ConfigError."""
     try:
         schema = None if form.json is None else form.json_schema
-        if sum(map(len, form.choice or (schema or form.regex or form.grammar or "",))) > MAX_CHARS:
-            raise ValueError(f"longer than {MAX_CHARS} characters")
+        _check_length(sum(map(len, form.choice or (schema or "",))), MAX_CHARS)
+        _check_length(len(form.regex or ""), MAX_REGEX_CHARS)
+        _check_length(len(form.grammar or ""), MAX_GRAMMAR_CHARS)
         if schema is not None:
             value = json.loads(schema)
             num_references = json.dumps(value).count('"$ref"')  # written anew, as a key may be spelled with escapes

@@ -21,7 +21,7 @@ EDGES: dict[str, list[Any]] = {
     "frequency_penalty": [*_NUMBERS, -2, 2, -2.0001, 2.0001, None],
     "repetition_penalty": [*_NUMBERS, 1e-6, 0.01, 2, 100, 1e30, None],
     "min_tokens": [0, -1, 1, 4, 5, 2**31, HUGE, 10**40],
-    "n": [0, -1, 1, 2, 256, 257, 2**31, 10**40],
+    "n": [0, -1, 1, 2, 128, 129, 2**31, 10**40],
     "prompt_logprobs": [0, -1, 1, 20, 21, 2**31, 10**40],
     "logit_bias": [
         {"5": 100},
