@@ -209,6 +209,36 @@ def test_a_mask_that_would_take_too_long_is_an_error_of_its_grammar(model: Model
     assert "could not be kept to its form" in grammar.error and "<state>" not in grammar.error
 
 
+def nested_object(num_properties: int) -> dict[str, Any]:
+    address = {"type": "object", "properties": {"street": {"type": "string"}, "zip": {"pattern": "^[0-9]{5}$"}}}
+    kinds = [{"type": "string", "maxLength": 200}, {"type": "integer"}, {"enum": ["a", "b", None]}, address]
+    properties = {f"field_{i}": kinds[i % len(kinds)] for i in range(num_properties)}
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"json": nested_object(200)},
+        {"json": {"anyOf": [nested_object(10) for _ in range(20)]}},
+        {"json": {"$defs": {"node": {"type": "array", "items": {"$ref": "#/$defs/node"}}}, "$ref": "#/$defs/node"}},
+        {"regex": r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"},
+        {"regex": r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{1,255}\.[A-Za-z]{2,24}"},
+        {"regex": r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"},
+        {"grammar": 'start: product (("+" | "-") product)*\nproduct: NUMBER (("*" | "/") NUMBER)*\nNUMBER: /[0-9]+/'},
+        {"choice": [f"answer {i}" for i in range(10_000)]},
+    ],
+)
+def test_what_people_ask_for_is_within_the_limits(model: Model, form: dict[str, Any]) -> None:
+    check(StructuredOutputsParams(**form))
+    grammar = model.grammar(**form)
+    output: list[int] = []
+    for _ in range(12):
+        allowed = np.flatnonzero(np.unpackbits(grammar.mask(output), bitorder="little"))
+        assert not grammar.error
+        output.append(int(allowed[0]))
+
+
 def test_eos_ids_that_the_model_has_not_leave_a_grammar_its_end(model: Model) -> None:
     grammars = GrammarFactory(model.folder, [-1, EOS, model.vocab_size + 5], model.vocab_size)
     grammar = grammars.make(StructuredOutputsParams(choice=["yes"]))
