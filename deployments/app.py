@@ -20,6 +20,8 @@ UNLIMITED_REQUESTS = 100_000
 """No limit by Serve: the scheduler queues, and the router bounds."""
 HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 10.0, "graceful_shutdown_wait_loop_s": 0.5}
 """Notices a dead replica, and that a replica has drained, sooner than Serve's defaults of 10 s and 2 s."""
+ROUTER_HEALTH = {**HEALTH, "health_check_timeout_s": 60.0}
+"""A router that is late because of ten times the load is not dead: to replace it would break its streams."""
 STAGE_AUTOSCALING = {
     "target_ongoing_requests": 1,  # one lease per replica
     "metrics_interval_s": 0.5,
@@ -60,7 +62,7 @@ def build(args: dict[str, Any]) -> Application:
             max_ongoing_requests=UNLIMITED_REQUESTS,
             ray_actor_options={"num_cpus": config.num_cpus_per_worker},
             graceful_shutdown_timeout_s=config.drain_timeout_s,
-            **HEALTH,
+            **ROUTER_HEALTH,
         )
         .bind(config, leader)
     )

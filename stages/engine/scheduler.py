@@ -27,12 +27,12 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.block_manager import BlockManager
 from stagemesh.stages.engine.grammar import Grammar
 from stagemesh.stages.engine.quarantine import Quarantine
-from stagemesh.stages.engine.sequence import NOT_SAMPLED, Sequence, SequenceStatus
+from stagemesh.stages.engine.sequence import Sequence, SequenceStatus
 from stagemesh.stages.engine.sequence_queues import SequenceQueues
 from stagemesh.stages.engine.stats import SchedulerStats
 from stagemesh.stages.engine.step import ScheduledSequence, ScheduledStep
 from stagemesh.stages.messages.request import TokenDelta
-from stagemesh.stages.messages.step import StepResult, TokenLogprobs
+from stagemesh.stages.messages.step import NOTHING_ALLOWED, StepResult, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -150,14 +150,12 @@ class Scheduler:
         sequences = [entry.sequence for entry in step.entries if entry.sequence.status is not SequenceStatus.FINISHED]
         return [self._fail(sequence, reason) for sequence in self.quarantine.accuse(sequences, is_hang=is_hang)]
 
-    def _fail(self, sequence: Sequence, reason: str) -> TokenDelta:
-        logger.error("request %s ends: %s", sequence.request_id, reason)
-        sequence.fail(reason)
+    def _fail(self, sequence: Sequence, error: str, reason: str = "error") -> TokenDelta:
+        logger.error("request %s ends: %s", sequence.request_id, error)
+        sequence.fail(error, reason)
         self._finish(sequence)
         offset, cached = sequence.num_output_tokens, sequence.num_cached_tokens
-        return TokenDelta(
-            sequence.request_id, offset, [], "error", None, cached, sequence.error, attempt=sequence.attempt
-        )
+        return TokenDelta(sequence.request_id, offset, [], reason, None, cached, error, attempt=sequence.attempt)
 
     def _finish(self, sequence: Sequence) -> None:
         self.queues.finish(sequence)
@@ -186,8 +184,10 @@ class Scheduler:
         return deltas
 
     def _take_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprobs | None) -> TokenDelta:
+        if token_id == NOTHING_ALLOWED:
+            return self._fail(sequence, "the request rules every token out", "unsatisfiable")
         if token_id < 0:
-            return self._fail(sequence, NOT_SAMPLED)
+            return self._fail(sequence, "no token could be sampled: the model's logits are not finite")
         offset = sequence.num_output_tokens
         sequence.append(token_id)
         self._generation_tokens += 1

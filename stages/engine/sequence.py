@@ -13,8 +13,6 @@ from stagemesh.stages.engine.grammar import Grammar
 from stagemesh.stages.engine.logits_processor import LogitsProcessor
 from stagemesh.stages.messages.step import SampleSpec, TokenLogprobs
 
-NOT_SAMPLED = "no token could be sampled: the model's logits are not finite, or the request allows no token"
-
 
 class SequenceStatus(Enum):
     WAITING = "waiting"
@@ -136,8 +134,9 @@ class Sequence:
         """Of the prompt's tokens from `start` on. Those from before a preemption stay."""
         self.prompt_logprobs += logprobs[len(self.prompt_logprobs) + 1 - start :]
 
-    def fail(self, error: str) -> None:
-        self.finish_reason, self.error = "error", error
+    def fail(self, error: str, reason: str = "error") -> None:
+        """reason: as in TokenDelta.finish_reason."""
+        self.finish_reason, self.error = reason, error
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

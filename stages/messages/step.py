@@ -92,6 +92,10 @@ class StepPlan(msgspec.Struct, array_like=True, tag="plan"):
     """An earlier step; -1 without placeholders."""
 
 
+NOT_FINITE, NOTHING_ALLOWED = -1, -2
+"""In place of a sampled token: the logits are NaN or infinite; the request rules every token out."""
+
+
 class SampledTokens(msgspec.Struct, array_like=True, tag="tokens"):
     """From rank 0 of the last stage to all ranks of stage 0, for placeholders."""
 
@@ -123,8 +127,7 @@ class StepResult(msgspec.Struct, array_like=True, tag="result"):
     epoch: int
     step: int
     token_ids: list[int]
-    """One per SampleSpec of the plan; -1 where no token can be sampled, because logits are not finite or no token is
-    allowed."""
+    """One per SampleSpec of the plan; NOT_FINITE or NOTHING_ALLOWED where no token can be sampled."""
     logprobs: list[TokenLogprobs | None] = []
     """One per token id, None where not wanted; empty if no request wants them."""
     prompt_logprobs: list[list[TokenLogprobs]] = []

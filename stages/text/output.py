@@ -123,7 +123,7 @@ class OutputProcessor:
         if delta.finish_reason == "error":
             raise LaneError("internal", delta.error or "the lane failed")
         if delta.finish_reason == "unsatisfiable":
-            raise ConfigError("structured_outputs", "…", delta.error)
+            raise ConfigError("", None, delta.error)
         if delta.finish_reason == "abort":
             raise LaneError("lost", delta.error or "the lane gave the request up")
 

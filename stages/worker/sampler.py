@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagemesh.stages.messages.step import LogitsAdjustments, SampleSpec, TokenLogprobs
+from stagemesh.stages.messages.step import (
+    NOT_FINITE,
+    NOTHING_ALLOWED,
+    LogitsAdjustments,
+    SampleSpec,
+    TokenLogprobs,
+)
 
 _MASK64 = 2**64 - 1
 _NUCLEUS_CANDIDATES = 256
@@ -29,7 +35,7 @@ LEAST_LOGPROB = -9999.0
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
     """[n] token ids for `logits` [n, vocab], which it may overwrite.
 
-    -1 for a row that cannot be sampled: what it may choose from is empty, or holds NaN or +inf. Ids outside of the
+    NOTHING_ALLOWED for a row without a token to choose, NOT_FINITE for one with NaN or +inf. Ids outside of the
     vocabulary, as a tokenizer or generation_config.json may name them, change nothing.
     """
     vocab_size = logits.shape[-1]
@@ -42,15 +48,15 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
             logits[row, [i for i in spec.banned_token_ids if 0 <= i < vocab_size]] = -math.inf
     chosen = _argmax(logits)
     # NaN counts as the largest of a row, so this one logit tells.
-    is_bad = ~logits.gather(-1, chosen[:, None]).isfinite().squeeze(-1)
+    best = logits.gather(-1, chosen[:, None]).squeeze(-1)
     random_rows = [row for row, spec in enumerate(specs) if spec.temperature > 0.0]
     if random_rows:
         chosen[random_rows] = _draw(logits[random_rows], [specs[row] for row in random_rows])
-    return chosen.masked_fill_(is_bad, -1).tolist()
+    return chosen.masked_fill_(~best.isfinite(), NOT_FINITE).masked_fill_(best == -math.inf, NOTHING_ALLOWED).tolist()
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs | None]:
-    """How likely each row of the model's `logits` [n, vocab] finds its token of `token_ids` [n]; None for -1.
+    """How likely each row of the model's `logits` [n, vocab] finds its token of `token_ids` [n]; None for one below 0.
 
     counts: likeliest tokens to name for each row; -1 for all. Every number is finite.
     """

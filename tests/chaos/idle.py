@@ -19,17 +19,15 @@ MOST_PERCENT = 5.0
 NUM_BARE = 2
 
 
-class Bare:
-    """An actor that does nothing."""
-
-    def pid(self) -> int:
-        return os.getpid()
-
-
 def run(cluster: Cluster, seconds: float = 60.0, most_percent: float = MOST_PERCENT) -> Report:
     report = Report("idle")
     eventually(lambda: is_idle(cluster), 30, "the application is idle")
     time.sleep(1)  # the last requests' ends
+
+    class Bare:  # here, so that it travels by value: actors cannot import this module
+        def pid(self) -> int:
+            return os.getpid()
+
     bare = [ray.remote(num_cpus=0)(Bare).remote() for _ in range(NUM_BARE)]
     bare_pids = [ray.get(actor.pid.remote()) for actor in bare]
     time.sleep(5)  # they have just started

@@ -19,7 +19,7 @@ from chaos.report import Report, spread
 from support.harness import Cluster, eventually
 
 FACTOR = 10
-MAX_TOKENS = 24
+MAX_TOKENS = 96
 DEADLINE_S = 60.0
 """Of a request, sent as `timeout` where the server knows that field."""
 REFUSED_WITHIN_MS = 50.0

@@ -14,7 +14,7 @@ from torch import Tensor
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.sequence import Sequence
-from stagemesh.stages.messages.step import LogitsAdjustments, SampleSpec
+from stagemesh.stages.messages.step import NOTHING_ALLOWED, LogitsAdjustments, SampleSpec
 from stagemesh.stages.worker.sampler import LEAST_LOGPROB, sample, token_logprobs, uniform
 
 NUM_DRAWS = 4000
@@ -296,7 +296,7 @@ def test_what_a_row_may_not_choose_does_not_spoil_it() -> None:
     logits = torch.tensor([[math.nan, 1.0, math.inf, 0.0]])
     for limit in ({"banned_token_ids": [0, 2]}, {"edits": LogitsAdjustments(allowed=b"\x0a")}):
         assert sample(logits.clone(), [spec(temperature=0.0, **limit)]) == [1]
-    assert sample(LOGITS[None].clone(), [spec(banned_token_ids=list(range(6)))]) == [-1]
+    assert sample(LOGITS[None].clone(), [spec(banned_token_ids=list(range(6)))]) == [NOTHING_ALLOWED]
 
 
 def test_ids_outside_of_the_vocabulary_change_nothing() -> None:
