@@ -89,7 +89,8 @@ class Admission:
         stats = self._lanes.lane_stats()
         self._measure(stats)
         num_lanes = max(1, len(stats))
-        free = sum(max(0, self._max_running - lane.num_running) for lane in stats)
+        # While no lane reports, as when the only one is being replaced, what one can run may wait for it.
+        free = sum(max(0, self._max_running - lane.num_running) for lane in stats) if stats else self._max_running
         queued_requests = max(self._num_requests, sum(lane.num_waiting for lane in stats))
         queued_tokens = max(self._num_tokens, sum(lane.queued_prefill_tokens for lane in stats))
         for what, queued, new, most in (

@@ -1,9 +1,9 @@
 """Plans to the workers and results back, tokens and stats to the routers: msgpack over ZeroMQ.
 
 Every epoch opens fresh sockets, and its messages carry its number. PUSH/PULL keeps the order of each sender, never
-blocks and queues what is sent before the peer has connected: at most ZeroMQ's 1000 messages at either end. Behind
-that, a PUSH socket says that its peer is gone, a PUB socket drops what its subscriber does not read, and a PULL
-socket lets its senders wait.
+blocks and queues what is sent before the peer has connected: at most ZeroMQ's 1000 messages at the sender and
+MAX_UNREAD_MESSAGES at the receiver. Behind that, a PUSH socket says that its peer is gone, a PUB socket drops what its
+subscriber does not read, and a PULL socket lets its senders wait.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from stagemesh.stages.messages.decoding import MAX_MESSAGE_BYTES, MessageDecoder
 from stagemesh.stages.messages.request import LaneStats, TokenBatch, TokenDelta
 from stagemesh.stages.messages.step import LeaderMessage, SampledTokens, ToWorker, WorkerMessage
 
+MAX_UNREAD_MESSAGES = 100
+"""Of each peer of a PULL socket; the others wait at the peer."""
 ROUTER_IDLE_S = 60.0
 """The link to a router closes after this long without a token."""
 
@@ -34,8 +36,9 @@ class ChannelClosed(RuntimeError):
 
 
 def bind_random_port(socket: zmq.Socket[Any], host: str) -> str:
-    """Bind to any port of `host`, with a bound for messages; returns the address."""
+    """Bind to any port of `host`, with bounds for messages; returns the address."""
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.RCVHWM, MAX_UNREAD_MESSAGES)
     port = socket.bind_to_random_port(f"tcp://{host}")
     return f"tcp://{host}:{port}"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.sequence import Sequence
-from stagemesh.stages.messages.step import NOTHING_ALLOWED, LogitsAdjustments, SampleSpec
+from stagemesh.stages.messages.step import NOT_FINITE, NOTHING_ALLOWED, LogitsAdjustments, SampleSpec
 from stagemesh.stages.worker.sampler import LEAST_LOGPROB, sample, token_logprobs, uniform
 
 NUM_DRAWS = 4000
@@ -289,7 +289,8 @@ def test_a_row_that_cannot_be_sampled_is_said_and_disturbs_no_other(
     specs = [spec(position=i, **(settings if i % 2 else {})) for i in range(8)]
     expected = sample(healthy.clone(), specs)
     mixed = torch.cat((healthy[:4], torch.tensor([row], dtype=dtype), healthy[4:]))
-    assert sample(mixed, [*specs[:4], spec(**settings), *specs[4:]]) == [*expected[:4], -1, *expected[4:]]
+    said = NOTHING_ALLOWED if max(row) == -math.inf else NOT_FINITE
+    assert sample(mixed, [*specs[:4], spec(**settings), *specs[4:]]) == [*expected[:4], said, *expected[4:]]
 
 
 def test_what_a_row_may_not_choose_does_not_spoil_it() -> None:
