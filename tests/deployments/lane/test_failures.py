@@ -7,6 +7,7 @@ import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,7 +20,7 @@ PROMPTS = [f"Act {i}. Enter the king and" for i in range(NUM_REQUESTS)]
 BODY = {"model": "demo", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
 
 
-VICTIMS = {"worker": "ray::ShardWorker.run", "stage-1": ":stage-1", "leader": ":stage-0"}
+VICTIMS = {"worker": "ray::ShardWorker.run", "stage-1": ":stage-1", "leader": ":stage-0", "router": ":router"}
 """By a part of the title that Ray gives the process."""
 
 
@@ -28,9 +29,9 @@ def victim(kind: str) -> int:
     return [pid for pid, title in titles.items() if title.startswith("ray::") and VICTIMS[kind] in title][-1]
 
 
-def complete(cluster: Cluster, prompt: str) -> httpx.Response:
+def complete(cluster: Cluster, prompt: str, **fields: Any) -> httpx.Response:
     with cluster.client() as client:
-        return client.post("/v1/completions", json={**BODY, "prompt": prompt}, timeout=120)
+        return client.post("/v1/completions", json={**BODY, "prompt": prompt, **fields}, timeout=120)
 
 
 def deploy(cluster: Cluster) -> None:
@@ -60,3 +61,16 @@ def test_a_kill_is_a_pause_and_the_service_is_whole_again(cluster: Cluster, undi
     with cluster.client() as client:
         assert chat(client, "What is 17+25?") == "42"
     print(f"{kind}: whole again {time.monotonic() - started:.1f} s after the last answer")
+
+
+def test_the_sequences_of_a_router_end_with_it(cluster: Cluster) -> None:
+    deploy(cluster)
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        for prompt in PROMPTS:
+            pool.submit(complete, cluster, prompt, max_tokens=1500)
+        eventually(lambda: cluster.metrics()["vllm:num_requests_running"] == NUM_REQUESTS, 10, "all run")
+        os.kill(victim("router"), signal.SIGKILL)
+        cluster.wait_ready(60)  # another router: it takes seconds, and 1500 tokens for each would take far longer
+        eventually(lambda: cluster.metrics()["vllm:num_requests_running"] == 0, 2, "the leader has dropped them")
+        assert cluster.metrics()["vllm:kv_cache_usage_perc"] == 0
+        assert cluster.metrics()["vllm:generation_tokens_total"] < NUM_REQUESTS * 1000
