@@ -105,16 +105,18 @@ class ShardWorker:
 
 def _end_if_frozen(owner: ActorHandle, name: str) -> None:
     """Kill `owner` when it stops answering; return when it has died. `__ray_ready__` is Ray's no-op."""
-    while True:
+    answered_at = time.monotonic()
+    while time.monotonic() - answered_at < OWNER_TIMEOUT_S:
         time.sleep(OWNER_CHECK_PERIOD_S)
         try:
             ray.get(owner.__ray_ready__.remote(), timeout=OWNER_TIMEOUT_S)
-        except ray.exceptions.GetTimeoutError:
-            logger.error("%s: its replica has not answered for %g s, killed", name, OWNER_TIMEOUT_S)
-            ray.kill(owner)
+            answered_at = time.monotonic()
+        except ray.exceptions.ActorDiedError:
             return
-        except ray.exceptions.RayActorError:
-            return
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError) as error:
+            logger.warning("%s: its replica does not answer: %s", name, type(error).__name__)
+    logger.error("%s: its replica has not answered for %g s, killed", name, OWNER_TIMEOUT_S)
+    ray.kill(owner)
 
 
 def limit_threads(config: EngineConfig) -> None:
