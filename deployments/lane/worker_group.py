@@ -167,6 +167,7 @@ class WorkerGroup:
             await worker.watch.remote()
         except ray.exceptions.RayError as error:
             reason = f"stage {self._stage} rank {tp_rank} died: {type(error).__name__}"
+            ray.kill(worker)  # where only its connection broke, it still has the device that its successor needs
         logger.warning("%s", reason)
         member = self._members[tp_rank]
         member.worker = member.watcher = None
