@@ -10,6 +10,7 @@ import zmq
 
 from stagemesh.config.engine import EngineConfig
 from stagemesh.stages.engine.engine import Engine, TokenSink
+from stagemesh.stages.engine.epoch import StepRaised
 from stagemesh.stages.engine.lane import Lane
 from stagemesh.stages.messages.channel import LeaderChannel
 from stagemesh.stages.messages.request import EngineRequest, RequestSummary
@@ -32,7 +33,7 @@ class LocalLane(Lane):
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = LeaderChannel(self._context, HOST)
         # The threads keep no reference to the lane, so that it can be garbage-collected.
-        self.engine = Engine(config, "local", sink, lambda _, error: on_failure(f"{type(error).__name__}: {error}"))
+        self.engine = Engine(config, "local", sink, lambda _, error: on_failure(_said(error)))
         self._thread = threading.Thread(
             target=_run, args=(self._worker, self._epoch, self.engine, on_failure), name="worker", daemon=True
         )
@@ -66,6 +67,11 @@ class LocalLane(Lane):
             self._worker.close()
         self._channel.close()
         self._context.term()
+
+
+def _said(error: Exception) -> str:
+    """A rank's own error names the rank itself."""
+    return str(error) if isinstance(error, StepRaised) else f"{type(error).__name__}: {error}"
 
 
 def _run(worker: Worker, epoch: int, engine: Engine, on_failure: Callable[[str], None]) -> None:

@@ -17,6 +17,7 @@ from stagemesh.config.engine import EngineConfig
 from stagemesh.deployments.lane.rendezvous import progress, start_epoch
 from stagemesh.deployments.lane.worker_group import WorkerGroup, rank_resources, workers_by_rank
 from stagemesh.stages.engine.engine import Engine, TokenSink
+from stagemesh.stages.engine.epoch import StepRaised
 from stagemesh.stages.engine.lane import Lane
 from stagemesh.stages.messages.request import EngineRequest, RequestSummary
 from stagemesh.stages.messages.wiring import Rank, new_epoch
@@ -117,7 +118,9 @@ class RayLane(Lane):
             asyncio.run_coroutine_threadsafe(self._report(error), self._loop)
 
     async def _report(self, error: Exception) -> None:
-        """Fail with the error and what every rank is doing."""
+        """Fail with the error and what every rank is doing. One that a rank has sent names the rank itself."""
+        if isinstance(error, StepRaised):
+            return self._on_failure(str(error))
         reasons = [f"{type(error).__name__}: {error}"]
         for (stage, tp_rank), state in (await progress(self._workers)).items():
             rank = f"stage {stage} rank {tp_rank}"

@@ -133,7 +133,7 @@ def _send_batch(context: zmq.Context[zmq.Socket[bytes]], target: Target, message
     sent = 0
     try:
         for message in messages:
-            if peer.socket_type == zmq.SUB:
+            if peer.type == zmq.SUB:
                 peer.setsockopt(zmq.UNSUBSCRIBE if sent % 2 else zmq.SUBSCRIBE, message[:4096])
             elif sent % 50 == 49:
                 peer.send_multipart([message, b"", message[:100]])

@@ -524,11 +524,10 @@ def test_a_row_that_cannot_be_sampled_ends_its_request_only(bench: Bench) -> Non
 
 
 def test_an_idle_lane_serves_only_after_a_step(bench: Bench) -> None:
-    worker = bench.wire(1, mute=True)
+    bench.wire(1, mute=True)
     time.sleep(0.2)
     assert bench.sink.lane_stats[-1].state != "serving"
     assert bench.failed.wait(5), "the canary's step has a deadline"
-    assert not worker.stopped.wait(0)
     bench.wire(2)
     wait_for(lambda: bench.sink.lane_stats[-1].state == "serving")
     wait_for(lambda: bench.sink.lane_stats[-1].num_running == 0)
