@@ -7,6 +7,8 @@ from typing import Protocol
 
 from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenDelta
 
+MAX_UNREAD_DELTAS = 4096
+"""Of one request, wherever they wait. A client that reads so slowly is cut off."""
 TokenStream = AsyncGenerator[TokenDelta, None]
 """Tokens of one request, up to the delta that has a finish_reason.
 

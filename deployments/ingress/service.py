@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from stagemesh.deployments.ingress.admission import Admission, Overloaded, Place
 from stagemesh.deployments.ingress.deadline import Deadline
 from stagemesh.deployments.ingress.errors import UnknownModel
-from stagemesh.deployments.ingress.lanes import LaneClient
+from stagemesh.deployments.ingress.lanes import MAX_UNREAD_DELTAS, LaneClient
 from stagemesh.deployments.ingress.metrics import Metrics
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest, EmbeddingResponse
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
@@ -26,9 +26,6 @@ from stagemesh.stages.text.tokenizer import Tokenizer
 
 LONG_TEXT_CHARS = 16_384
 """Longer texts are tokenized on another thread: a megabyte takes about a second."""
-
-MAX_UNREAD_DELTAS = 4096
-"""Of a request with several choices, at one time. A client that reads so slowly is cut off."""
 
 Result = TypeVar("Result")
 

@@ -8,15 +8,12 @@ import logging
 import zmq
 import zmq.asyncio
 
+from stagemesh.deployments.ingress.lanes import MAX_UNREAD_DELTAS
 from stagemesh.stages.messages.channel import bind_random_port
 from stagemesh.stages.messages.decoding import MessageDecoder
 from stagemesh.stages.messages.request import LaneError, TokenBatch, TokenDelta
 
 logger = logging.getLogger("ray.serve")
-
-
-MAX_UNREAD_DELTAS = 4096
-"""Of one attempt: more end it. Its reader takes them as they come unless the router hangs."""
 
 
 class LaneLost(RuntimeError):

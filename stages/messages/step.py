@@ -109,6 +109,10 @@ class StopRun(msgspec.Struct, array_like=True, tag="stop"):
     epoch: int
 
 
+LEAST_LOGPROB = -9999.0
+"""vLLM's, in place of minus infinity and of what is no number, neither of which JSON has."""
+
+
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
     """Of one token: natural logarithms, before penalties, masks, temperature."""
 

@@ -8,14 +8,11 @@ import msgspec
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.stages.messages.request import EngineRequest, LaneError, TokenDelta
-from stagemesh.stages.messages.step import TokenLogprobs
+from stagemesh.stages.messages.step import LEAST_LOGPROB, TokenLogprobs
 from stagemesh.stages.text.detokenizer import StopStrings
 from stagemesh.stages.text.input import ProcessedPrompt
 from stagemesh.stages.text.tokenizer import Tokenizer
 from stagemesh.stages.text.tool_calls import NamedParser, ToolCall, ToolCallDelta, ToolParser
-
-LEAST_LOGPROB = -9999.0
-"""For minus infinity, which JSON lacks; vLLM's number."""
 
 
 class DecodedLogprob(msgspec.Struct, frozen=True):

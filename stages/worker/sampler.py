@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stagemesh.stages.messages.step import (
+    LEAST_LOGPROB,
     NOT_FINITE,
     NOTHING_ALLOWED,
     LogitsAdjustments,
@@ -28,8 +29,6 @@ from stagemesh.stages.messages.step import (
 _MASK64 = 2**64 - 1
 _NUCLEUS_CANDIDATES = 256
 """Likeliest tokens sorted first in search of a nucleus; nearly always enough."""
-LEAST_LOGPROB = -9999.0
-"""vLLM's, in place of -inf and of what is no number, neither of which JSON has."""
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
+import grpc
 import pytest
 import tokenizers
+from grpc_health.v1 import health_pb2_grpc
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from stagemesh.config.sampling import SamplingParams
+from stagemesh.deployments.ingress.grpc import GrpcApi
 from stagemesh.deployments.ingress.service import InferenceService
+from stagemesh.deployments.proto import inference_pb2_grpc
 from stagemesh.stages.messages.request import EngineRequest, LaneError, LaneStats, TokenDelta
 from stagemesh.stages.text.tokenizer import Tokenizer
 
@@ -115,9 +119,31 @@ class FakeLanes:
         self.error = LaneError("unavailable", "no lane is running")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+async def one_loop(anyio_backend: str) -> AsyncGenerator[None, None]:
+    """Keeps the event loop: gRPC brings what a channel still had to say to the loop that made it, and where that one is
+    closed, the error goes to whichever test runs then."""
+    yield
+
+
+@pytest.fixture
+async def channel(service: InferenceService, one_loop: None) -> AsyncGenerator[grpc.aio.Channel, None]:
+    """To a gRPC server around `service`."""
+    api = GrpcApi()
+    api.inference_service = service
+    server = grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServicer_to_server(api, server)
+    health_pb2_grpc.add_HealthServicer_to_server(api, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop(None)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import json
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -15,10 +15,8 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor as Field
 from google.protobuf.message import Message
 
-from stagemesh.deployments.ingress.grpc import GrpcApi
 from stagemesh.deployments.ingress.http import build_http_app
 from stagemesh.deployments.proto import inference_pb2 as pb
-from stagemesh.deployments.proto import inference_pb2_grpc
 
 pytestmark = pytest.mark.anyio
 
@@ -226,19 +224,6 @@ def serialized(rng: random.Random, kind: type[Message]) -> bytes:
         at = rng.randrange(len(data))
         return data[:at] + rng.randbytes(1) + data[at + 1 :]
     return data
-
-
-@pytest.fixture
-async def channel(service) -> AsyncIterator[grpc.aio.Channel]:
-    api = GrpcApi()
-    api.inference_service = service
-    server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServicer_to_server(api, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield channel
-    await server.stop(None)
 
 
 async def test_no_grpc_message_is_a_bug(channel, lanes, caplog):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +10,11 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stagemesh.deployments.ingress import grpc as grpc_api
-from stagemesh.deployments.ingress.grpc import GrpcApi
 from stagemesh.deployments.proto import inference_pb2 as pb
 from stagemesh.deployments.proto import inference_pb2_grpc
 from stagemesh.stages.messages.request import LaneError, TokenDelta
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module", autouse=True)
-async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
-    """Keeps one event loop for all tests here: gRPC brings what a channel still had to say to the loop that made it,
-    and where that one is closed, the error goes to whichever test runs then."""
-    yield
-
-
-@pytest.fixture
-async def channel(service) -> AsyncIterator[grpc.aio.Channel]:
-    api = GrpcApi()
-    api.inference_service = service
-    server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServicer_to_server(api, server)
-    health_pb2_grpc.add_HealthServicer_to_server(api, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield channel
-    await server.stop(None)
 
 
 @pytest.fixture
