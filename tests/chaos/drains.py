@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from chaos.judging import judge_idle, judge_ready, judge_traffic
-from chaos.processes import lanes, ours, settled_books, take_books, wait_whole
+from chaos.processes import ours, settled_books, take_books, wait_whole
 from chaos.report import Report
 from chaos.traffic import Traffic, asks
-from support.harness import Cluster, eventually
+from support.harness import DEMO_POOL, Cluster, eventually
 
 DRAIN_TIMEOUT_S = 2.0
 """Far less than a long answer takes: what still runs then must be handed over."""
-POOL: dict[str, Any] = {
-    "min_replicas": 1,
-    "max_replicas": 2,
-    "target_ongoing_requests": 6,
-    "metrics_interval_s": 0.5,
-    "look_back_period_s": 2,
-    "upscale_delay_s": 1,
-    "downscale_delay_s": 4,
-}
+POOL = {**DEMO_POOL, "downscale_delay_s": 4}
 LONG_ANSWER = 400
 """Tokens."""
 
@@ -30,13 +21,13 @@ def run_scale_down(cluster: Cluster) -> Report:
     """Needs `POOL` as the autoscaling_config: many streams bring a second lane, few take it away."""
     report = Report("scale-down")
     with Traffic(cluster.url, asks(1, 48), 16) as crowd:
-        eventually(lambda: len(lanes(cluster)) == 2, 200, "a second lane")
+        eventually(lambda: len(cluster.lanes()) == 2, 200, "a second lane")
         time.sleep(5)
     few = Traffic(cluster.url, asks(1, LONG_ANSWER), 4, seed=1)
     with few:
         started = time.monotonic()
         try:
-            eventually(lambda: len(lanes(cluster)) == 1, 120, "one lane, with streams that go on")
+            eventually(lambda: len(cluster.lanes()) == 1, 120, "one lane, with streams that go on")
         except TimeoutError as error:
             report.check(False, "the second lane goes", error)
         report.data["one_lane_after_s"] = round(time.monotonic() - started, 1)

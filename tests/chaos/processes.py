@@ -157,28 +157,16 @@ def take_books(cluster: Cluster) -> Books:
         sockets={kind: sum(num_sockets(pid) for pid in pids) for kind, pids in processes.items()},
         placement_groups=sum(table["state"] == "CREATED" for table in tables),
         leases=_open_leases() if in_ray else 0,
-        lanes=len(lanes(cluster)),
+        lanes=len(cluster.lanes()),
     )
 
 
 def settled_books(cluster: Cluster, timeout_s: float) -> Books:
     """`take_books` as soon as the application is ready and idle, and the routers know the lane of every leader."""
     cluster.wait_ready(timeout_s)
-    eventually(lambda: len(lanes(cluster)) == len(ours()["leader"]), timeout_s, "the lane of every leader reports")
+    eventually(lambda: len(cluster.lanes()) == len(ours()["leader"]), timeout_s, "the lane of every leader reports")
     eventually(lambda: is_idle(cluster), timeout_s, "the application is idle")
     return take_books(cluster)
-
-
-def lanes(cluster: Cluster) -> dict[str, dict[str, float]]:
-    """What the router shows of each lane that reports and has blocks, by its label: values by metric."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    found: dict[str, dict[str, float]] = {}
-    for family in text_string_to_metric_families(httpx.get(f"{cluster.url}/metrics", timeout=10).text):
-        for sample in family.samples:
-            if "lane" in sample.labels:
-                found.setdefault(sample.labels["lane"], {})[sample.name] = sample.value
-    return {lane: values for lane, values in found.items() if values.get("stagemesh:kv_blocks_total", 0) > 0}
 
 
 def is_idle(cluster: Cluster) -> bool:
@@ -210,7 +198,7 @@ def _missing(cluster: Cluster, before: Books) -> str:
     try:
         if counts != before.processes:
             return f"processes {counts} instead of {before.processes}"
-        if (num := len(lanes(cluster))) != before.lanes:
+        if (num := len(cluster.lanes())) != before.lanes:
             return f"{num} lanes instead of {before.lanes}"
         if (status := httpx.get(f"{cluster.url}/ready", timeout=5).status_code) != 200:
             return f"/ready says {status}"

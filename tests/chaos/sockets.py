@@ -17,7 +17,7 @@ import msgspec
 import zmq
 from chaos import zmtp
 from chaos.judging import judge_growth, judge_idle, judge_ready, judge_traffic
-from chaos.processes import lanes, listeners, memory_by_process, ours, settled_books, state, wait_whole
+from chaos.processes import listeners, memory_by_process, ours, settled_books, state, wait_whole
 from chaos.report import Report
 from chaos.traffic import Traffic, asks
 from support.harness import Cluster, chat
@@ -327,7 +327,7 @@ def _torch(cluster: Cluster, targets: list[Target], connections: int) -> dict[st
         "processes_replaced": len(now - pids),
         "whole_after_s": round(whole_s, 1),
         "missing": missing,
-        "lanes": len(lanes(cluster)),
+        "lanes": len(cluster.lanes()),
         "requests": summary["requests"],
         "failed": summary["failures"],
         "wrong": summary["wrong"],

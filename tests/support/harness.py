@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from stagemesh.config.serve_yaml import SERVE_ENVIRONMENT
+from stagemesh.config.serve_yaml import GRPC_SERVICERS, SERVE_ENVIRONMENT
 from stagemesh.deployments.cli.processes import adopt_orphans, end_descendants
 
 REPO = Path(__file__).resolve().parents[2]
@@ -25,10 +25,6 @@ DEMO = REPO / "config" / "models" / "demo"
 DEMO_MOE = REPO / "config" / "models" / "demo-moe"
 READY_TIMEOUT_S = 120.0
 END_GRACE_S = 2.0
-GRPC_SERVICERS = [
-    "stagemesh.deployments.proto.inference_pb2_grpc:add_InferenceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
-]
 
 
 def free_port() -> int:
@@ -41,6 +37,18 @@ def free_port() -> int:
 def haproxy_ports() -> dict[str, str]:
     """Environment for HAProxy's own two ports, which are the same for every Serve on a machine otherwise."""
     return {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("METRICS", "STATS")}
+
+
+DEMO_POOL: dict[str, Any] = {
+    "min_replicas": 1,
+    "max_replicas": 2,
+    "target_ongoing_requests": 6,
+    "metrics_interval_s": 0.5,
+    "look_back_period_s": 2,
+    "upscale_delay_s": 1,
+    "downscale_delay_s": 8,
+}
+"""Grows to two lanes under a burst, and back."""
 
 
 @dataclass
@@ -88,13 +96,24 @@ class Cluster:
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics, summed over their labels."""
+        sums: dict[str, float] = {}
+        for sample in self._samples():
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+        return sums
+
+    def lanes(self) -> dict[str, dict[str, float]]:
+        """What the router shows of each lane that reports and has blocks, by its label: values by metric."""
+        found: dict[str, dict[str, float]] = {}
+        for sample in self._samples():
+            if "lane" in sample.labels:
+                found.setdefault(sample.labels["lane"], {})[sample.name] = sample.value
+        return {lane: values for lane, values in found.items() if values.get("stagemesh:kv_blocks_total", 0) > 0}
+
+    def _samples(self) -> Iterator[Any]:
         from prometheus_client.parser import text_string_to_metric_families
 
-        sums: dict[str, float] = {}
-        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=5).text):
-            for sample in family.samples:
-                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
-        return sums
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=10).text):
+            yield from family.samples
 
     def settled_metrics(self) -> dict[str, float]:
         """Metrics of an idle service: workers report their times about once a second."""
