@@ -26,10 +26,11 @@ STAGE_AUTOSCALING = {
     "target_ongoing_requests": 1,  # one lease per replica
     "metrics_interval_s": 0.5,
     "look_back_period_s": 1.0,
-    "upscale_delay_s": 0.0,
+    "upscale_delay_s": 5.0,
     "downscale_delay_s": 10.0,
 }
-"""The pools of later stages follow the number of leaders."""
+"""The pools of later stages follow the number of leaders. A lease that was queued is counted twice for a moment, by
+the leader that waited and the replica that took it: without a delay Serve would load a copy that nobody leases."""
 
 
 def build(args: dict[str, Any]) -> Application:
