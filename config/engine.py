@@ -86,8 +86,8 @@ class EngineArgs(Settings):
     """Processes that take requests, tokenize and choose lanes."""
 
     max_queued_requests: int | None = Field(default=None, ge=1)
-    """Most sequences per lane that wait while max_num_seqs run; more are refused (429). They may wait for as long as an
-    answer takes, so there are few by default: a thirty-second of max_num_seqs, at least 8. Raise it for batches."""
+    """Most sequences per lane that wait while max_num_seqs run; more are refused (429). By default as many as will find
+    a place at once because others end. Set it for batches: who is queued may wait for as long as an answer takes."""
     max_queued_tokens: int | None = Field(default=None, ge=1)
     """Most prompt tokens per lane that wait; by default 64 steps' worth, and at least two of the longest prompts."""
     max_request_timeout_s: float = Field(default=3600.0, gt=0)
@@ -155,7 +155,7 @@ class EngineConfig:
     gpu_memory_utilization: float
     num_cpus_per_worker: float
     num_router_replicas: int
-    max_queued_requests: int
+    max_queued_requests: int | None
     max_queued_tokens: int
     max_request_timeout_s: float
     startup_timeout_s: float
@@ -209,7 +209,6 @@ class EngineConfig:
             "device": device,
             "transport": _transport(args, device),
             "max_model_len": (max_model_len := args.max_model_len or model.max_position_embeddings),
-            "max_queued_requests": args.max_queued_requests or max(8, args.max_num_seqs // 32),
             "max_queued_tokens": args.max_queued_tokens or max(64 * args.max_num_batched_tokens, 2 * max_model_len),
         }
         if args.kv_cache_memory_bytes is None and device == "cpu":

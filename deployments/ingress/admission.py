@@ -1,4 +1,4 @@
-"""Who may wait: more requests than lanes can begin soon are refused at once, so that those accepted finish."""
+"""Who is taken: more requests than lanes can begin soon are refused at once, so that those accepted finish."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Overloaded(LaneError):
 
 
 class Place:
-    """One choice in the queue until its first token, its end, or until nobody holds this any more."""
+    """One choice, until its end or until nobody holds this any more. Its prompt counts until its first token."""
 
     __slots__ = ("_admission", "_num_tokens")
 
@@ -31,9 +31,15 @@ class Place:
         self._admission: Admission | None = admission
         self._num_tokens = num_tokens
 
+    def begin(self) -> None:
+        """Its first token has come."""
+        if self._admission is not None:
+            self._admission.left(0, self._num_tokens)
+            self._num_tokens = 0
+
     def leave(self) -> None:
         if self._admission is not None:
-            self._admission.left(self._num_tokens)
+            self._admission.left(1, self._num_tokens)
             self._admission = None
 
     def __del__(self) -> None:  # of an accepted request that nobody started
@@ -41,7 +47,7 @@ class Place:
 
 
 class Admission:
-    """The queue as one router sees it: its own choices without a first token, or what lanes report if that is more.
+    """The load as one router sees it: its own choices, or what lanes report if that is more.
 
     Lanes also report what other routers sent, but a moment later. Used from the router's event loop.
     """
@@ -52,17 +58,15 @@ class Admission:
         *,
         max_requests: int,
         max_tokens: int,
-        max_running: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """max_requests, max_tokens: per lane that reports, and for one lane while none does.
+        """max_requests: in all, while no lane says what it has room for, as when the only one is being replaced.
 
-        max_running: what a lane runs at once; as many more requests are taken as its last report leaves free.
+        max_tokens: of prompts without a first token, per lane that reports, and for one lane while none does.
         """
         self._lanes = lanes
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._max_running = max_running
         self._clock = clock
         self._num_requests = 0
         self._num_tokens = 0
@@ -74,31 +78,32 @@ class Admission:
         self._check(1, 1)
 
     def enter(self, requests: Sequence[EngineRequest]) -> list[Place]:
-        """All or none. Raises Overloaded. A request that finds nothing queued goes however large it is."""
+        """All or none. Raises Overloaded. One that finds room and nothing queued goes however large it is."""
         num_tokens = [len(request.prompt_token_ids) for request in requests]
         self._check(len(requests), sum(num_tokens))
         self._num_requests += len(requests)
         self._num_tokens += sum(num_tokens)
         return [Place(self, number) for number in num_tokens]
 
-    def left(self, num_tokens: int) -> None:
-        self._num_requests -= 1
+    def left(self, num_requests: int, num_tokens: int) -> None:
+        self._num_requests -= num_requests
         self._num_tokens -= num_tokens
 
     def _check(self, num_requests: int, num_tokens: int) -> None:
         stats = self._lanes.lane_stats()
         self._measure(stats)
-        num_lanes = max(1, len(stats))
-        # While no lane reports, as when the only one is being replaced, what one can run may wait for it.
-        free = sum(max(0, self._max_running - lane.num_running) for lane in stats) if stats else self._max_running
-        queued_requests = max(self._num_requests, sum(lane.num_waiting for lane in stats))
+        open_requests = max(self._num_requests, sum(lane.num_running + lane.num_waiting for lane in stats))
+        room = sum(lane.room for lane in stats) or self._max_requests
+        is_queue = any(lane.num_waiting for lane in stats)
         queued_tokens = max(self._num_tokens, sum(lane.queued_prefill_tokens for lane in stats))
-        for what, queued, new, most in (
-            ("requests", queued_requests, num_requests, self._max_requests * num_lanes + free),
-            ("prompt tokens", queued_tokens, num_tokens, self._max_tokens * num_lanes),
-        ):
-            if queued and queued + new > most:
-                raise Overloaded(f"{queued} {what} are queued, at most {most} may be", self._retry_after(queued_tokens))
+        max_tokens = self._max_tokens * max(1, len(stats))
+        if open_requests >= room or (is_queue and open_requests + num_requests > room):
+            message = f"{open_requests} requests run or wait, there is room for {room}"
+        elif queued_tokens and queued_tokens + num_tokens > max_tokens:
+            message = f"{queued_tokens} prompt tokens are queued, at most {max_tokens} may be"
+        else:
+            return
+        raise Overloaded(message, self._retry_after(queued_tokens))
 
     def _measure(self, stats: list[LaneStats]) -> None:
         now, tokens = self._clock(), sum(lane.prompt_tokens for lane in stats)

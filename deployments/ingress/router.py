@@ -37,7 +37,6 @@ class Router(GrpcApi):
             sampling_defaults=default_sampling(config),
             seed=config.seed,
             max_num_seqs=config.max_num_seqs,
-            max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
             max_request_timeout_s=config.max_request_timeout_s,
             system_fingerprint=fingerprint(config),

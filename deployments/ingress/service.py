@@ -92,7 +92,7 @@ class GenerationStream:
                     if last:
                         metrics.inter_token_latency.observe(now - last)
                     else:
-                        place.leave()
+                        place.begin()
                         metrics.time_to_first_token.observe(now - started)
                     last = now
                     text_delta = choice.process(delta)
@@ -127,15 +127,14 @@ class InferenceService:
         vocab_size: int,
         sampling_defaults: Mapping[str, Any] | None = None,
         seed: int | None = None,
-        max_num_seqs: int = 0,
-        max_queued_requests: int = 256,
+        max_num_seqs: int = 256,
         max_queued_tokens: int = 32_768,
         max_request_timeout_s: float = 3600.0,
         system_fingerprint: str = "",
     ) -> None:
         """model_names: a response has the requested one, else the first.
 
-        sampling_defaults: for fields that a request leaves out. max_num_seqs, max_queued_…: see Admission. The
+        sampling_defaults: for fields that a request leaves out. max_num_seqs, max_queued_tokens: see Admission. The
         others: see InputProcessor and EngineArgs.
         """
         self.metrics = Metrics(model_names[0], lanes.lane_stats)
@@ -143,9 +142,7 @@ class InferenceService:
         self.lanes = lanes
         self.tokenizer = tokenizer
         self.system_fingerprint = system_fingerprint
-        self._admission = Admission(
-            lanes, max_requests=max_queued_requests, max_tokens=max_queued_tokens, max_running=max_num_seqs
-        )
+        self._admission = Admission(lanes, max_requests=max_num_seqs, max_tokens=max_queued_tokens)
         self._max_timeout_s = max_request_timeout_s
         self._input = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed)
         self._models = {name: ModelCard(name, int(time.time()), max_model_len) for name in model_names}

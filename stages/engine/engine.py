@@ -345,6 +345,7 @@ class Engine:
                 num_micro_batches=config.plan.pp_size,
                 eos_token_ids=config.model.eos_token_ids,
                 enable_prefix_caching=config.enable_prefix_caching,
+                max_queued_requests=config.max_queued_requests,
             )
         self._epoch = Epoch(epoch, channel, config.plan.pp_size, config.step_timeout_s)
         self._stats.epoch = epoch

@@ -25,6 +25,7 @@ from itertools import chain, repeat
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.block_manager import BlockManager
+from stagemesh.stages.engine.forecast import Forecast
 from stagemesh.stages.engine.grammar import Grammar
 from stagemesh.stages.engine.quarantine import Quarantine
 from stagemesh.stages.engine.sequence import Sequence, SequenceStatus
@@ -56,13 +57,17 @@ class Scheduler:
         num_micro_batches: int = 1,
         eos_token_ids: Iterable[int] = (),
         enable_prefix_caching: bool = True,
+        max_queued_requests: int | None = None,
     ) -> None:
+        """max_queued_requests: as in EngineArgs; only reported, in `stats`."""
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.queues = SequenceQueues(self.blocks, max_num_seqs)
         self.quarantine = Quarantine()
+        self._forecast = Forecast()
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.max_queued_requests = max_queued_requests
         self.num_micro_batches = num_micro_batches
         self.eos_token_ids = tuple(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
@@ -160,6 +165,8 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         self.queues.finish(sequence)
         self.quarantine.forget(sequence)
+        if sequence.finish_reason in ("stop", "length") and sequence.num_output_tokens:
+            self._forecast.ended(sequence.num_output_tokens)
         del self._sequences[sequence.request_id]
 
     # ---- results -------------------------------------------------------------------------------------------
@@ -335,6 +342,7 @@ class Scheduler:
         return SchedulerStats(
             num_running=len(running),
             num_waiting=len(waiting),
+            room=self._room(),
             queued_prefill_tokens=sum(sequence.num_uncomputed_tokens for sequence in chain(running, waiting)),
             running_kv_tokens=sum(sequence.num_computed_tokens for sequence in running),
             num_blocks=self.blocks.num_blocks,
@@ -345,3 +353,11 @@ class Scheduler:
             prompt_tokens=self.queues.prompt_tokens,
             generation_tokens=self._generation_tokens,
         )
+
+    def _room(self) -> int:
+        """See LaneStats.room."""
+        running = self.queues.running
+        num_places = len(running) if self.queues.lacks_blocks else self.queues.max_num_seqs
+        if self.max_queued_requests is not None:
+            return num_places + self.max_queued_requests
+        return num_places + self._forecast.num_ending(running, self._generation_tokens)

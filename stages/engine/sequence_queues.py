@@ -69,6 +69,15 @@ class SequenceQueues:
             self._count_admitted(sequence)
         return sequence
 
+    @property
+    def lacks_blocks(self) -> bool:
+        """The first waiting sequence waits for blocks, not for a place."""
+        num_running = len(self.running)
+        if not self.waiting or not num_running or num_running >= self.max_num_seqs:
+            return False
+        num_needed = -(-self.waiting[0].num_tokens // self.blocks.block_size)
+        return not self.blocks.can_allocate(num_needed + num_running)
+
     def _count_admitted(self, sequence: Sequence) -> None:
         sequence.was_admitted = True
         sequence.num_cached_tokens = sequence.num_computed_tokens

@@ -19,6 +19,7 @@ HEARTBEAT_S = 1.0
 class SchedulerStats(NamedTuple):
     num_running: int = 0
     num_waiting: int = 0
+    room: int = 0
     queued_prefill_tokens: int = 0
     running_kv_tokens: int = 0
     num_blocks: int = 0

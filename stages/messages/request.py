@@ -53,6 +53,9 @@ class LaneStats(msgspec.Struct, array_like=True):
     epoch: int
     num_running: int
     num_waiting: int
+    room: int
+    """How many requests the lane takes, running and waiting: those that it can run at once and those that may wait,
+    by default as many as will find a place at once because others end. 0: not known yet."""
     queued_prefill_tokens: int
     """Tokens of running and waiting sequences without KV yet."""
     running_kv_tokens: int

@@ -95,6 +95,7 @@ class FakeLanes:
                 epoch=1,
                 num_running=len(self.running),
                 num_waiting=2,
+                room=256,
                 queued_prefill_tokens=0,
                 running_kv_tokens=0,
                 num_blocks=100,

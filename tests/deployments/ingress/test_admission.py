@@ -6,6 +6,7 @@ import asyncio
 import gc
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,11 +30,12 @@ COMPLETION = {"prompt": "Hi", "max_tokens": 30}
 
 @pytest.fixture
 def service(lanes, tokenizer, backend, monkeypatch) -> InferenceService:
-    """Two requests or 40 prompt tokens may wait; the lane itself reports none."""
-    report = [msgspec.structs.replace(stats, num_waiting=0) for stats in lanes.lane_stats()]
+    """There is room for two requests, and 40 prompt tokens may wait; the lane itself reports none."""
+    nothing = {"num_running": 0, "num_waiting": 0, "queued_prefill_tokens": 0, "room": 2}
+    report = [msgspec.structs.replace(stats, **nothing) for stats in lanes.lane_stats()]
     monkeypatch.setattr(lanes, "lane_stats", lambda: report)
     size = {"max_model_len": 64, "vocab_size": backend.get_vocab_size()}
-    limits = {"max_queued_requests": 2, "max_queued_tokens": 40, "max_request_timeout_s": 20.0}
+    limits = {"max_queued_tokens": 40, "max_request_timeout_s": 20.0}
     return InferenceService(lanes=lanes, tokenizer=tokenizer, model_names=["tiny"], **size, **limits)
 
 
@@ -51,19 +53,16 @@ async def complete(service: InferenceService, **fields: Any) -> GenerationStream
 # ---- the queue
 
 
-async def test_requests_beyond_the_limit_are_refused_until_a_first_token_comes(service, lanes):
-    lanes.pause_after = 1
+async def test_requests_beyond_the_room_are_refused_until_one_ends(service, lanes):
     first, second = await complete(service), await complete(service)
-    with pytest.raises(Overloaded, match="2 requests are queued, at most 2 may be"):
+    with pytest.raises(Overloaded, match="2 requests run or wait, there is room for 2"):
         await complete(service)
-    with pytest.raises(Overloaded):
-        service.check_room()
-    deltas = first.deltas()
-    await anext(deltas)
+    async with aclosing(first.deltas()) as deltas:
+        await anext(deltas)
+        with pytest.raises(Overloaded):
+            service.check_room()
     service.check_room()
     await complete(service)
-    await deltas.aclose()
-    lanes.resume.set()
     await second.collect()
 
 
@@ -81,6 +80,15 @@ async def test_a_large_request_goes_when_nothing_is_queued(service):
         await complete(service)
     await large.collect()
     await complete(service)
+
+
+async def test_the_prompt_of_a_request_counts_until_its_first_token(service):
+    first = await complete(service, prompt=[7] * 35)
+    with pytest.raises(Overloaded, match="35 prompt tokens are queued"):
+        await complete(service, prompt=[7] * 6)
+    async with aclosing(first.deltas()) as deltas:
+        await anext(deltas)
+        await complete(service, prompt=[7] * 6)
 
 
 async def test_an_accepted_request_that_nobody_starts_leaves_its_place(service):
@@ -131,20 +139,22 @@ def requests(*lengths: int) -> list[EngineRequest]:
 
 
 def test_what_other_routers_queued_counts_and_every_lane_adds_room() -> None:
-    reports = [stats(num_waiting=3), stats(num_waiting=0)]
+    reports = [stats(num_running=2, num_waiting=1, room=2), stats(room=2)]
     lanes: Any = SimpleNamespace(lane_stats=lambda: reports)
     admission = Admission(lanes, max_requests=2, max_tokens=100)
     places = admission.enter(requests(1))
-    with pytest.raises(Overloaded, match="3 requests are queued, at most 4"):
+    with pytest.raises(Overloaded, match="3 requests run or wait, there is room for 4"):
         admission.enter(requests(1, 1))
     reports[:] = [stats(queued_prefill_tokens=195), stats()]
     with pytest.raises(Overloaded, match="195 prompt tokens are queued, at most 200"):
         admission.enter(requests(6))
     reports.clear()
-    with pytest.raises(Overloaded, match="at most 2"):
-        admission.enter(requests(1, 1))
-    places[0].leave()
-    places[0].leave()
+    places += admission.enter(requests(1))
+    with pytest.raises(Overloaded, match="2 requests run or wait, there is room for 2"):
+        admission.enter(requests(1))
+    for place in places:
+        place.leave()
+        place.leave()
     admission.enter(requests(1, 1, 1))
 
 
@@ -278,14 +288,20 @@ async def test_priority_reaches_the_lane(service, lanes, monkeypatch):
     assert seen == [-3, -3, 0]
 
 
-async def test_what_a_lane_has_room_to_run_does_not_count_as_queued(lanes):
-    (stats,) = lanes.lane_stats()
-    stats = msgspec.structs.replace(stats, num_running=3, num_waiting=0, queued_prefill_tokens=0)
-    reporting = SimpleNamespace(lane_stats=lambda: [stats])
-    admission = Admission(reporting, max_requests=2, max_tokens=100, max_running=5)
-    requests = [EngineRequest(str(i), [1], None) for i in range(4)]
-    places = admission.enter(requests)
-    with pytest.raises(Overloaded, match="at most 4"):
+def test_what_runs_and_what_waits_share_the_room() -> None:
+    report = stats(num_running=3, room=5)
+    lanes: Any = SimpleNamespace(lane_stats=lambda: [report])
+    admission = Admission(lanes, max_requests=1, max_tokens=100)
+    with pytest.raises(Overloaded, match="3 requests run or wait, there is room for 3"):
+        report = stats(num_running=3, room=3)
         admission.check()
-    places[0].leave()
+    report = stats(num_running=3, room=5)
+    places = admission.enter(requests(1, 1, 1, 1, 1, 1))  # more than there is room for, but nothing waits
+    with pytest.raises(Overloaded, match="6 requests"):
+        admission.check()
+    for place in places[:2]:
+        place.begin()
+        place.begin()
+        place.leave()
+        place.leave()
     admission.check()

@@ -613,6 +613,7 @@ def test_counts_follow_the_tokens() -> None:
     assert scheduler.stats()._asdict() == {
         "num_running": 0,
         "num_waiting": 2,
+        "room": 8,
         "queued_prefill_tokens": 13,
         "running_kv_tokens": 0,
         "num_blocks": 64,
