@@ -17,6 +17,8 @@ from stagemesh.stages.messages.wiring import Endpoints, Progress, Wiring
 
 logger = logging.getLogger(__name__)
 
+CPU_NICENESS = 10
+"""Of ranks that compute on a CPU: steps leave it to what is short and awaited, such as routers, leaders, proxies."""
 MAX_CONCURRENCY = 8
 """Threads: `watch` and `run` occupy one each, the others serve short calls."""
 OWNER_CHECK_PERIOD_S = 10.0
@@ -77,6 +79,8 @@ class ShardWorker:
             self._worker.connect(wiring)
 
     def run(self, epoch: int) -> None:
+        if self._config.device == "cpu":
+            os.setpriority(os.PRIO_PROCESS, 0, CPU_NICENESS)  # Linux: of this thread and those it starts
         try:
             self._worker.run(epoch)
         except Exception as error:
