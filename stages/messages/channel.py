@@ -121,14 +121,22 @@ class WorkerChannel:
         self._results.connect(leader_address)
         self._first_stage.connect(sampled_tokens_to)
 
-    def receive(self, timeout_ms: int) -> ToWorker | None:
-        """The next message; None if none, or no valid one, has come in time."""
-        if not self._plans.poll(timeout_ms):
-            return None
-        return self._decoder.decode(self._plans.recv())
+    def receive(self, timeout_ms: int) -> list[ToWorker]:
+        """All messages that have come, at most MAX_UNREAD_MESSAGES; waits for the first.
+
+        One at a time would let whoever floods the socket keep the plans waiting: ZeroMQ takes from its peers in turn.
+        """
+        messages: list[ToWorker] = []
+        if self._plans.poll(timeout_ms):
+            for _ in range(MAX_UNREAD_MESSAGES):
+                if (message := self._decoder.decode(self._plans.recv())) is not None:
+                    messages.append(message)
+                if not self._plans.get(zmq.EVENTS) & zmq.POLLIN:
+                    break
+        return messages
 
     def interrupt(self, message: ToWorker) -> None:
-        """Let `receive`, which waits in another thread, return `message`. From any thread."""
+        """Let `receive`, which waits in another thread, return with `message`. From any thread."""
         with self._context.socket(zmq.PUSH) as socket:
             socket.setsockopt(zmq.LINGER, 1000)  # the loop may end without reading it
             socket.connect(self.address)

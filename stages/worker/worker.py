@@ -199,16 +199,15 @@ class Worker:
                     self._send_stats()
 
     def _poll_messages(self) -> bool:
-        """Take in the next message; False if none came for POLL_MS."""
-        message = self.channel.receive(POLL_MS)
-        if message is None:
-            return False
-        if message.epoch == self._epoch:
-            if isinstance(message, SampledTokens):
-                self._sampled_tokens.append(message)
-            else:
-                self._messages.append(message)
-        return True
+        """Take in what has come; False if nothing valid came for POLL_MS."""
+        messages = self.channel.receive(POLL_MS)
+        for message in messages:
+            if message.epoch == self._epoch:
+                if isinstance(message, SampledTokens):
+                    self._sampled_tokens.append(message)
+                else:
+                    self._messages.append(message)
+        return bool(messages)
 
     def _step(self, plan: StepPlan) -> None:
         """Activations in, forward, activations or tokens out."""
