@@ -47,7 +47,7 @@ _BY_LANE_STATUS: dict[str, ErrorKind] = {
     "unavailable": ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "server_error", "no_lane", retry_after_s=1),
     "overloaded": ErrorKind(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error", "overloaded", retry_after_s=1),
     "lost": ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "server_error", "lane_lost", retry_after_s=1),
-    "timeout": ErrorKind(504, grpc.StatusCode.DEADLINE_EXCEEDED, "server_error", "timeout"),
+    "timeout": ErrorKind(408, grpc.StatusCode.DEADLINE_EXCEEDED, "timeout_error", "timeout"),  # the client's own limit
     "internal": _INTERNAL,
 }
 

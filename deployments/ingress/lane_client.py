@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.ingress.lane_view import LaneView
+from stagemesh.deployments.ingress.lanes import LaneClientCounts
 from stagemesh.deployments.ingress.token_inbox import LaneLost, TokenInbox, TokenReader
 from stagemesh.stages.messages.request import EngineRequest, LaneError, LaneStats, RequestSummary, TokenDelta
 
@@ -93,6 +94,7 @@ class RayLaneClient:
         self._inbox = TokenInbox(self._context, ray.util.get_node_ip_address())
         self._loops: list[asyncio.Task[None]] = []
         self._calls: set[asyncio.Future[Any]] = set()
+        self._num_resumed = 0
 
     def start(self) -> None:
         """Call it in the event loop that serves requests."""
@@ -117,6 +119,9 @@ class RayLaneClient:
 
     def lane_stats(self) -> list[LaneStats]:
         return self._view.lane_stats()
+
+    def counts(self) -> LaneClientCounts:
+        return LaneClientCounts(self._num_resumed, self._inbox.num_dropped)
 
     def ready(self) -> bool:
         are_running = not any(loop.done() for loop in self._loops)
@@ -145,6 +150,7 @@ class RayLaneClient:
             if num_losses > 1:
                 await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (num_losses - 2), MAX_PAUSE_S))
             request = msgspec.structs.replace(request, attempt=request.attempt + 1)
+            self._num_resumed += 1
 
     @contextmanager
     def _sent(self, request: EngineRequest) -> Iterator[_Attempt]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from stagemesh.stages.messages.request import EngineRequest, LaneStats, TokenDelta
 
@@ -16,6 +16,15 @@ TokenStream = AsyncGenerator[TokenDelta, None]
 """
 
 
+class LaneClientCounts(NamedTuple):
+    """Of one router, over its life."""
+
+    resumed: int = 0
+    """Times that a request went on in another lane."""
+    dropped: int = 0
+    """Messages and deltas that were none, of an older attempt, or belonged to nobody."""
+
+
 class LaneClient(Protocol):
     """All lanes behind one router. Called from one event loop only."""
 
@@ -26,3 +35,5 @@ class LaneClient(Protocol):
 
     def ready(self) -> bool:
         """Whether some lane can generate now."""
+
+    def counts(self) -> LaneClientCounts: ...

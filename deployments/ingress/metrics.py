@@ -5,12 +5,13 @@ Every router shows the stats of all lanes, but latencies of its own requests onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from stagemesh.deployments.ingress.lanes import LaneClient
 from stagemesh.stages.messages.request import LaneStats
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
@@ -46,9 +47,9 @@ _LANE_METRICS: tuple[tuple[str, str, Callable[[LaneStats], float]], ...] = (
 class Metrics:
     """Of one router, in a registry of its own. Call it from the router's event loop."""
 
-    def __init__(self, model_name: str, lane_stats: Callable[[], Iterable[LaneStats]]) -> None:
+    def __init__(self, model_name: str, lanes: LaneClient) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_LaneCollector(model_name, lane_stats))
+        self._registry.register(_LaneCollector(model_name, lanes))
 
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             family = Histogram(name, help, ["model_name"], buckets=buckets, registry=self._registry)
@@ -71,7 +72,7 @@ class Metrics:
         )
         refused = Counter(
             "stagemesh:requests_refused",
-            "Requests refused with 429 because the queues were full.",
+            "Requests refused with 429 because there was no room.",
             ["model_name"],
             registry=self._registry,
         )
@@ -83,12 +84,20 @@ class Metrics:
 
 
 class _LaneCollector(Collector):
-    def __init__(self, model_name: str, lane_stats: Callable[[], Iterable[LaneStats]]) -> None:
+    def __init__(self, model_name: str, lanes: LaneClient) -> None:
         self._model_name = model_name
-        self._lane_stats = lane_stats
+        self._lanes = lanes
 
     def collect(self) -> Iterator[Metric]:
-        lane_stats = list(self._lane_stats())
+        counts = self._lanes.counts()
+        for name, help, count in (
+            ("stagemesh:requests_resumed_total", "Times that a request went on in another lane.", counts.resumed),
+            ("stagemesh:messages_dropped_total", "Messages to this router that it could not use.", counts.dropped),
+        ):
+            total = CounterMetricFamily(name, help, labels=["model_name"])
+            total.add_metric([self._model_name], count)
+            yield total
+        lane_stats = list(self._lanes.lane_stats())
         for name, help, value_of in _LANE_METRICS:
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             metric = family(name, help, labels=["model_name", "lane"])

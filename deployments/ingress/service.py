@@ -137,7 +137,7 @@ class InferenceService:
         sampling_defaults: for fields that a request leaves out. max_num_seqs, max_queued_tokens: see Admission. The
         others: see InputProcessor and EngineArgs.
         """
-        self.metrics = Metrics(model_names[0], lanes.lane_stats)
+        self.metrics = Metrics(model_names[0], lanes)
         self.max_model_len = max_model_len
         self.lanes = lanes
         self.tokenizer = tokenizer

@@ -131,7 +131,7 @@ class WorkerChannel:
             for _ in range(MAX_UNREAD_MESSAGES):
                 if (message := self._decoder.decode(self._plans.recv())) is not None:
                     messages.append(message)
-                if not self._plans.get(zmq.EVENTS) & zmq.POLLIN:
+                if not int(self._plans.get(zmq.EVENTS)) & zmq.POLLIN:
                     break
         return messages
 

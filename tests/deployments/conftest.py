@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.ingress.grpc import GrpcApi
+from stagemesh.deployments.ingress.lanes import LaneClientCounts
 from stagemesh.deployments.ingress.service import InferenceService
 from stagemesh.deployments.proto import inference_pb2_grpc
 from stagemesh.stages.messages.request import EngineRequest, LaneError, LaneStats, TokenDelta
@@ -86,6 +87,9 @@ class FakeLanes:
                 delta.num_cached_tokens = self.num_cached_tokens
             deltas.append(delta)
         return deltas
+
+    def counts(self) -> LaneClientCounts:
+        return LaneClientCounts(resumed=3, dropped=5)
 
     def lane_stats(self) -> list[LaneStats]:
         return [

@@ -383,7 +383,7 @@ async def test_our_own_bugs_answer_500_without_details_and_are_logged_once(http,
 
 @pytest.mark.parametrize(
     ("status", "http_status"),
-    [("unavailable", 503), ("overloaded", 429), ("lost", 503), ("timeout", 504), ("internal", 500)],
+    [("unavailable", 503), ("overloaded", 429), ("lost", 503), ("timeout", 408), ("internal", 500)],
 )
 async def test_lane_errors_have_their_status(http, lanes, status, http_status):
     lanes.error = LaneError(status, "why")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from stagemesh.deployments.ingress.lanes import LaneClientCounts
 from stagemesh.deployments.ingress.metrics import Metrics
 from stagemesh.stages.messages.request import LaneStats
 
@@ -17,7 +19,8 @@ def stats(lane: str, **changes: Any) -> LaneStats:
 
 def samples(*lane_stats: LaneStats) -> dict[tuple[str, str, str], float]:
     """(name, lane, expert) → value."""
-    text = Metrics("tiny", lambda: lane_stats).render().decode()
+    lanes: Any = SimpleNamespace(lane_stats=lambda: lane_stats, counts=lambda: LaneClientCounts(resumed=3, dropped=5))
+    text = Metrics("tiny", lanes).render().decode()
     return {
         (sample.name, sample.labels.get("lane", ""), sample.labels.get("expert", "")): sample.value
         for family in text_string_to_metric_families(text)
@@ -47,3 +50,9 @@ def test_a_dense_model_has_no_metric_of_experts() -> None:
     found = samples(stats("a", num_steps=3))
     assert found["stagemesh:engine_steps_total", "a", ""] == 3
     assert not [name for name, _, _ in found if "expert" in name]
+
+
+def test_what_the_router_resumed_and_dropped_is_counted() -> None:
+    found = samples()
+    assert found["stagemesh:requests_resumed_total", "", ""] == 3
+    assert found["stagemesh:messages_dropped_total", "", ""] == 5
