@@ -64,13 +64,15 @@ FIELDS = {
 def run(cluster: Cluster, *, bodies: int = 2_000, calls: int = 2_000, streams: int = 4) -> Report:
     """bodies: over HTTP, beside some hundred that are no JSON at all. calls: over gRPC."""
     report = Report("doors")
-    memory = memory_by_process()
     traffic = Traffic(cluster.url, asks(1, 48), streams)
     rng = random.Random(0)
     with traffic, ThreadPoolExecutor(CLIENTS) as pool:
         with httpx.Client(base_url=cluster.url, timeout=TIMEOUT_S) as client:
+            # The first batch of each size makes a worker larger, once.
+            ends = list(pool.map(lambda job: _post(client, *job), _bodies(rng, bodies // 2)))
+            memory = memory_by_process()
             jobs = [*_raw_bodies(rng), *_bodies(rng, bodies)]
-            ends = list(pool.map(lambda job: _post(client, *job), jobs))
+            ends += pool.map(lambda job: _post(client, *job), jobs)
         with grpc.insecure_channel(cluster.grpc_address) as channel:
             messages = list(_messages(rng, calls))
             grpc_ends = list(pool.map(lambda message: _call(channel, *message), messages))
