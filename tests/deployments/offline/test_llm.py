@@ -209,7 +209,7 @@ def test_logprobs_come_by_token_with_rank_and_text(llm: LLM) -> None:
     [
         (["Hello", []], r"prompts\[1\]"),
         ([[5, 2048]], r"prompts\[0\]=2048"),
-        ([[5] * 256], "max_model_len is 256"),
+        ([[5] * 256], "maximum context length is 256 tokens"),
         ([{"text": "Hello"}], "prompt_token_ids"),
     ],
 )

@@ -576,7 +576,7 @@ def ints(data: bytes) -> list[int]:
 
 def test_a_plan_says_everything_a_worker_needs() -> None:
     scheduler = make()
-    scheduler.add_request("a", prompt(5), params(temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-1))
+    scheduler.add_request("a", prompt(5), params(temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-2))
     run(scheduler)
     scheduler.add_request("b", prompt(3, 50), params(seed=5, temperature=0.0, top_k=7))
     step = scheduler.schedule()
@@ -592,7 +592,7 @@ def test_a_plan_says_everything_a_worker_needs() -> None:
     a, b = plan.samples
     assert a is not None and b is not None
     assert (a.temperature, a.top_p, a.top_k, a.min_p) == (0.5, 0.9, 0, 0.1)
-    assert (a.seed, a.position) == (2**64 - 1, 6)
+    assert (a.seed, a.position) == (2**64 - 2, 6)
     assert (b.seed, b.position, b.top_k) == (5, 3, 7)
 
 
