@@ -146,7 +146,10 @@ class InferenceRequest(OpenAIRequest):
     @property
     def structured_outputs_name(self) -> str:
         """The field in use, for error messages."""
-        return "structured_outputs" if self.structured_outputs is not None else "response_format.json_schema"
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        is_tag = self.response_format is not None and self.response_format.type == "structural_tag"
+        return "response_format.structures" if is_tag else "response_format.json_schema"
 
     @property
     def echoes_alone(self) -> bool:

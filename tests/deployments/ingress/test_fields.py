@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import llguidance
 import pytest
 
 from stagemesh.deployments.ingress.http import build_http_app
@@ -202,6 +203,19 @@ async def test_a_thousand_prompts_are_one_request(lanes, tokenizer):
         answer = await complete(http, prompt=["a"] * 1024, max_tokens=1)
         assert [choice["index"] for choice in answer["choices"]] == list(range(1024))
         assert (await complete(http, prompt=["a"] * 1025))["error"]["param"] == "prompt"
+
+
+async def test_a_structural_tag_binds_what_lies_between_its_texts(http, lanes):
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    structure = {"begin": "<f=a>", "schema": schema, "end": "</f>"}
+    format = {"type": "structural_tag", "structures": [structure], "triggers": ["<f="]}
+    await chat(http, response_format=format)
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), lanes.calls[0][1].structured_outputs.grammar)
+    good, bad = b'Look: <f=a>{"x": 5}</f> and on', b'Look: <f=a>{"x": "five'
+    assert matcher.validate_tokens(list(good)) == len(good)
+    assert matcher.validate_tokens(list(bad)) == bad.index(b'"five')
+    error = (await chat(http, response_format=format | {"triggers": ["<g="]}))["error"]
+    assert error["param"] == "response_format.structures[0].begin"
 
 
 # ---- answers

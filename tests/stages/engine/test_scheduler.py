@@ -305,6 +305,15 @@ def test_a_later_request_takes_the_common_blocks_from_the_cache() -> None:
     assert (scheduler.stats().prefix_queries, scheduler.stats().prefix_hits) == (20, 8)
 
 
+def test_only_requests_of_one_salt_share_blocks() -> None:
+    scheduler = make()
+    cached = []
+    for name, salt in (("a", ""), ("b", "x"), ("c", "x"), ("d", "y"), ("e", "")):
+        scheduler.add_request(name, prompt(10), params(max_tokens=1), cache_salt=salt)
+        cached.append(run(scheduler)[0].num_cached_tokens)
+    assert cached == [0, 0, 8, 0, 8]
+
+
 def test_the_last_prompt_token_is_computed_even_if_all_blocks_are_cached() -> None:
     scheduler = make()
     for _ in range(2):
