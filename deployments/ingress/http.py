@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,6 +29,8 @@ from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
 from stagemesh.deployments.openai.responses import ModelList
 from stagemesh.deployments.openai.schema import OpenAIRequest
 
+LARGE_BODY_BYTES = 1 << 20
+"""Larger ones are parsed on another thread: ten megabytes of token ids take 0.4 s."""
 MAX_DISCARDED_BYTES = 32 << 20
 """Read and dropped of a body that is too large, before the connection is closed."""
 
@@ -112,7 +116,9 @@ class HttpApi:
             self._service.check_room()  # first, so that a refusal costs next to nothing
             _check_content_type(request.headers.get("content-type", ""))
             content = await _read_body(request, self._service.max_body_bytes)
-            return await accept(schema.parse(content, strict_fields=self._service.strict_fields))
+            parse = partial(schema.parse, content, strict_fields=self._service.strict_fields)
+            body = await asyncio.to_thread(parse) if len(content) > LARGE_BODY_BYTES else parse()
+            return await accept(body)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody is there to read it
         except Exception as error:

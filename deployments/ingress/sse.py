@@ -146,19 +146,20 @@ class ChatChunks(ChunkWriter):
         self._echoed = body.echoed_message
 
     def _opening(self, index: int) -> bytes:
-        opening = b'{"index":%d,"delta":{"role":"assistant","content":%s}%s,"token_ids":null%s}'
-        more = b""
+        opening = b'{"index":%d,"delta":{"role":"assistant","content":%s}%s,"token_ids":%s%s}'
+        ids, more = b"null", b""
         if self._return_token_ids:
+            ids = b"[]"
             more = b',"prompt_token_ids":' + _json(self._stream.choices[index].request.prompt_token_ids)
-        event = self._head + opening % (index, b'""', _NO_LOGPROBS, _RUNNING) + self._tail(index, more)
+        event = self._head + opening % (index, b'""', _NO_LOGPROBS, ids, _RUNNING) + self._tail(index, more)
         if self._echoed:
             echoed = _json(self._echoed)
-            event += self._head + opening % (index, echoed, _NO_LOGPROBS, _RUNNING) + self._tail(index)
+            event += self._head + opening % (index, echoed, _NO_LOGPROBS, ids, _RUNNING) + self._tail(index)
         return event
 
     def _content(self, delta: TextDelta, is_first: bool) -> bytes:
         parts = []
-        if delta.text or not (delta.tool_calls or delta.finish_reason):
+        if delta.text or not delta.tool_calls:
             parts.append(b'"content":' + _json(delta.text))
         if delta.tool_calls:
             parts.append(b'"tool_calls":' + _json([_tool_call(call) for call in delta.tool_calls]))

@@ -29,7 +29,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "guided_grammar": ((), _STRUCTURED),
     "guided_json": ((), _STRUCTURED),
     "guided_regex": ((), _STRUCTURED),
-    "prompt_embeds": ((), "is not supported; send text or token ids"),
+    "prompt_embeds": (([],), "is not supported; send text or token ids"),
     "suffix": (("",), "is not supported"),
 }
 # Known and without effect, by their neutral values; None is neutral everywhere.

@@ -39,10 +39,7 @@ class Sequence:
         due_at: float = 0.0,
         cache_salt: str = "",
     ) -> None:
-        """output_token_ids: the answer so far, from another lane. attempt: repeated in its deltas.
-
-        cache_salt: only sequences of the same one share blocks.
-        """
+        """output_token_ids: the answer so far, from another lane. attempt: repeated in its deltas."""
         self.seq_id = seq_id
         self.order = (due_at, seq_id)
         """Its place in both queues, kept through preemptions."""

@@ -198,6 +198,8 @@ class InputProcessor:
             if not prompt:
                 raise ConfigError(field, prompt, "must not be empty")
             if isinstance(prompt, str):
+                if cut == slice(None) and len(prompt) > self._max_model_len * self._tokenizer.max_token_chars:
+                    raise self._too_long(field, f"{len(prompt)} characters", room_for_answer)  # saves seconds
                 token_ids = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
             else:
                 token_ids = list(prompt)
@@ -211,12 +213,14 @@ class InputProcessor:
             raise ConfigError(name, [], "has no tokens")
         self._check_token_ids(name, token_ids)
         if len(token_ids) + room_for_answer > self._max_model_len:
-            # OpenAI's words: clients look for them.
-            reason = f"this model's maximum context length is {self._max_model_len} tokens"
-            if room_for_answer:
-                reason += ", of which the answer needs at least one"
-            reason += "; please reduce the length of the prompt"
-            raise PromptTooLong(name, f"{len(token_ids)} tokens", reason)
+            raise self._too_long(name, f"{len(token_ids)} tokens", room_for_answer)
+
+    def _too_long(self, name: str, length: str, room_for_answer: int) -> PromptTooLong:
+        # OpenAI's words: clients look for them.
+        reason = f"this model's maximum context length is {self._max_model_len} tokens"
+        if room_for_answer:
+            reason += ", of which the answer needs at least one"
+        return PromptTooLong(name, length, f"{reason}; please reduce the length of the prompt")
 
     def _check_token_ids(self, name: str, token_ids: Collection[int]) -> None:
         """An id past the end would fail in the middle of a step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class Tokenizer:
         settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
         template = _read_chat_template(folder, settings)
         return cls(backend, chat_template=template, special_tokens=_special_tokens(settings))
+
+    @cached_property
+    def max_token_chars(self) -> int:
+        """No token stands for more characters."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Special tokens written in `text` become their ids, as in transformers. Releases the GIL."""

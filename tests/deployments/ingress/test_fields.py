@@ -85,7 +85,10 @@ async def test_strict_fields_are_refused_all_at_once(lanes, tokenizer):
         assert "temprature=0: is not a known request field; did you mean temperature?" in error["message"]
         assert "length_penalty=2: is not supported" in error["message"] and "store" not in error["message"]
         stream = await http.post("/completions", json={"prompt": "Hi", "stream": True, "stream_options": {"usage": 1}})
+        assert (await chat(http, message=[]))["error"]["message"].endswith("did you mean messages?")
+        embedding = await http.post("/embeddings", json={"input": "Hi", "temperature": 0})
     assert stream.json()["error"]["param"] == "stream_options.usage"
+    assert embedding.json()["error"]["param"] == "temperature"
     assert not lanes.calls
 
 
@@ -292,6 +295,8 @@ async def test_token_ids_come_where_vllm_has_them(http, lanes, asked):
     first, *parts = await chunks(http, "/chat/completions", messages=[USER], **fields)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert first.get("prompt_token_ids") == (prompt_ids if asked else None)
+    assert not any("prompt_token_ids" in part for part in parts)
+    assert first["choices"][0]["token_ids"] == ([] if asked else None)
     assert [part["choices"][0]["token_ids"] for part in parts] == [[i] if asked else None for i in ids]
 
 
@@ -322,9 +327,10 @@ async def test_logprobs_end_with_the_servers_maximum(lanes, tokenizer):
             assert (await complete(http, **fields))["error"]["param"] == name
         assert (await chat(http, logprobs=True, top_logprobs=4))["error"]["param"] == "top_logprobs"
         assert "choices" in await complete(http, logprobs=3)
-    async with with_settings(lanes, tokenizer, max_logprobs=-1) as http:
-        assert "choices" in await complete(http, logprobs=-1, prompt_logprobs=1000)
-    assert (lanes.calls[1][1].logprobs, lanes.calls[1][1].prompt_logprobs) == (-1, 1000)
+    for most in (-1, 300):  # of 300 tokens
+        async with with_settings(lanes, tokenizer, max_logprobs=most) as http:
+            assert "choices" in await complete(http, logprobs=-1, prompt_logprobs=1000)
+        assert (lanes.calls[-1][1].logprobs, lanes.calls[-1][1].prompt_logprobs) == (-1, 1000)
 
 
 # ---- streams

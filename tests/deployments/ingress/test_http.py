@@ -316,6 +316,7 @@ async def test_a_refusal_is_an_openai_error_object(http):
     [
         ({"model": "gpt-4"}, 404, "model", "model_not_found"),
         ({"prompt": "x" * 5000}, 400, "prompt", "context_length_exceeded"),
+        ({"prompt": [5] * 600_000}, 400, "prompt", "context_length_exceeded"),  # parsed on another thread
         ({"prompt": ""}, 400, "prompt", None),
         ({"prompt": None}, 400, "prompt", None),
         ({"max_tokens": -1}, 400, "max_tokens", None),

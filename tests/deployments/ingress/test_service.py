@@ -466,8 +466,14 @@ async def test_a_prompt_that_is_too_long_names_both_numbers(service):
 
 
 async def test_a_long_text_is_tokenized_too(service):
-    with pytest.raises(PromptTooLong, match="20001 tokens"):
-        await complete(service, prompt="z" * 20000)
+    with pytest.raises(PromptTooLong, match="801 tokens"):
+        await complete(service, prompt="z" * 800)
+
+
+async def test_a_text_too_long_for_any_tokenization_is_not_tokenized(service, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "encode", None)
+    with pytest.raises(PromptTooLong, match="20000 characters"):
+        await complete(service, prompt="z" * 20_000)
 
 
 async def test_many_texts_that_are_long_together_leave_the_event_loop_alone(service, tokenizer, monkeypatch):
@@ -482,7 +488,7 @@ async def test_many_texts_that_are_long_together_leave_the_event_loop_alone(serv
     assert threads == {threading.main_thread()}
     threads.clear()
     with pytest.raises(PromptTooLong, match=r"prompt\[0\]"):
-        await complete(service, prompt=["x" * 1000] * 40)
+        await complete(service, prompt=["x" * 800] * 40)
     assert threads and threading.main_thread() not in threads
 
 
