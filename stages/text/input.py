@@ -326,7 +326,7 @@ def _normalized(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
     normalized = {**message, "content": content or ""}
     calls = message.get("tool_calls")
     if calls:
-        if not isinstance(calls, Sequence) or isinstance(calls, str):
+        if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
             raise ConfigError(f"messages[{i}].tool_calls", calls, "must be a list of tool calls")
         normalized["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     return normalized

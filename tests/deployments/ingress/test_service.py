@@ -427,6 +427,8 @@ async def test_a_bad_field_is_named(service, lanes, fields, named):
             r"messages\[0\].content\[0\].type='image_url'",
         ),
         ({"messages": [{"role": "judge", "content": "x"}]}, "messages.*no judges"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": 5}]}, r"messages\[0\].tool_calls=5"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [5]}]}, r"messages\[0\].tool_calls=\[5\]"),
         ({"max_completion_tokens": -1}, "max_completion_tokens=-1"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, r"tools=\['f'\]: this model's chat template"),

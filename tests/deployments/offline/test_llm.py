@@ -224,7 +224,7 @@ def test_a_prompt_that_cannot_run_is_named_before_any_runs(llm: LLM, prompts: An
     "params", [{"logit_bias": {2048: 1.0}}, {"allowed_token_ids": [5, 2048]}, {"stop_token_ids": [2048]}]
 )
 def test_a_token_id_that_the_model_does_not_have_is_refused_and_the_lane_lives(llm: LLM, params: Any) -> None:
-    with pytest.raises(ConfigError, match="=2048: token ids"):
+    with pytest.raises(ConfigError, match="=2048: is out of vocabulary"):
         llm.generate("Hello", SamplingParams(max_tokens=4, **params), use_tqdm=False)
     assert llm.generate("Hello", GREEDY, use_tqdm=False)[0].finished
 
