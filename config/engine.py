@@ -90,6 +90,12 @@ class EngineArgs(Settings):
     a place at once because others end. Set it for batches: who is queued may wait for as long as an answer takes."""
     max_queued_tokens: int | None = Field(default=None, ge=1)
     """Most prompt tokens per lane that wait; by default 64 steps' worth, and at least two of the longest prompts."""
+    max_logprobs: int = Field(default=20, ge=-1)
+    """Most log-probabilities per token that a request may ask for; -1: as many as the vocabulary has."""
+    trust_request_chat_template: bool = False
+    """Take `chat_template` from requests. It is a program: only where all clients are trusted."""
+    strict_fields: bool = False
+    """Refuse requests with unknown fields and with those that have no effect, instead of a warning in the log."""
     max_request_timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds for a request, its time in queues included; a request's own `timeout` may be less."""
     startup_timeout_s: float = Field(default=300.0, gt=0)
@@ -157,6 +163,9 @@ class EngineConfig:
     num_router_replicas: int
     max_queued_requests: int | None
     max_queued_tokens: int
+    max_logprobs: int
+    trust_request_chat_template: bool
+    strict_fields: bool
     max_request_timeout_s: float
     startup_timeout_s: float
     step_timeout_s: float

@@ -38,6 +38,9 @@ WITHOUT_EFFECT = frozenset(
         "max_queued_requests",
         "max_queued_tokens",
         "max_request_timeout_s",
+        "max_logprobs",
+        "trust_request_chat_template",
+        "strict_fields",
     }
 )
 """Fields of EngineConfig that change neither an answer (each has its seed) nor how a lane is wired."""

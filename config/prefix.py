@@ -10,6 +10,11 @@ import xxhash
 ROOT = b"stagemesh"
 
 
+def root(salt: str) -> bytes:
+    """The parent of a prompt's first block. Prompts of different salts share no block."""
+    return xxhash.xxh3_128(ROOT + b"/" + salt.encode()).digest() if salt else ROOT
+
+
 def block_hashes(token_ids: Sequence[int], block_size: int, parent: bytes = ROOT) -> list[bytes]:
     """Hash (16 bytes, xxh3) of every full block, over its parent's hash and its own tokens.
 

@@ -27,7 +27,7 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "max_tokens": (1, NO_LIMIT),
     "min_tokens": (0, NO_LIMIT),
     "top_k": (-1, 2**31 - 1),
-    "seed": (-(2**63), 2**64 - 1),
+    "seed": (-(2**63), 2**63 - 1),
     "logprobs": (-1, 2**31 - 1),
     "prompt_logprobs": (-1, 2**31 - 1),
 }
@@ -95,7 +95,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float = 0.0
     """Keep tokens min_p times as likely as the likeliest, in [0, 1]."""
     seed: int | None = None
-    """64 bits; a request without one gets one before it reaches a lane."""
+    """Of int64; -1 = None, as in vLLM. A request without one gets one before it reaches a lane."""
     stop: tuple[str, ...] = ()
     """End the answer; found in the detokenized text, not by the engine. At most 64 of 1024 characters."""
     stop_token_ids: tuple[int, ...] = ()
@@ -122,6 +122,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """`bad_words` tokenized, together with the prompt."""
     logprobs: int | None = None
     """For each generated token and this many likeliest ones, -1 = all; before penalties, masks and temperature."""
+    logprob_token_ids: tuple[int, ...] | None = None
+    """With logprobs: report these ids instead of the likeliest ones."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens; the prefix cache is then not read."""
     structured_outputs: StructuredOutputsParams | None = None
@@ -129,7 +131,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Set to get the prompt's vector; no token is generated."""
 
     def seed_of_choice(self, i: int) -> int | None:
-        return None if self.seed is None else (self.seed + i) % 2**64
+        """Within [0, 2**63), so that it can be sent as a seed again."""
+        return None if self.seed is None else (self.seed + i) % 2**63
 
     def __post_init__(self) -> None:
         self._tidy()
@@ -170,9 +173,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def _check_token_ids(self) -> None:
         self._check_ids("stop_token_ids", self.stop_token_ids)
-        if self.allowed_token_ids is not None:
-            self._check_ids("allowed_token_ids", self.allowed_token_ids)
-            self._check("allowed_token_ids", len(self.allowed_token_ids) > 0, "must hold at least one token id")
+        for name in ("allowed_token_ids", "logprob_token_ids"):
+            if getattr(self, name) is not None:
+                self._check_ids(name, getattr(self, name))
+                self._check(name, len(getattr(self, name)) > 0, "must hold at least one token id")
         words = self.bad_words_token_ids
         self._check("bad_words_token_ids", isinstance(words, tuple | list), "must be a list of words")
         for word in words:
@@ -190,14 +194,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def _tidy(self) -> None:
         """Convert lists, single strings and None, which vLLM accepts, to the fields' types."""
-        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logprob_token_ids"):
             value = getattr(self, name)
             if isinstance(value, str):
                 msgspec.structs.force_setattr(self, name, (value,))
-            elif isinstance(value, list) or (value is None and name != "allowed_token_ids"):
+            elif isinstance(value, list) or (value is None and name in ("stop", "stop_token_ids", "bad_words")):
                 msgspec.structs.force_setattr(self, name, tuple(value or ()))
         if self.max_tokens is None:
             msgspec.structs.force_setattr(self, "max_tokens", NO_LIMIT)
+        if self.seed == -1:
+            msgspec.structs.force_setattr(self, "seed", None)
         if self.logit_bias is None:
             msgspec.structs.force_setattr(self, "logit_bias", {})
 

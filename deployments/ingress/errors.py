@@ -9,6 +9,7 @@ import grpc
 import msgspec
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.deployments.ingress import request_id
 from stagemesh.deployments.ingress.admission import Overloaded
 from stagemesh.stages.messages.request import LaneError
 from stagemesh.stages.text.input import PromptTooLong
@@ -22,6 +23,10 @@ class UnknownModel(ConfigError):
 
 class BodyTooLarge(ConfigError):
     """The request body exceeds the limit."""
+
+
+class NotJson(ConfigError):
+    """The request's Content-Type says that its body is something else."""
 
 
 class ErrorKind(msgspec.Struct, frozen=True):
@@ -41,6 +46,7 @@ _BY_EXCEPTION: dict[type[Exception], ErrorKind] = {
     UnknownModel: ErrorKind(404, grpc.StatusCode.NOT_FOUND, code="model_not_found"),
     PromptTooLong: ErrorKind(400, grpc.StatusCode.INVALID_ARGUMENT, code="context_length_exceeded"),
     BodyTooLarge: ErrorKind(413, grpc.StatusCode.RESOURCE_EXHAUSTED, code="request_too_large"),
+    NotJson: ErrorKind(415, grpc.StatusCode.INVALID_ARGUMENT),
     ConfigError: ErrorKind(400, grpc.StatusCode.INVALID_ARGUMENT),
 }
 _BY_LANE_STATUS: dict[str, ErrorKind] = {
@@ -76,11 +82,16 @@ def report_error(error: Exception) -> ErrorReport:
     if isinstance(error, LaneError):
         kind = _BY_LANE_STATUS[error.status]
         if kind is _INTERNAL:
-            logger.error("a lane failed a request: %s", error)
+            logger.error("a lane failed %s: %s", _request(), error)
         retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else kind.retry_after_s
         return ErrorReport(kind, str(error), retry_after_s=retry_after_s)
     if isinstance(error, ConfigError):
         kind = next(_BY_EXCEPTION[cls] for cls in type(error).__mro__ if cls in _BY_EXCEPTION)
         return ErrorReport(kind, str(error), error.field or None)
-    logger.error("a request failed unexpectedly", exc_info=error)
+    logger.error("%s failed unexpectedly", _request(), exc_info=error)
     return ErrorReport(_INTERNAL, "internal server error; the server's log has the details")
+
+
+def _request() -> str:
+    current = request_id.current.get()
+    return "a request" if current is None else f"request {current.value}"

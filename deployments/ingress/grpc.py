@@ -208,7 +208,7 @@ async def _whole(
             logprobs=_logprobs(one.logprobs),
             prompt_logprobs=_logprobs(one.prompt_logprobs or ()),
             token_ids=one.token_ids,
-            seed=_int64(one.seed),
+            seed=one.seed,
             **content(one),
         )
         for one in stream.choices
@@ -240,17 +240,12 @@ async def _chunks(
                     finish_reason=delta.finish_reason or "",
                     logprobs=_logprobs(delta.logprobs),
                     token_ids=delta.token_ids,
-                    seed=_int64(stream.choices[delta.index].seed) if delta.finish_reason else 0,
+                    seed=stream.choices[delta.index].seed if delta.finish_reason else 0,
                     **content(delta),
                 )
         yield chunk(id=stream.id, usage=_usage(stream), system_fingerprint=stream.system_fingerprint)
     except Exception as error:
         _fail(grpc_context, error)
-
-
-def _int64(seed: int) -> int:
-    """A request's seed counts modulo 2**64."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _text(output: OutputProcessor | TextDelta) -> dict[str, Any]:

@@ -40,6 +40,11 @@ class Router(GrpcApi):
             max_queued_tokens=config.max_queued_tokens,
             max_request_timeout_s=config.max_request_timeout_s,
             system_fingerprint=fingerprint(config),
+            model_root=config.model_name,
+            embedding_size=config.model.hidden_size,
+            max_logprobs=config.max_logprobs,
+            trust_request_chat_template=config.trust_request_chat_template,
+            strict_fields=config.strict_fields,
         )
 
     async def check_health(self) -> None:

@@ -10,20 +10,30 @@ from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from stagemesh.config.errors import ConfigError
+from stagemesh.deployments.ingress import request_id
 from stagemesh.deployments.ingress.admission import Admission, Overloaded, Place
 from stagemesh.deployments.ingress.deadline import Deadline
 from stagemesh.deployments.ingress.errors import UnknownModel
 from stagemesh.deployments.ingress.lanes import MAX_UNREAD_DELTAS, LaneClient
 from stagemesh.deployments.ingress.metrics import Metrics
-from stagemesh.deployments.openai.embeddings import EmbeddingRequest, EmbeddingResponse
-from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
-from stagemesh.deployments.openai.responses import ModelCard, PromptTokensDetails, Usage
+from stagemesh.deployments.openai.embeddings import MAX_INPUTS, EmbeddingRequest, EmbeddingResponse
+from stagemesh.deployments.openai.requests import (
+    MAX_ANSWERS,
+    MAX_LOGPROBS,
+    ChatRequest,
+    CompletionRequest,
+    InferenceRequest,
+)
+from stagemesh.deployments.openai.responses import ModelCard, ModelPermission, PromptTokensDetails, Usage
 from stagemesh.deployments.openai.schema import OpenAIRequest
 from stagemesh.stages.messages.request import EngineRequest, LaneError
-from stagemesh.stages.text.input import InputProcessor, ProcessedPrompt
+from stagemesh.stages.text.input import ChatInput, InputProcessor, ProcessedPrompt
 from stagemesh.stages.text.output import OutputProcessor, TextDelta, embedding_of, output_processors
 from stagemesh.stages.text.tokenizer import Tokenizer
 
+MAX_BODY_BYTES = 32 << 20
+"""Parsing so many token ids takes a second of a router's time and 300 MB, whatever the model's context."""
 LONG_TEXT_CHARS = 16_384
 """Longer texts are tokenized on another thread: a megabyte takes about a second."""
 
@@ -47,11 +57,16 @@ class GenerationStream:
         self.system_fingerprint = service.system_fingerprint
         self.created = int(time.time())
         self.choices = output_processors(prompts, service.tokenizer)
+        self.tokenizer = service.tokenizer
+        self._prompts = prompts
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._choices_per_prompt = len(prompts[0].requests)
         self._places = service.enter([choice.request for choice in self.choices])
         self._service = service
         self._deadline = deadline
+
+    def prompt_of(self, choice: OutputProcessor) -> ProcessedPrompt:
+        return self._prompts[choice.index // self._choices_per_prompt]
 
     def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """Choices interleaved. Use under `aclosing`: closing aborts what still runs."""
@@ -131,8 +146,13 @@ class InferenceService:
         max_queued_tokens: int = 32_768,
         max_request_timeout_s: float = 3600.0,
         system_fingerprint: str = "",
+        model_root: str | None = None,
+        embedding_size: int | None = None,
+        max_logprobs: int = MAX_LOGPROBS,
+        trust_request_chat_template: bool = False,
+        strict_fields: bool = False,
     ) -> None:
-        """model_names: a response has the requested one, else the first.
+        """model_names: a response has the requested one, else the first. model_root: the model, as its server names it.
 
         sampling_defaults: for fields that a request leaves out. max_num_seqs, max_queued_tokens: see Admission. The
         others: see InputProcessor and EngineArgs.
@@ -145,13 +165,18 @@ class InferenceService:
         self._admission = Admission(lanes, max_requests=max_num_seqs, max_tokens=max_queued_tokens)
         self._max_timeout_s = max_request_timeout_s
         self._input = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed)
-        self._models = {name: ModelCard(name, int(time.time()), max_model_len) for name in model_names}
+        self.strict_fields = strict_fields
+        self._trusts_templates = trust_request_chat_template
+        self._max_logprobs = -1 if max_logprobs >= vocab_size else max_logprobs
+        self._embedding_size = embedding_size
+        self._models = {name: _model_card(name, model_root or model_names[0], max_model_len) for name in model_names}
         self._sampling_defaults = dict(sampling_defaults or {})
 
     @property
     def max_body_bytes(self) -> int:
-        """16 bytes per token, escaped text or ids; at least 1 MiB."""
-        return max(1 << 20, 16 * self.max_model_len)
+        """1 MiB for the other fields, and 16 bytes per token (escaped text or ids) of as many prompts as may come."""
+        num_prompts = max(MAX_ANSWERS, MAX_INPUTS)
+        return min(MAX_BODY_BYTES, (1 << 20) + 16 * self.max_model_len * num_prompts)
 
     def ready(self) -> bool:
         return self.lanes.ready()
@@ -181,48 +206,53 @@ class InferenceService:
         """Raises ConfigError naming the wrong field, Overloaded."""
         deadline = self._deadline(request)
         model = self.model(request.model)
-        id = "cmpl-" + uuid.uuid4().hex
-        params = request.sampling_params(self._sampling_defaults)
+        id, lane_id = _ids("cmpl-", request)
+        params = request.sampling_params(self._sampling_defaults, self._max_logprobs)
         process = partial(
             self._input.process_prompts,
             request.prompts(),
             params,
-            id,
+            lane_id,
             add_special_tokens=request.add_special_tokens is not False,
             structured_outputs_name=request.structured_outputs_name,
             priority=request.priority or 0,
+            truncation=request.truncation,
         )
         prompts = await _run(process, is_slow=request.num_chars > LONG_TEXT_CHARS or bool(params.structured_outputs))
+        _salt(prompts, request)
         return GenerationStream(id, model.id, prompts, self, deadline)
 
     async def chat(self, request: ChatRequest) -> GenerationStream:
         """Raises ConfigError naming the wrong field, Overloaded."""
         deadline = self._deadline(request)
         model = self.model(request.model)
-        id = "chatcmpl-" + uuid.uuid4().hex
-        chat, params = request.chat_input(), request.sampling_params(self._sampling_defaults)
-        name = request.structured_outputs_name
+        id, lane_id = _ids("chatcmpl-", request)
+        params = request.sampling_params(self._sampling_defaults, self._max_logprobs)
+        chat = self._trusted(request.chat_input())
         process = partial(
-            self._input.process_chat, chat, params, id, structured_outputs_name=name, priority=request.priority or 0
+            self._input.process_chat,
+            chat,
+            params,
+            lane_id,
+            structured_outputs_name=request.structured_outputs_name,
+            priority=request.priority or 0,
+            truncation=request.truncation,
         )
         is_slow = request.num_chars > LONG_TEXT_CHARS or bool(params.structured_outputs or chat.tools)
-        prompt = await _run(process, is_slow=is_slow)
-        return GenerationStream(id, model.id, [prompt], self, deadline)
+        prompts = [await _run(process, is_slow=is_slow or chat.chat_template is not None)]
+        _salt(prompts, request)
+        return GenerationStream(id, model.id, prompts, self, deadline)
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
         """One vector per input. Raises ConfigError naming the wrong input, Overloaded. Cancelling aborts what runs."""
         deadline = self._deadline(request)
         model = self.model(request.model)
-        id = "embd-" + uuid.uuid4().hex
-        process = partial(
-            self._input.process_embeddings,
-            request.inputs(),
-            request.params(),
-            id,
-            add_special_tokens=request.add_special_tokens is not False,
-            priority=request.priority or 0,
-        )
-        requests = await _run(process, is_slow=request.num_chars > LONG_TEXT_CHARS)
+        size = self._embedding_size
+        if request.dimensions is not None and size is not None and request.dimensions > size:
+            raise ConfigError("dimensions", request.dimensions, f"must be within [1, {size}], what a vector has")
+        id, lane_id = _ids("embd-", request)
+        process = partial(self._embedding_requests, request, lane_id)
+        requests = await _run(process, is_slow=request.num_chars > LONG_TEXT_CHARS or request.chat_template is not None)
         places = self.enter(requests)
         try:
             async with asyncio.TaskGroup() as group:
@@ -234,7 +264,32 @@ class InferenceService:
             raise errors.exceptions[0] from None
         num_tokens = sum(len(one.prompt_token_ids) for one in requests)
         vectors = [task.result() for task in tasks]
-        return EmbeddingResponse.of(vectors, model.id, num_tokens, request.encoding_format)
+        return EmbeddingResponse.of(vectors, model.id, num_tokens, request.encoding_format, id=id)
+
+    def _embedding_requests(self, request: EmbeddingRequest, id: str) -> list[EngineRequest]:
+        inputs: Sequence[str | list[int]]
+        if request.messages:
+            name, inputs = "messages", [self._input.render(self._trusted(request.conversation()))]
+            add_special_tokens = request.add_special_tokens is True
+        else:
+            name, inputs = "input", request.inputs()
+            add_special_tokens = request.add_special_tokens is not False
+        return self._input.process_embeddings(
+            inputs,
+            request.params(),
+            id,
+            name=name,
+            add_special_tokens=add_special_tokens,
+            priority=request.priority or 0,
+            truncation=request.truncation,
+        )
+
+    def _trusted(self, chat: ChatInput) -> ChatInput:
+        """`chat`. Raises ConfigError for a template of its own, unless clients are trusted with that."""
+        if chat.chat_template is not None and not self._trusts_templates:
+            reason = "is not taken from requests; the server can be started with --trust-request-chat-template"
+            raise ConfigError("chat_template", chat.chat_template, reason)
+        return chat
 
     async def _vector(self, request: EngineRequest, place: Place, deadline: Deadline) -> bytes:
         timer = deadline.timer()
@@ -260,6 +315,25 @@ class InferenceService:
             raise
 
 
+def _ids(prefix: str, request: OpenAIRequest) -> tuple[str, str]:
+    """Of the answer, and of its parts in the lanes, where the id of a client that repeats one must not repeat."""
+    current = request_id.current.get() or request_id.RequestId()
+    current.take(request.request_id)
+    id = prefix + current.value
+    return id, f"{id}-{uuid.uuid4().hex[:16]}" if current.is_given else id
+
+
+def _salt(prompts: Sequence[ProcessedPrompt], request: InferenceRequest) -> None:
+    for prompt in prompts:
+        for engine_request in prompt.requests:
+            engine_request.cache_salt = request.cache_salt or ""
+
+
+def _model_card(name: str, root: str, max_model_len: int) -> ModelCard:
+    now = int(time.time())
+    return ModelCard(name, now, max_model_len, root, [ModelPermission(f"modelperm-{uuid.uuid4().hex}", now)])
+
+
 async def _run(function: Callable[[], Result], *, is_slow: bool) -> Result:
     """On another thread if it is slow, else every running stream would stall."""
     return await asyncio.to_thread(function) if is_slow else function()
@@ -268,16 +342,17 @@ async def _run(function: Callable[[], Result], *, is_slow: bool) -> Result:
 async def _merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
     """All streams interleaved. The first error ends all; closing this closes them.
 
-    Raises LaneError when MAX_UNREAD_DELTAS wait to be taken.
+    Raises LaneError when too many wait to be taken.
     """
     queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
+    most = MAX_UNREAD_DELTAS * (1 + len(streams) // 256)  # each step of a lane brings one for every stream
 
     async def drain(stream: AsyncGenerator[TextDelta, None]) -> None:
         try:
             async with aclosing(stream):
                 async for delta in stream:
-                    if queue.qsize() >= MAX_UNREAD_DELTAS:
-                        raise LaneError("overloaded", f"{MAX_UNREAD_DELTAS} pieces of the answer were not read")
+                    if queue.qsize() >= most:
+                        raise LaneError("overloaded", f"{most} pieces of the answer were not read")
                     queue.put_nowait(delta)
             queue.put_nowait(None)
         except Exception as error:

@@ -6,9 +6,12 @@ from typing import Any
 
 import msgspec
 
+from stagemesh.deployments.ingress.answers import Echo
 from stagemesh.deployments.ingress.service import GenerationStream
-from stagemesh.deployments.openai.logprobs import chat_logprobs, completion_logprobs
-from stagemesh.stages.text.output import DecodedLogprob, TextDelta
+from stagemesh.deployments.openai.logprobs import chat_logprobs
+from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest, InferenceRequest, StreamOptions
+from stagemesh.deployments.openai.responses import PromptTokensDetails, Usage
+from stagemesh.stages.text.output import TextDelta
 from stagemesh.stages.text.tool_calls import ToolCallDelta
 
 _json = msgspec.json.encode
@@ -18,6 +21,7 @@ WAITING = b": waiting\n\n"
 """A comment, which clients skip: shows them and all proxies that the connection lives."""
 _FINISH = {reason: b',"finish_reason":' + _json(reason) for reason in (None, "stop", "length", "tool_calls")}
 _NO_LOGPROBS = b',"logprobs":null'
+_RUNNING = _FINISH[None] + b',"stop_reason":null'
 
 
 def event(content: Any) -> bytes:
@@ -25,13 +29,14 @@ def event(content: Any) -> bytes:
 
 
 class ChunkWriter:
-    """Chunks of one streaming response. Subclasses write a choice's content."""
+    """Chunks of one streaming response. Subclasses write a choice's content.
+
+    Every delta is a chunk, also one whose text is held back: clients tell the time of each token by it.
+    """
 
     object: str
 
-    def __init__(
-        self, stream: GenerationStream, *, include_usage: bool = False, return_token_ids: bool = False
-    ) -> None:
+    def __init__(self, stream: GenerationStream, body: InferenceRequest) -> None:
         head = _json(
             {
                 "id": stream.id,
@@ -42,30 +47,32 @@ class ChunkWriter:
             }
         )
         self._head = b"data: " + head[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        options = body.stream_options or StreamOptions()
+        self._include_usage = options.include_usage is True
+        self._continuous_usage = self._include_usage and options.continuous_usage_stats is True
         self._stream = stream
-        self._include_usage = include_usage
-        self._return_token_ids = return_token_ids
+        self._return_token_ids = body.return_token_ids is True
+        self._as_ids = body.return_tokens_as_token_ids is True
+        self._num_tokens = [0] * len(stream.choices)
         self._is_opened = [False] * len(stream.choices)
 
     def delta(self, delta: TextDelta) -> bytes:
         """The event for new tokens of one choice, after its opening event, if any."""
+        index = delta.index
+        is_first = not self._is_opened[index]
         opening = b""
-        if not self._is_opened[delta.index]:
-            self._is_opened[delta.index] = True
-            opening = self._opening(delta.index)
-        logprobs = b',"logprobs":' + self._logprobs(delta.logprobs) if delta.logprobs else _NO_LOGPROBS
-        token_ids = b',"token_ids":' + _json(delta.token_ids) if self._return_token_ids else b""
-        seed = b',"seed":%d' % self._stream.choices[delta.index].seed if delta.finish_reason is not None else b""
-        choice = b'{"index":%d,%s%s%s%s%s}' % (
-            delta.index,
-            self._content(delta),
-            logprobs,
-            token_ids,
-            _FINISH[delta.finish_reason],
-            seed,
+        if is_first:
+            self._is_opened[index] = True
+            opening = self._opening(index)
+        self._num_tokens[index] += len(delta.token_ids)
+        choice = b'{"index":%d,%s%s%s%s}' % (
+            index,
+            self._content(delta, is_first),
+            self._logprobs(delta, is_first),
+            self._ids(delta, is_first),
+            self._finish(delta),
         )
-        return opening + self._head + choice + self._tail
+        return opening + self._head + choice + self._tail(index)
 
     def end(self) -> bytes:
         """Usage if requested, and the end mark."""
@@ -73,43 +80,95 @@ class ChunkWriter:
             return DONE
         return self._head + b'],"usage":' + _json(self._stream.usage) + b"}\n\n" + DONE
 
+    def _tail(self, index: int, more: bytes = b"") -> bytes:
+        """more: fields of the chunk."""
+        if self._continuous_usage:
+            return b"]" + more + b',"usage":' + _json(self._usage_so_far(index)) + b"}\n\n"
+        return b"]" + more + (b',"usage":null}\n\n' if self._include_usage else b"}\n\n")
+
+    def _usage_so_far(self, index: int) -> Usage:
+        choice = self._stream.choices[index]
+        num_prompt, num_tokens = len(choice.request.prompt_token_ids), self._num_tokens[index]
+        details = PromptTokensDetails(choice.num_cached_tokens)
+        return Usage(num_prompt, num_tokens, num_prompt + num_tokens, details)
+
+    def _finish(self, delta: TextDelta) -> bytes:
+        if delta.finish_reason is None:
+            return _RUNNING
+        choice = self._stream.choices[delta.index]
+        reasons = _FINISH[delta.finish_reason], _json(choice.stop_reason), choice.seed
+        return b'%s,"stop_reason":%s,"seed":%d' % reasons
+
+    def _ids(self, delta: TextDelta, is_first: bool) -> bytes:
+        return b',"token_ids":' + (_json(delta.token_ids) if self._return_token_ids else b"null")
+
     def _opening(self, index: int) -> bytes:
         return b""
 
-    def _content(self, delta: TextDelta) -> bytes:
+    def _content(self, delta: TextDelta, is_first: bool) -> bytes:
         raise NotImplementedError
 
-    def _logprobs(self, logprobs: list[DecodedLogprob]) -> bytes:
+    def _logprobs(self, delta: TextDelta, is_first: bool) -> bytes:
         raise NotImplementedError
 
 
 class CompletionChunks(ChunkWriter):
     object = "text_completion"
 
-    def _content(self, delta: TextDelta) -> bytes:
-        return b'"text":' + _json(delta.text)
+    def __init__(self, stream: GenerationStream, body: CompletionRequest) -> None:
+        super().__init__(stream, body)
+        self._body = body
+        self._echo = Echo(stream, body)
 
-    def _logprobs(self, logprobs: list[DecodedLogprob]) -> bytes:
-        return _json(completion_logprobs(logprobs))
+    def _content(self, delta: TextDelta, is_first: bool) -> bytes:
+        text = "" if self._body.echoes_alone else delta.text
+        if is_first and self._body.echo:
+            text = self._echo.text(self._stream.choices[delta.index]) + text
+        return b'"text":' + _json(text)
+
+    def _logprobs(self, delta: TextDelta, is_first: bool) -> bytes:
+        if self._body.logprobs is None or not (delta.logprobs or is_first):
+            return _NO_LOGPROBS
+        choice = self._stream.choices[delta.index]
+        return b',"logprobs":' + _json(self._echo.logprobs(choice, delta.logprobs, is_first=is_first))
+
+    def _ids(self, delta: TextDelta, is_first: bool) -> bytes:
+        is_shown = is_first and self._return_token_ids
+        prompt = _json(self._stream.choices[delta.index].request.prompt_token_ids) if is_shown else b"null"
+        return super()._ids(delta, is_first) + b',"prompt_token_ids":' + prompt
 
 
 class ChatChunks(ChunkWriter):
     object = "chat.completion.chunk"
 
-    def _opening(self, index: int) -> bytes:
-        opening = b'{"index":%d,"delta":{"role":"assistant","content":""}%s%s}'
-        return self._head + opening % (index, _NO_LOGPROBS, _FINISH[None]) + self._tail
+    def __init__(self, stream: GenerationStream, body: ChatRequest) -> None:
+        super().__init__(stream, body)
+        self._echoed = body.echoed_message
 
-    def _content(self, delta: TextDelta) -> bytes:
+    def _opening(self, index: int) -> bytes:
+        opening = b'{"index":%d,"delta":{"role":"assistant","content":%s}%s,"token_ids":%s%s}'
+        ids, more = b"null", b""
+        if self._return_token_ids:
+            ids = b"[]"
+            more = b',"prompt_token_ids":' + _json(self._stream.choices[index].request.prompt_token_ids)
+        event = self._head + opening % (index, b'""', _NO_LOGPROBS, ids, _RUNNING) + self._tail(index, more)
+        if self._echoed:
+            echoed = _json(self._echoed)
+            event += self._head + opening % (index, echoed, _NO_LOGPROBS, ids, _RUNNING) + self._tail(index)
+        return event
+
+    def _content(self, delta: TextDelta, is_first: bool) -> bytes:
         parts = []
-        if delta.text or not (delta.tool_calls or delta.finish_reason):
+        if delta.text or not delta.tool_calls:
             parts.append(b'"content":' + _json(delta.text))
         if delta.tool_calls:
             parts.append(b'"tool_calls":' + _json([_tool_call(call) for call in delta.tool_calls]))
         return b'"delta":{' + b",".join(parts) + b"}"
 
-    def _logprobs(self, logprobs: list[DecodedLogprob]) -> bytes:
-        return _json(chat_logprobs(logprobs))
+    def _logprobs(self, delta: TextDelta, is_first: bool) -> bytes:
+        if not delta.logprobs:
+            return _NO_LOGPROBS
+        return b',"logprobs":' + _json(chat_logprobs(delta.logprobs, as_ids=self._as_ids))
 
 
 def _tool_call(call: ToolCallDelta) -> dict[str, Any]:

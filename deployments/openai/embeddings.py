@@ -3,37 +3,58 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
-from pydantic import Field
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import Pooling, PoolingParams
-from stagemesh.deployments.openai.schema import OpenAIRequest, one_or_many
+from stagemesh.deployments.openai.conversation import ChatMessage, Conversation
+from stagemesh.deployments.openai.schema import Int, OpenAIRequest, one_or_many
+from stagemesh.stages.text.input import Truncation
 
 MAX_INPUTS = 2048
 """OpenAI's limit."""
 
 
-class EmbeddingRequest(OpenAIRequest):
-    input: Any
+class EmbeddingRequest(Conversation, OpenAIRequest):
+    opens_turn: ClassVar[bool] = False
+    messages: list[ChatMessage] = []
+    """vLLM's, in place of `input`: the vector of a conversation."""
+    input: Any = None
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
     """base64: of little-endian float32."""
-    dimensions: int | None = Field(default=None, ge=1)
+    dimensions: Int | None = None
     """Leading dimensions to keep, for models trained for it."""
     pooling: Pooling | None = None
     """Ours: "last" (the default) or "mean"."""
     normalize: bool | None = None
     """Ours: vectors of length 1, the default."""
-    add_special_tokens: bool | None = None
-    """vLLM's; default true."""
+    truncate_prompt_tokens: Int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    """As in InferenceRequest."""
+
+    def _check(self) -> None:
+        super()._check()
+        if self.messages and self.input is not None:
+            raise ConfigError("messages", len(self.messages), "must not be given together with input")
+        if not self.messages and self.input is None:
+            raise ConfigError("input", None, "is required")
+
+    @property
+    def truncation(self) -> Truncation | None:
+        if self.truncate_prompt_tokens is None:
+            return None
+        return Truncation(num_tokens=self.truncate_prompt_tokens, side=self.truncation_side or "left")
 
     @property
     def num_chars(self) -> int:
         """Of the text to tokenize."""
+        if self.messages:
+            return sum(message.num_chars for message in self.messages)
         return sum(len(text) for text in self.inputs() if isinstance(text, str))
 
     def inputs(self) -> Sequence[str | list[int]]:
@@ -64,11 +85,20 @@ class EmbeddingResponse(msgspec.Struct, frozen=True):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
+    id: str
+    created: int
+    """Unix seconds."""
     object: str = "list"
 
     @classmethod
     def of(
-        cls, vectors: list[bytes], model: str, num_tokens: int, encoding_format: Literal["float", "base64"] | None
+        cls,
+        vectors: list[bytes],
+        model: str,
+        num_tokens: int,
+        encoding_format: Literal["float", "base64"] | None,
+        *,
+        id: str,
     ) -> EmbeddingResponse:
         """vectors: little-endian float32, in the order of the inputs."""
 
@@ -78,4 +108,4 @@ class EmbeddingResponse(msgspec.Struct, frozen=True):
             return list(memoryview(vector).cast("f"))
 
         data = [Embedding(index, written(vector)) for index, vector in enumerate(vectors)]
-        return cls(data, model, EmbeddingUsage(num_tokens, num_tokens))
+        return cls(data, model, EmbeddingUsage(num_tokens, num_tokens), id, int(time.time()))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import pydantic
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.sampling import MAX_N, NO_LIMIT, SamplingParams, StructuredOutputsParams
-from stagemesh.deployments.openai.schema import OpenAIRequest, one_or_many
-from stagemesh.stages.text.input import ChatInput
+from stagemesh.config.sampling import MAX_N, NO_LIMIT, SamplingParams
+from stagemesh.deployments.openai.conversation import AllowedTools, Conversation, NamedTool, Tool
+from stagemesh.deployments.openai.schema import Float, Int, OpenAIRequest, check_range, one_or_many, raise_all
+from stagemesh.deployments.openai.structured import ResponseFormat, StructuredOutputs, structured_outputs_params
+from stagemesh.stages.text.input import ChatInput, Truncation
 
-MAX_ANSWERS = 256
+MAX_ANSWERS = 1024
 """Prompts times n of one request."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
-"""Per token, as vLLM's `max_logprobs` and OpenAI have it."""
+"""Per token, the default of vLLM's `max_logprobs`; OpenAI's limit."""
+MAX_NAMED_LOGPROBS = 1024
 MAX_BAD_WORDS = 128
+MAX_SALT_CHARS = 128
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's and vLLM's, whatever the model's own default is."""
 _SAMPLING_FIELDS = (
@@ -37,82 +41,88 @@ _SAMPLING_FIELDS = (
 )
 
 
-class StreamOptions(pydantic.BaseModel, strict=True, extra="forbid"):
+class StreamOptions(pydantic.BaseModel, extra="allow"):
     include_usage: bool | None = None
     """End the stream with a chunk of usage."""
+    continuous_usage_stats: bool | None = None
+    """vLLM's, with include_usage: the usage of the choice so far in every chunk."""
     include_obfuscation: bool | None = None
     """Padding against traffic analysis; accepted, not done."""
-
-
-class JsonSchemaFormat(pydantic.BaseModel, strict=True, extra="forbid"):
-    name: str | None = None
-    description: str | None = None
-    json_schema: dict[str, Any] | None = pydantic.Field(default=None, alias="schema")
-    """None: any object."""
-    strict: bool | None = None
-    """The schema is enforced either way."""
-
-
-class ResponseFormat(pydantic.BaseModel, strict=True, extra="forbid"):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-
-class StructuredOutputs(pydantic.BaseModel, strict=True, extra="forbid"):
-    """vLLM's field; see `config.sampling.StructuredOutputsParams`."""
-
-    json_: str | dict[str, Any] | None = pydantic.Field(default=None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
 
 
 class InferenceRequest(OpenAIRequest):
     """What completions and chat share."""
 
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
+    max_tokens: Int | None = None
+    min_tokens: Int | None = None
+    temperature: Float | None = None
+    top_p: Float | None = None
+    top_k: Int | None = None
+    min_p: Float | None = None
+    seed: Int | None = None
+    """-1: none, as in vLLM."""
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: Float | None = None
+    frequency_penalty: Float | None = None
+    repetition_penalty: Float | None = None
+    logit_bias: dict[str, Float] | None = None
     """By token id as a string."""
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: list[Int] | None = None
     bad_words: list[str] | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Int | None = None
+    logprob_token_ids: list[Int] | None = None
+    """vLLM's, with logprobs: report these ids instead of the likeliest ones."""
     return_token_ids: bool | None = None
     """vLLM's: of prompt and response, beside their text."""
+    return_tokens_as_token_ids: bool | None = None
+    """vLLM's: "token_id:N" in place of a token's text in logprobs."""
+    echo: bool | None = None
+    """Put the prompt before each answer; of a chat, its last message if the assistant wrote that."""
+    truncate_prompt_tokens: Int | None = None
+    """vLLM's: most prompt tokens to keep; -1: what fits."""
+    truncation_side: Literal["left", "right"] | None = None
+    """vLLM's: left keeps the last tokens, the default."""
+    cache_salt: str | None = pydantic.Field(default=None, min_length=1, max_length=MAX_SALT_CHARS)
+    """vLLM's: only requests of the same salt share the prefix cache."""
+    use_beam_search: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    n: int | None = None
+    n: Int | None = None
+    best_of: Int | None = None
+    """Not above n."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     def _check(self) -> None:
         super()._check()
-        if self.stream_options is not None and not self.stream:
-            raise ConfigError("stream_options", "given", "is only allowed with stream=true")
-        if self.prompt_logprobs is not None and self.stream:
-            raise ConfigError("prompt_logprobs", self.prompt_logprobs, "is not allowed with stream=true")
-        _check_range("n", self.n, 1, MAX_N)
-        _check_range("logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
-        _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        _check_count("stop", self.stops, MAX_STOPS, "strings")
-        _check_count("bad_words", self.bad_words or (), MAX_BAD_WORDS, "words")
+        raise_all(self._problems())
+
+    def _problems(self) -> Iterator[ConfigError]:
+        if self.stream_options is not None and self.stream_options.model_dump(exclude_unset=True) and not self.stream:
+            yield ConfigError("stream_options", "given", "is only allowed with stream=true")
+        if self.prompt_logprobs and self.stream:
+            yield ConfigError("prompt_logprobs", self.prompt_logprobs, "is not allowed with stream=true")
+        if self.use_beam_search:
+            yield ConfigError("use_beam_search", True, "beam search is not supported; sample n answers instead")
+        yield from check_range("n", self.n, 1, MAX_N)
+        if self.best_of not in (None, self.n or 1):
+            yield ConfigError("best_of", self.best_of, f"must be n={self.n or 1}: no more answers are generated")
+        yield from _check_count("stop", self.stops, MAX_STOPS, "strings")
+        yield from _check_count("bad_words", self.bad_words or (), MAX_BAD_WORDS, "words")
         for text in self.stops:
             if len(text) > MAX_STOP_CHARS:
-                raise ConfigError("stop", text, f"must not be longer than {MAX_STOP_CHARS} characters")
+                yield ConfigError("stop", text, f"must not be longer than {MAX_STOP_CHARS} characters")
+        for key in self.logit_bias or ():
+            if not key.isdecimal():
+                yield ConfigError("logit_bias", key, "its keys must be token ids")
+        if self.logprob_token_ids is not None:
+            yield from _check_count("logprob_token_ids", self.logprob_token_ids, MAX_NAMED_LOGPROBS, "ids")
+            if not self.logprob_token_ids or self.num_logprobs is None:
+                yield ConfigError("logprob_token_ids", self.logprob_token_ids, "needs an id, and logprobs to be set")
 
     @property
     def stops(self) -> list[str]:
@@ -123,6 +133,11 @@ class InferenceRequest(OpenAIRequest):
         """Likeliest tokens to report per generated one; None for no report."""
         raise NotImplementedError
 
+    logprobs_name: ClassVar[str] = "logprobs"
+    """The field of `num_logprobs`."""
+    echoes_a_message: ClassVar[bool] = False
+    """Whether `echo` means a message and not the prompt."""
+
     @property
     def num_chars(self) -> int:
         """Of the text to tokenize."""
@@ -131,14 +146,33 @@ class InferenceRequest(OpenAIRequest):
     @property
     def structured_outputs_name(self) -> str:
         """The field in use, for error messages."""
-        return "structured_outputs" if self.structured_outputs is not None else "response_format.json_schema"
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        is_tag = self.response_format is not None and self.response_format.type == "structural_tag"
+        return "response_format.structures" if is_tag else "response_format.json_schema"
 
-    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """defaults: for fields that the request leaves out. Raises ConfigError."""
+    @property
+    def echoes_alone(self) -> bool:
+        """Whether the prompt is the whole answer."""
+        return False
+
+    @property
+    def truncation(self) -> Truncation | None:
+        if self.truncate_prompt_tokens is None:
+            return None
+        return Truncation(num_tokens=self.truncate_prompt_tokens, side=self.truncation_side or "left")
+
+    def sampling_params(self, defaults: Mapping[str, Any], max_logprobs: int = MAX_LOGPROBS) -> SamplingParams:
+        """defaults: for fields that the request leaves out. max_logprobs: -1 = no limit. Raises ConfigError."""
         own = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        for key in self.logit_bias or ():
-            if not key.isdecimal():
-                raise ConfigError("logit_bias", key, "its keys must be token ids")
+        reports = {"prompt_logprobs": self.prompt_logprobs, self.logprobs_name: self.num_logprobs}
+        for name, count in reports.items():
+            most = NO_LIMIT if max_logprobs == -1 else max_logprobs
+            if count is not None and not (-1 if max_logprobs == -1 else 0) <= count <= most:
+                reason = f"must be within [0, {max_logprobs}], the server's max_logprobs"
+                raise ConfigError(name, count, reason if max_logprobs != -1 else "must be at least -1")
+        if self.echo and self.prompt_logprobs is None and not (self.stream and self.echoes_a_message):
+            own["prompt_logprobs"] = self.num_logprobs
         return SamplingParams(
             **{**defaults, **own, "max_tokens": self._max_tokens(defaults)},
             n=self.n or 1,
@@ -150,24 +184,12 @@ class InferenceRequest(OpenAIRequest):
             allowed_token_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
             bad_words=tuple(self.bad_words or ()),
             logprobs=self.num_logprobs,
-            structured_outputs=self._structured_outputs_params(),
+            logprob_token_ids=tuple(self.logprob_token_ids) if self.logprob_token_ids else None,
+            structured_outputs=structured_outputs_params(self.structured_outputs, self.response_format),
         )
 
     def _max_tokens(self, defaults: Mapping[str, Any]) -> int:
         raise NotImplementedError
-
-    def _structured_outputs_params(self) -> StructuredOutputsParams | None:
-        structured, format = self.structured_outputs, self.response_format
-        if format is None or format.type == "text":
-            return None if structured is None else StructuredOutputsParams(**structured.model_dump(by_alias=True))
-        if structured is not None:
-            raise ConfigError("response_format", format.type, "must not be given together with structured_outputs")
-        if format.type == "json_object":
-            return StructuredOutputsParams(json_object=True)
-        if format.json_schema is None:
-            raise ConfigError("response_format.json_schema", None, "is required")
-        schema = format.json_schema.json_schema
-        return StructuredOutputsParams(json={"type": "object"} if schema is None else schema)
 
 
 class CompletionRequest(InferenceRequest):
@@ -175,7 +197,7 @@ class CompletionRequest(InferenceRequest):
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     add_special_tokens: bool | None = None
     """To text prompts (BOS); default true."""
-    logprobs: int | None = None
+    logprobs: Int | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -186,7 +208,13 @@ class CompletionRequest(InferenceRequest):
         return sum(len(prompt) for prompt in self.prompts() if isinstance(prompt, str))
 
     def _max_tokens(self, defaults: Mapping[str, Any]) -> int:
+        if self.echoes_alone:
+            return 1  # the least that a lane generates; not shown
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def echoes_alone(self) -> bool:
+        return bool(self.echo) and self.max_tokens == 0
 
     def prompts(self) -> Sequence[str | list[int]]:
         """All of one kind. Raises ConfigError."""
@@ -196,69 +224,41 @@ class CompletionRequest(InferenceRequest):
         return prompts
 
 
-class TextPart(pydantic.BaseModel, strict=True, extra="ignore"):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(pydantic.BaseModel, strict=True, extra="allow"):
-    """The chat template decides which roles exist, and also gets the extra fields."""
-
-    role: str
-    content: str | list[TextPart] | None = None
-
-    @property
-    def num_chars(self) -> int:
-        return len(self.content) if isinstance(self.content, str) else sum(len(p.text) for p in self.content or ())
-
-
-class FunctionTool(pydantic.BaseModel, strict=True, extra="ignore"):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """JSON schema; None for no arguments."""
-    strict: bool | None = None
-
-
-class Tool(pydantic.BaseModel, strict=True, extra="ignore"):
-    type: Literal["function"]
-    function: FunctionTool
-
-
-class NamedFunction(pydantic.BaseModel, strict=True, extra="ignore"):
-    name: str
-
-
-class NamedTool(pydantic.BaseModel, strict=True, extra="ignore"):
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class ChatRequest(InferenceRequest):
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+class ChatRequest(Conversation, InferenceRequest):
+    logprobs_name = "top_logprobs"
+    echoes_a_message = True
+    max_completion_tokens: Int | None = None
     """The newer name of max_tokens, and wins over it."""
-    add_generation_prompt: bool | None = None
-    """Whether the template opens the assistant's turn; default true."""
-    chat_template_kwargs: dict[str, Any] | None = None
-    """Variables, e.g. {"enable_thinking": false}."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """For the template; it also sets the variable enable_thinking, unless chat_template_kwargs does."""
+    include_reasoning: bool | None = None
+    """vLLM's; default true."""
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     """Default: auto if there are tools."""
     parallel_tool_calls: bool | None = None
     """Whether a choice may hold several calls; default true."""
 
     @property
     def num_logprobs(self) -> int | None:
-        if self.top_logprobs and not self.logprobs:
-            raise ConfigError("top_logprobs", self.top_logprobs, "needs logprobs=true")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def _problems(self) -> Iterator[ConfigError]:
+        yield from super()._problems()
+        if self.top_logprobs and not self.logprobs:
+            yield ConfigError("top_logprobs", self.top_logprobs, "needs logprobs=true")
 
     @property
     def num_chars(self) -> int:
         return sum(message.num_chars for message in self.messages)
+
+    @property
+    def echoed_message(self) -> str:
+        """What `echo` puts before the answer: the last message, if the assistant wrote it."""
+        last = self.messages[-1]
+        return last.text if self.echo and last.role == "assistant" else ""
 
     def _max_tokens(self, defaults: Mapping[str, Any]) -> int:
         if self.max_completion_tokens is not None:
@@ -269,22 +269,26 @@ class ChatRequest(InferenceRequest):
         return max_tokens if self.max_tokens is None else self.max_tokens
 
     def chat_input(self) -> ChatInput:
-        choice = self.tool_choice
-        return ChatInput(
-            messages=[message.model_dump() for message in self.messages],
-            tools=[tool.model_dump(exclude_none=True) for tool in self.tools or ()],
+        choice, tools = self.tool_choice, self.tools or []
+        if isinstance(choice, AllowedTools):
+            names = {tool.function.name for tool in choice.allowed_tools.tools}
+            if unknown := names - {tool.function.name for tool in tools}:
+                raise ConfigError("tool_choice.allowed_tools.tools", sorted(unknown), "are not among the tools")
+            tools = [tool for tool in tools if tool.function.name in names]
+            choice = choice.allowed_tools.mode
+        variables: dict[str, Any] = {}
+        if (effort := self.reasoning_effort) is not None:
+            variables["reasoning_effort"] = effort
+            if "enable_thinking" not in (self.chat_template_kwargs or {}):
+                variables["enable_thinking"] = effort != "none"
+        return self.conversation(
+            variables,
+            tools=[tool.model_dump(exclude_none=True) for tool in tools],
             tool_choice=choice.model_dump() if isinstance(choice, NamedTool) else choice or "auto",
             parallel_tool_calls=self.parallel_tool_calls is not False,
-            add_generation_prompt=self.add_generation_prompt is not False,
-            template_variables=self.chat_template_kwargs or {},
         )
 
 
-def _check_range(name: str, value: int | None, least: int, most: int) -> None:
-    if value is not None and not least <= value <= most:
-        raise ConfigError(name, value, f"must be within [{least}, {most}]")
-
-
-def _check_count(name: str, values: Sequence[str], most: int, what: str) -> None:
+def _check_count(name: str, values: Sequence[Any], most: int, what: str) -> Iterator[ConfigError]:
     if len(values) > most:
-        raise ConfigError(name, len(values), f"must not hold more than {most} {what}")
+        yield ConfigError(name, len(values), f"must not hold more than {most} {what}")

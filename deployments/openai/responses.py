@@ -23,8 +23,9 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     """One entry per token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """None for the first token of an echoed prompt."""
+    top_logprobs: list[dict[str, float] | None]
     """The likeliest tokens and the chosen one."""
     text_offset: list[int]
     """Characters of the text before each token."""
@@ -73,11 +74,13 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None
     seed: int
     """With it, n=1 and the same system_fingerprint, the same request gives this answer again."""
+    stop_reason: int | str | None = None
+    """The stop string or one of stop_token_ids; None for EOS and "length"."""
     logprobs: CompletionLogprobs | None = None
-    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | None = None
     """If requested, as the fields below."""
-    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class CompletionResponse(msgspec.Struct, frozen=True):
@@ -89,13 +92,20 @@ class CompletionResponse(msgspec.Struct, frozen=True):
     system_fingerprint: str
     """Of all else that an answer depends on: configuration, code and checkpoint."""
     object: str = "text_completion"
+    service_tier: None = None
+    """Always null, for clients that read vLLM's attributes; as the next one."""
+    kv_transfer_params: None = None
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
     content: str | None
     """None for tool calls only."""
     role: str = "assistant"
+    reasoning: str | None = None
     refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -105,8 +115,9 @@ class ChatChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None
     seed: int
     """As in CompletionChoice."""
+    stop_reason: int | str | None = None
     logprobs: ChatLogprobs | None = None
-    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | None = None
 
 
 class ChatResponse(msgspec.Struct, frozen=True):
@@ -118,8 +129,27 @@ class ChatResponse(msgspec.Struct, frozen=True):
     system_fingerprint: str
     """As in CompletionResponse."""
     object: str = "chat.completion"
-    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
-    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+    service_tier: None = None
+    kv_transfer_params: None = None
+
+
+class ModelPermission(msgspec.Struct, frozen=True):
+    """Everything that a model is used for here; OpenAI's old form, which vLLM keeps."""
+
+    id: str
+    created: int
+    object: str = "model_permission"
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: None = None
+    is_blocking: bool = False
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -127,6 +157,10 @@ class ModelCard(msgspec.Struct, frozen=True):
     created: int
     """Unix seconds: the start of this router."""
     max_model_len: int
+    root: str
+    """The model as its server names it: a folder or a hub id."""
+    permission: list[ModelPermission]
+    parent: None = None
     owned_by: str = "stagemesh"
     object: str = "model"
 

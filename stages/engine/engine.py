@@ -252,6 +252,7 @@ class Engine:
             output_token_ids=request.output_token_ids,
             attempt=request.attempt,
             priority=request.priority,
+            cache_salt=request.cache_salt,
         )
         if request.request_id in self._requests:  # an older attempt, which the scheduler has just ended
             self._finish(request.request_id, 0, "abort")

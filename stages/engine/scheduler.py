@@ -87,6 +87,7 @@ class Scheduler:
         output_token_ids: SequenceOf[int] = (),
         attempt: int = 0,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> Sequence:
         """Raises ConfigError if the request can never run here, or if its id is in use by no older attempt.
 
@@ -112,6 +113,7 @@ class Scheduler:
             output_token_ids=output_token_ids,
             attempt=attempt,
             due_at=time.monotonic() + PRIORITY_S * priority,
+            cache_salt=cache_salt,
         )
         self._check_room(sequence)
         self.abort_request(request_id)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from enum import Enum
 
-from stagemesh.config.prefix import ROOT, block_hashes
+from stagemesh.config.prefix import block_hashes, root
 from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.engine.grammar import Grammar
 from stagemesh.stages.engine.logits_processor import LogitsProcessor
@@ -37,6 +37,7 @@ class Sequence:
         output_token_ids: SequenceOf[int] = (),
         attempt: int = 0,
         due_at: float = 0.0,
+        cache_salt: str = "",
     ) -> None:
         """output_token_ids: the answer so far, from another lane. attempt: repeated in its deltas."""
         self.seq_id = seq_id
@@ -52,6 +53,7 @@ class Sequence:
         self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         """Where it ends with "length"."""
         self.block_table = array("i")
+        self._root_hash = root(cache_salt)
         self.block_hashes: list[bytes] = []
         """Chained hash of each full block of known tokens, as far as needed."""
         self.num_published_blocks = 0
@@ -83,6 +85,7 @@ class Sequence:
         self._logits_processor = logits_processor
         self.has_logits_processor = self._logits_processor is not None
         """Its next token depends on its tokens beside the model: it cannot follow a placeholder."""
+        self._logprob_ids = list(params.logprob_token_ids or ())
         self._spec = (params.temperature, params.top_p, max(params.top_k, 0), params.min_p, params.seed & (2**64 - 1))
 
     @property
@@ -113,7 +116,7 @@ class Sequence:
         known = len(self.block_hashes)
         if known < num_blocks:
             tokens = self.token_ids[known * block_size : num_blocks * block_size]
-            parent = self.block_hashes[-1] if known else ROOT
+            parent = self.block_hashes[-1] if known else self._root_hash
             self.block_hashes += block_hashes(tokens, block_size, parent)
         return self.block_hashes[:num_blocks]
 
@@ -128,7 +131,7 @@ class Sequence:
             edits = self._logits_processor.adjustments(output_token_ids, banned_token_ids)
             if edits.allowed:
                 banned_token_ids = []  # the mask says it
-        return SampleSpec(*self._spec, position, banned_token_ids, edits, self.params.logprobs)
+        return SampleSpec(*self._spec, position, banned_token_ids, edits, self.params.logprobs, self._logprob_ids)
 
     def take_prompt_logprobs(self, start: int, logprobs: SequenceOf[TokenLogprobs]) -> None:
         """Of the prompt's tokens from `start` on. Those from before a preemption stay."""

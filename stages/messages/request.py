@@ -95,6 +95,8 @@ class EngineRequest(msgspec.Struct):
     """Lower ones go first (vLLM's order)."""
     output_token_ids: list[int] = []
     """The answer so far, from another lane: this one goes on behind it."""
+    cache_salt: str = ""
+    """Only requests of the same one share blocks of the prefix cache."""
     attempt: int = 0
     """Rises whenever the request is sent to a lane again; deltas repeat it."""
 

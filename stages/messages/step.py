@@ -40,6 +40,8 @@ class SampleSpec(msgspec.Struct, array_like=True, frozen=True):
     edits: LogitsAdjustments | None = None
     num_logprobs: int | None = None
     """Likeliest tokens to report beside the chosen one; -1: all, None: no report."""
+    logprob_token_ids: list[int] = []
+    """Reported in place of the likeliest ones, if there are any."""
 
 
 class PromptLogprobsSpec(msgspec.Struct, array_like=True, frozen=True):

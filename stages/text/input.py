@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -42,6 +42,16 @@ class PromptTooLong(ConfigError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Truncation:
+    """Cut prompts that are too long; vLLM's `truncate_prompt_tokens` and `truncation_side`."""
+
+    num_tokens: int
+    """Most to keep; -1: what fits with the answer."""
+    side: Literal["left", "right"] = "left"
+    """Where to cut: left keeps the last tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatInput:
     """A conversation, in OpenAI's words."""
 
@@ -53,13 +63,19 @@ class ChatInput:
     calls stay text."""
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """Leave the last message open: the answer goes on behind its content. Not with add_generation_prompt."""
+    add_special_tokens: bool = False
+    """Templates write the special tokens themselves."""
+    chat_template: str | None = None
+    """Jinja, in place of the model's. It may compute without end: only from clients that are trusted."""
     template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessedPrompt:
     text: str | None
-    """None for token ids."""
+    """None for token ids, and where it may have been cut."""
     token_ids: list[int]
     requests: list[EngineRequest]
     """One per choice."""
@@ -87,14 +103,15 @@ class InputProcessor:
         add_special_tokens: bool = True,
         structured_outputs_name: str = "structured_outputs",
         priority: int = 0,
+        truncation: Truncation | None = None,
     ) -> list[ProcessedPrompt]:
         """Process all or none. name, structured_outputs_name: the user's names of the fields."""
         _check_priority(priority)
         params = self._resolve(params, structured_outputs_name)
-        all_token_ids = self._tokenize(prompts, name, add_special_tokens, room_for_answer=1)
+        all_token_ids = self._tokenize(prompts, name, add_special_tokens, 1, self._cut(truncation, params.max_tokens))
         processed: list[ProcessedPrompt] = []
         for prompt, token_ids in zip(prompts, all_token_ids, strict=True):
-            text = prompt if isinstance(prompt, str) else None
+            text = prompt if isinstance(prompt, str) and truncation is None else None
             requests = self._requests(token_ids, params, request_id, len(processed) * params.n, priority)
             processed.append(ProcessedPrompt(text=text, token_ids=token_ids, requests=requests))
         return processed
@@ -107,10 +124,9 @@ class InputProcessor:
         *,
         structured_outputs_name: str = "structured_outputs",
         priority: int = 0,
+        truncation: Truncation | None = None,
     ) -> ProcessedPrompt:
         _check_priority(priority)
-        if not chat.messages:
-            raise ConfigError("messages", [], "must hold at least one message")
         tools, schema, make_tool_parser = self._tool_use(chat)
         if schema is not None:
             if params.structured_outputs is not None:
@@ -118,19 +134,28 @@ class InputProcessor:
             params = msgspec.structs.replace(params, structured_outputs=StructuredOutputsParams(json=schema))
             structured_outputs_name = "tools"
         params = self._resolve(params, structured_outputs_name)
-        variables: dict[str, Any] = {"add_generation_prompt": chat.add_generation_prompt, **chat.template_variables}
-        if tools:
-            variables["tools"] = tools
-        messages = [_normalized(i, message) for i, message in enumerate(chat.messages)]
-        text = self._tokenizer.render_chat(messages, variables)
-        # The template wrote the special tokens.
-        (token_ids,) = self._tokenize([text], "messages", False, room_for_answer=1)
+        text = self.render(chat, tools)
+        cut = self._cut(truncation, params.max_tokens)
+        (token_ids,) = self._tokenize([text], "messages", chat.add_special_tokens, 1, cut)
         return ProcessedPrompt(
             text=text,
             token_ids=token_ids,
             requests=self._requests(token_ids, params, request_id, 0, priority),
             make_tool_parser=make_tool_parser,
         )
+
+    def render(self, chat: ChatInput, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The conversation as the template writes it. tools: those that the model sees."""
+        if not chat.messages:
+            raise ConfigError("messages", [], "must hold at least one message")
+        if chat.continue_final_message and chat.add_generation_prompt:
+            raise ConfigError("continue_final_message", True, "must not be given together with add_generation_prompt")
+        variables: dict[str, Any] = {"add_generation_prompt": chat.add_generation_prompt, **chat.template_variables}
+        if tools:
+            variables["tools"] = tools
+        messages = [_normalized(i, message) for i, message in enumerate(chat.messages)]
+        text = self._tokenizer.render_chat(messages, variables, chat.chat_template)
+        return _cut_behind(text, messages[-1]["content"]) if chat.continue_final_message else text
 
     def process_embeddings(
         self,
@@ -141,18 +166,31 @@ class InputProcessor:
         name: str = "input",
         add_special_tokens: bool = True,
         priority: int = 0,
+        truncation: Truncation | None = None,
     ) -> list[EngineRequest]:
         """One request per prompt, for its vector."""
         _check_priority(priority)
         params = SamplingParams(max_tokens=1, temperature=0.0, seed=0, pooling=pooling)
-        all_token_ids = self._tokenize(prompts, name, add_special_tokens, room_for_answer=0)
+        all_token_ids = self._tokenize(prompts, name, add_special_tokens, 0, self._cut(truncation, 0))
         return [
             EngineRequest(f"{request_id}-{i}", token_ids, params, priority=priority)
             for i, token_ids in enumerate(all_token_ids)
         ]
 
+    def _cut(self, truncation: Truncation | None, max_tokens: int) -> slice:
+        """Which tokens of a prompt to keep. max_tokens: of the answer."""
+        if truncation is None:
+            return slice(None)
+        most, name = truncation.num_tokens, "truncate_prompt_tokens"
+        if not -1 <= most <= self._max_model_len:
+            raise ConfigError(name, most, f"must be within [-1, {self._max_model_len}], the model's context length")
+        if most == -1:
+            # An answer without a limit of its own needs one token at least.
+            most = self._max_model_len - (max_tokens if max_tokens < self._max_model_len else 1)
+        return slice(most) if truncation.side == "right" or most == 0 else slice(-most, None)
+
     def _tokenize(
-        self, prompts: Sequence[Prompt], name: str, add_special_tokens: bool, room_for_answer: int
+        self, prompts: Sequence[Prompt], name: str, add_special_tokens: bool, room_for_answer: int, cut: slice
     ) -> list[list[int]]:
         all_token_ids = []
         for i, prompt in enumerate(prompts):
@@ -160,9 +198,12 @@ class InputProcessor:
             if not prompt:
                 raise ConfigError(field, prompt, "must not be empty")
             if isinstance(prompt, str):
+                if cut == slice(None) and len(prompt) > self._max_model_len * self._tokenizer.max_token_chars:
+                    raise self._too_long(field, f"{len(prompt)} characters", room_for_answer)  # saves seconds
                 token_ids = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
             else:
                 token_ids = list(prompt)
+            token_ids = token_ids[cut]
             self._check_prompt(field, token_ids, room_for_answer)
             all_token_ids.append(token_ids)
         return all_token_ids
@@ -172,21 +213,27 @@ class InputProcessor:
             raise ConfigError(name, [], "has no tokens")
         self._check_token_ids(name, token_ids)
         if len(token_ids) + room_for_answer > self._max_model_len:
-            reason = f"max_model_len is {self._max_model_len} tokens"
-            if room_for_answer:
-                reason += ", of which the answer needs at least one"
-            raise PromptTooLong(name, f"{len(token_ids)} tokens", reason)
+            raise self._too_long(name, f"{len(token_ids)} tokens", room_for_answer)
+
+    def _too_long(self, name: str, length: str, room_for_answer: int) -> PromptTooLong:
+        # OpenAI's words: clients look for them.
+        reason = f"this model's maximum context length is {self._max_model_len} tokens"
+        if room_for_answer:
+            reason += ", of which the answer needs at least one"
+        return PromptTooLong(name, length, f"{reason}; please reduce the length of the prompt")
 
     def _check_token_ids(self, name: str, token_ids: Collection[int]) -> None:
         """An id past the end would fail in the middle of a step."""
         for outermost in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= outermost < self._vocab_size:
-                raise ConfigError(name, outermost, f"token ids must be within [0, {self._vocab_size})")
+                reason = f"is out of vocabulary: token ids must be within [0, {self._vocab_size})"
+                raise ConfigError(name, outermost, reason)
 
     def _resolve(self, params: SamplingParams, structured_outputs_name: str) -> SamplingParams:
         """`params`, checked, with bad words as token ids."""
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_token_ids("logprob_token_ids", params.logprob_token_ids or ())
         self._check_token_ids("logit_bias", params.logit_bias)
         if params.structured_outputs is not None:
             try:
@@ -279,10 +326,21 @@ def _normalized(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
     normalized = {**message, "content": content or ""}
     calls = message.get("tool_calls")
     if calls:
-        if not isinstance(calls, Sequence) or isinstance(calls, str):
+        if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
             raise ConfigError(f"messages[{i}].tool_calls", calls, "must be a list of tool calls")
         normalized["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     return normalized
+
+
+def _cut_behind(text: str, content: str) -> str:
+    """`text` up to the end of its last `content`: without what the template writes behind a message."""
+    start = text.rfind(content.strip())
+    if start < 0 or not content.strip():
+        reason = "the chat template does not write the last message's content as it is"
+        raise ConfigError("continue_final_message", True, reason)
+    end = start + len(content.strip())
+    trailing = content[len(content.rstrip()) :]
+    return text[:end] + trailing if text.startswith(trailing, end) else text[:end]
 
 
 def _text_of_part(name: str, part: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._special_tokens = dict(special_tokens or {})
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, special_tokens or {})
         # Its pickled state is that section of tokenizer.json; `to_str` would write the whole vocabulary.
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
@@ -53,13 +55,28 @@ class Tokenizer:
         template = _read_chat_template(folder, settings)
         return cls(backend, chat_template=template, special_tokens=_special_tokens(settings))
 
+    @cached_property
+    def max_token_chars(self) -> int:
+        """No token stands for more characters."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Special tokens written in `text` become their ids, as in transformers. Releases the GIL."""
         # `encode` of one text holds the GIL (tokenizers 0.23), `encode_batch` does not.
         return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
-        """The prompt text; encode it without special tokens, the template wrote them."""
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> str:
+        """The prompt text; encode it without special tokens, the template wrote them.
+
+        chat_template: in place of the model's.
+        """
+        if chat_template is not None:
+            return ChatTemplate(chat_template, self._special_tokens).render(messages, variables or {})
         if self.chat_template is None:
             raise ConfigError("messages", messages, "this model has no chat template; use completions instead")
         return self.chat_template.render(messages, variables or {})

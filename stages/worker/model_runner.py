@@ -183,7 +183,8 @@ class ModelRunner:
             result.token_ids = sample(logits, specs)
             if unadjusted is not None:
                 token_ids = [result.token_ids[row] for row in counts]
-                logprobs = token_logprobs(unadjusted, token_ids, list(counts.values()))
+                named = [specs[row].logprob_token_ids for row in counts]
+                logprobs = token_logprobs(unadjusted, token_ids, list(counts.values()), named)
                 by_row = dict(zip(counts, logprobs, strict=True))
                 result.logprobs = [by_row.get(row) for row in range(len(specs))]
         return result if self._tp.rank == 0 else None

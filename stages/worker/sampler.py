@@ -54,10 +54,13 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
     return chosen.masked_fill_(~best.isfinite(), NOT_FINITE).masked_fill_(best == -math.inf, NOTHING_ALLOWED).tolist()
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs | None]:
+def token_logprobs(
+    logits: Tensor, token_ids: Sequence[int], counts: Sequence[int], named_ids: Sequence[Sequence[int]] = ()
+) -> list[TokenLogprobs | None]:
     """How likely each row of the model's `logits` [n, vocab] finds its token of `token_ids` [n]; None for one below 0.
 
-    counts: likeliest tokens to name for each row; -1 for all. Every number is finite.
+    counts: likeliest tokens to name for each row; -1 for all. named_ids: tokens to name instead, for rows that have
+    any. Every number is finite.
     """
     if not token_ids:
         return []
@@ -68,10 +71,23 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[in
     ranks = ((logprobs > own).sum(-1) + 1).tolist()
     top = logprobs.topk(max(counts), -1)
     values = (_finite(own[:, 0]).tolist(), ranks, top.indices.tolist(), _finite(top.values).tolist())
-    return [
+    reports = [
         TokenLogprobs(token_id, logprob, rank, top_ids[:count], top_logprobs[:count]) if token_id >= 0 else None
         for token_id, logprob, rank, top_ids, top_logprobs, count in zip(token_ids, *values, counts, strict=True)
     ]
+    for row, named in enumerate(named_ids):
+        if named and (report := reports[row]) is not None:
+            reports[row] = _naming(report, logprobs[row], named)
+    return reports
+
+
+def _naming(report: TokenLogprobs, logprobs: Tensor, token_ids: Sequence[int]) -> TokenLogprobs:
+    """`report` with its own token and those of `token_ids`, likeliest first, as its top. logprobs: [vocab]."""
+    ids = sorted({report.token_id, *token_ids})
+    values = _finite(logprobs[ids]).tolist()
+    ranked = sorted(zip(values, ids, strict=True), key=lambda entry: -entry[0])
+    top_ids, top_logprobs = [token_id for _, token_id in ranked], [value for value, _ in ranked]
+    return TokenLogprobs(report.token_id, report.logprob, report.rank, top_ids, top_logprobs)
 
 
 def _finite(logprobs: Tensor) -> Tensor:

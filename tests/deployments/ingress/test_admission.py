@@ -247,7 +247,7 @@ async def test_a_timeout_is_a_408_or_an_event_after_what_came(http, lanes):
         ({"timeout": 0}, "timeout=0"),
         ({"timeout": -1.5}, "timeout=-1.5"),
         ({"timeout": float("nan")}, "timeout=nan"),
-        ({"timeout": "5"}, "timeout='5'"),
+        ({"timeout": "5s"}, "timeout='5s'"),
         ({"priority": 101}, r"priority=101: must be within \[-100, 100\]"),
         ({"priority": -101}, "priority=-101"),
         ({"priority": 1.5}, "priority=1.5"),

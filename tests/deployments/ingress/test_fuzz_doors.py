@@ -16,6 +16,9 @@ from google.protobuf.descriptor import FieldDescriptor as Field
 from google.protobuf.message import Message
 
 from stagemesh.deployments.ingress.http import build_http_app
+from stagemesh.deployments.openai.embeddings import EmbeddingRequest
+from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
+from stagemesh.deployments.openai.schema import OpenAIRequest
 from stagemesh.deployments.proto import inference_pb2 as pb
 
 pytestmark = pytest.mark.anyio
@@ -31,15 +34,17 @@ SHARED = {
     "logit_bias": {"5": 1.0}, "allowed_token_ids": [5, 6], "bad_words": ["bad"], "return_token_ids": True, "n": 2,
     "stream": True, "stream_options": {"include_usage": True}, "timeout": 30.0, "priority": 1, "user": "me",
     "model": "tiny", "structured_outputs": {"json": {"type": "object"}}, "response_format": {"type": "text"},
-    "metadata": {},
+    "metadata": {}, "echo": True, "best_of": 2, "truncate_prompt_tokens": 2, "truncation_side": "right",
+    "cache_salt": "s", "return_tokens_as_token_ids": True, "use_beam_search": False, "request_id": "r", "unknown": 1,
 }  # fmt: skip
 REQUESTS: dict[str, dict[str, Any]] = {
-    "/v1/completions": {**SHARED, "prompt": "Hi", "logprobs": 1, "echo": False},
+    "/v1/completions": {**SHARED, "prompt": "Hi", "logprobs": 1, "logprob_token_ids": [5]},
     "/v1/chat/completions": {
         **SHARED,
         "messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}],
         "logprobs": True, "top_logprobs": 1, "tools": [TOOL], "tool_choice": "none", "parallel_tool_calls": True,
         "chat_template_kwargs": {"a": 1}, "max_completion_tokens": 3, "add_generation_prompt": True,
+        "continue_final_message": False, "reasoning_effort": "low", "documents": [{"a": "b"}], "chat_template": None,
     },
     "/v1/embeddings": {"input": ["a", "b"], "encoding_format": "base64", "dimensions": 4, "pooling": "mean",
                        "normalize": True, "add_special_tokens": True, "model": "tiny", "timeout": 30, "priority": 0},
@@ -77,6 +82,14 @@ EDGES: list[Any] = [
     [{"role": "user", "content": "x", "tool_calls": "abc"}], [{"role": "assistant", "tool_calls": [{"function": 3}]}],
     [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 5000}}]}],
     {"messages": 1}, {"tools": 1, "bos_token": 2}, nested(10), nested(90), nested(400), nested(5000),
+]  # fmt: skip
+
+
+FIELD_EDGES = [
+    None, True, 0, -1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 2**64, 10**400, 0.5, 5.0, 1e308, float("nan"),
+    float("inf"), "5", "5.0", "-1", "1e400", "x", "", [], [5], ["a"], [None], {}, {"5": "x"}, {"type": "x"},
+    {"add_generation_prompt": 5, "tools": 1, "messages": 2, "self": 3, "continue_final_message": []},
+    [{"role": "user", "content": "x", "tool_calls": 5}], [{"role": "user", "content": "x", "tool_calls": [5]}],
 ]  # fmt: skip
 
 
@@ -139,6 +152,28 @@ def body(rng: random.Random, request: dict[str, Any]) -> bytes:
         at = rng.randrange(len(text))
         return text[:at] if rng.random() < 0.5 else text[:at] + rng.randbytes(1) + text[at + 1 :]
     return rng.randbytes(rng.randrange(200))
+
+
+async def test_no_value_of_any_field_is_a_bug(service, lanes, caplog):
+    """Each field of each class of requests on its own, so that none hides behind another's refusal."""
+    kinds: dict[str, tuple[type[OpenAIRequest], dict[str, Any]]] = {
+        "/v1/completions": (CompletionRequest, {"prompt": "Hi", "max_tokens": 2}),
+        "/v1/chat/completions": (ChatRequest, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
+        "/v1/embeddings": (EmbeddingRequest, {"input": "Hi"}),
+    }
+    bugs, num_taken = [], 0
+    transport = httpx.ASGITransport(build_http_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for path, (kind, least) in kinds.items():
+            for name in kind.model_fields:
+                for value in FIELD_EDGES:
+                    response = await client.post(path, content=write(least | {name: value}))
+                    num_taken += response.status_code == 200
+                    if response.status_code >= 500 and response.status_code != 504:
+                        bugs.append(f"{path} {name}={value!r:.100}: {response.text[:300]}")
+    assert not bugs, bugs[:3]
+    assert num_taken > 300 and not lanes.running
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 async def test_no_http_body_is_a_bug(service, lanes, caplog):

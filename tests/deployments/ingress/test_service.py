@@ -111,10 +111,16 @@ async def test_max_tokens_is_16_for_completions_and_all_that_fits_for_chat(servi
     assert limits == [16, 64 - len(lanes.calls[1][0]), 3, 64 - len(lanes.calls[3][0])]
 
 
-async def test_choices_count_the_seed_up_within_64_bits(service, lanes):
-    await (await complete(service, n=3, seed=2**64 - 2)).collect()
-    await (await complete(service, seed=-1)).collect()
-    assert [params.seed for _, params, _ in lanes.calls] == [2**64 - 2, 2**64 - 1, 0, 2**64 - 1]
+async def test_choices_count_the_seed_up_within_int64(service, lanes):
+    await (await complete(service, n=3, seed=2**63 - 2)).collect()
+    await (await complete(service, seed=-(2**63))).collect()
+    assert [params.seed for _, params, _ in lanes.calls] == [2**63 - 2, 2**63 - 1, 0, 0]
+
+
+async def test_a_seed_of_minus_one_is_none(service, lanes):
+    await (await complete(service, n=2, seed=-1)).collect()
+    seeds = [params.seed for _, params, _ in lanes.calls]
+    assert len(set(seeds)) == 2 and all(0 <= seed < 2**53 for seed in seeds)
 
 
 async def test_without_a_seed_every_choice_draws_its_own(service, lanes):
@@ -340,7 +346,7 @@ async def test_metrics_tell_the_outcomes_apart(service, lanes):
         ({"prompt": [10**6]}, "prompt=1000000"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": -5}, "max_tokens=-5"),
-        ({"max_tokens": "5"}, "max_tokens='5'"),
+        ({"max_tokens": "5.5"}, "max_tokens='5.5'"),
         ({"max_tokens": 5.5}, "max_tokens=5.5"),
         ({"min_tokens": 31}, "min_tokens=31"),
         ({"temperature": -1}, "temperature=-1"),
@@ -349,23 +355,35 @@ async def test_metrics_tell_the_outcomes_apart(service, lanes):
         ({"top_p": 0}, "top_p=0"),
         ({"top_k": -2}, "top_k=-2"),
         ({"min_p": 2}, "min_p=2"),
-        ({"seed": 2**64}, "seed="),
+        ({"seed": 2**63}, "seed="),
+        ({"seed": -(2**63) - 1}, "seed="),
+        ({"top_k": 2**64}, "top_k="),
+        ({"top_k": 2**31}, "top_k="),
+        ({"max_tokens": 10**400}, "max_tokens="),
         ({"n": 0}, "n=0"),
         ({"n": 1000}, "n=1000"),
-        ({"prompt": ["a"] * 200, "n": 2}, "prompt=200"),
+        ({"prompt": ["a"] * 513, "n": 2}, "prompt=513"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["a", 5]}, r"stop\[1\]=5"),
         ({"stop": ["a"] * 17}, "stop=17"),
         ({"stop": "a" * 257}, "stop="),
         ({"stop_token_ids": [300000]}, "stop_token_ids=300000"),
-        ({"stream": "yes"}, "stream='yes'"),
+        ({"stream": "perhaps"}, "stream='perhaps'"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stream": True, "stream_options": {"usage": True}}, r"stream_options\.usage"),
         ({"logprobs": 21}, "logprobs=21"),
         ({"logprobs": -1}, "logprobs=-1"),
+        ({"logprob_token_ids": [1]}, r"logprob_token_ids=\[1\]"),
+        ({"logprob_token_ids": [300000], "logprobs": 1}, "logprob_token_ids=300000: is out of vocabulary"),
         ({"prompt_logprobs": 21}, "prompt_logprobs=21"),
-        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs=0"),
-        ({"echo": True}, "echo=True"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs=1"),
+        ({"use_beam_search": True}, "use_beam_search=True"),
+        ({"suffix": "end"}, "suffix='end'"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"best_of": 3, "n": 2}, "best_of=3"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens=-2"),
+        ({"truncate_prompt_tokens": 65}, "truncate_prompt_tokens=65"),
+        ({"truncate_prompt_tokens": 0}, r"prompt=\[\]: has no tokens"),
+        ({"cache_salt": ""}, "cache_salt=''"),
         ({"frequency_penalty": 2.5}, "frequency_penalty=2.5"),
         ({"presence_penalty": -2.5}, "presence_penalty=-2.5"),
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
@@ -387,7 +405,8 @@ async def test_metrics_tell_the_outcomes_apart(service, lanes):
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
             "response_format='json_object'",
         ),
-        ({"temprature": 0}, "temprature=0: is not a known request field; did you mean temperature?"),
+        ({"n": 0, "best_of": 3, "stop": ["a"] * 17}, "n=0: .*; best_of=3: .*; stop=17: "),
+        ({"n": "x", "seed": "y", "stop": 5}, "seed='y': .*; stop=5: .*; n='x': "),
     ],
 )
 async def test_a_bad_field_is_named(service, lanes, fields, named):
@@ -408,11 +427,20 @@ async def test_a_bad_field_is_named(service, lanes, fields, named):
             r"messages\[0\].content\[0\].type='image_url'",
         ),
         ({"messages": [{"role": "judge", "content": "x"}]}, "messages.*no judges"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": 5}]}, r"messages\[0\].tool_calls=5"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [5]}]}, r"messages\[0\].tool_calls=\[5\]"),
         ({"max_completion_tokens": -1}, "max_completion_tokens=-1"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, r"tools=\['f'\]: this model's chat template"),
         ({"tool_choice": "required"}, "tool_choice='required': needs tools"),
         ({"top_logprobs": 2}, "top_logprobs=2: needs logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs=21"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message=True"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template='{{ 1 }}': is not taken from requests"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template='x': is not taken from requests"),
+        ({"chat_template_kwargs": {"chat_template": 5}}, "chat_template_kwargs.chat_template=5"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.type='structural_tag': needs"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort='huge'"),
     ],
 )
 async def test_a_bad_chat_field_is_named(service, lanes, fields, named):
@@ -434,14 +462,20 @@ async def test_neutral_values_of_unsupported_fields_are_accepted(service):
 
 
 async def test_a_prompt_that_is_too_long_names_both_numbers(service):
-    with pytest.raises(PromptTooLong, match="64 tokens.*max_model_len is 64"):
+    with pytest.raises(PromptTooLong, match="64 tokens': this model's maximum context length is 64 tokens"):
         await complete(service, prompt=[7] * 64)
     assert (await complete(service, prompt=[7] * 63)).choices[0].request.params.max_tokens == 1
 
 
 async def test_a_long_text_is_tokenized_too(service):
-    with pytest.raises(PromptTooLong, match="20001 tokens"):
-        await complete(service, prompt="z" * 20000)
+    with pytest.raises(PromptTooLong, match="801 tokens"):
+        await complete(service, prompt="z" * 800)
+
+
+async def test_a_text_too_long_for_any_tokenization_is_not_tokenized(service, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "encode", None)
+    with pytest.raises(PromptTooLong, match="20000 characters"):
+        await complete(service, prompt="z" * 20_000)
 
 
 async def test_many_texts_that_are_long_together_leave_the_event_loop_alone(service, tokenizer, monkeypatch):
@@ -456,7 +490,7 @@ async def test_many_texts_that_are_long_together_leave_the_event_loop_alone(serv
     assert threads == {threading.main_thread()}
     threads.clear()
     with pytest.raises(PromptTooLong, match=r"prompt\[0\]"):
-        await complete(service, prompt=["x" * 1000] * 40)
+        await complete(service, prompt=["x" * 800] * 40)
     assert threads and threading.main_thread() not in threads
 
 

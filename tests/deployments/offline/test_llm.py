@@ -209,7 +209,7 @@ def test_logprobs_come_by_token_with_rank_and_text(llm: LLM) -> None:
     [
         (["Hello", []], r"prompts\[1\]"),
         ([[5, 2048]], r"prompts\[0\]=2048"),
-        ([[5] * 256], "max_model_len is 256"),
+        ([[5] * 256], "maximum context length is 256 tokens"),
         ([{"text": "Hello"}], "prompt_token_ids"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_prompt_that_cannot_run_is_named_before_any_runs(llm: LLM, prompts: An
     "params", [{"logit_bias": {2048: 1.0}}, {"allowed_token_ids": [5, 2048]}, {"stop_token_ids": [2048]}]
 )
 def test_a_token_id_that_the_model_does_not_have_is_refused_and_the_lane_lives(llm: LLM, params: Any) -> None:
-    with pytest.raises(ConfigError, match="=2048: token ids"):
+    with pytest.raises(ConfigError, match="=2048: is out of vocabulary"):
         llm.generate("Hello", SamplingParams(max_tokens=4, **params), use_tqdm=False)
     assert llm.generate("Hello", GREEDY, use_tqdm=False)[0].finished
 

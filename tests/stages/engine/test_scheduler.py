@@ -305,6 +305,15 @@ def test_a_later_request_takes_the_common_blocks_from_the_cache() -> None:
     assert (scheduler.stats().prefix_queries, scheduler.stats().prefix_hits) == (20, 8)
 
 
+def test_only_requests_of_one_salt_share_blocks() -> None:
+    scheduler = make()
+    cached = []
+    for name, salt in (("a", ""), ("b", "x"), ("c", "x"), ("d", "y"), ("e", "")):
+        scheduler.add_request(name, prompt(10), params(max_tokens=1), cache_salt=salt)
+        cached.append(run(scheduler)[0].num_cached_tokens)
+    assert cached == [0, 0, 8, 0, 8]
+
+
 def test_the_last_prompt_token_is_computed_even_if_all_blocks_are_cached() -> None:
     scheduler = make()
     for _ in range(2):
@@ -576,7 +585,7 @@ def ints(data: bytes) -> list[int]:
 
 def test_a_plan_says_everything_a_worker_needs() -> None:
     scheduler = make()
-    scheduler.add_request("a", prompt(5), params(temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-1))
+    scheduler.add_request("a", prompt(5), params(temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-2))
     run(scheduler)
     scheduler.add_request("b", prompt(3, 50), params(seed=5, temperature=0.0, top_k=7))
     step = scheduler.schedule()
@@ -592,7 +601,7 @@ def test_a_plan_says_everything_a_worker_needs() -> None:
     a, b = plan.samples
     assert a is not None and b is not None
     assert (a.temperature, a.top_p, a.top_k, a.min_p) == (0.5, 0.9, 0, 0.1)
-    assert (a.seed, a.position) == (2**64 - 1, 6)
+    assert (a.seed, a.position) == (2**64 - 2, 6)
     assert (b.seed, b.position, b.top_k) == (5, 3, 7)
 
 

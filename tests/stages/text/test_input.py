@@ -75,7 +75,7 @@ def test_a_refusal_names_the_field(processor: InputProcessor, prompts: Any, para
 def test_a_text_of_ids_that_the_model_has_not_is_refused(tokenizer: Tokenizer) -> None:
     """A tokenizer may have more ids than the model's vocabulary: here its last one, 256 (BOS), and some bytes."""
     processor = InputProcessor(tokenizer, vocab_size=100, max_model_len=40)
-    with pytest.raises(ConfigError, match=r"^prompts\[1\]=256: token ids must be within \[0, 100\)"):
+    with pytest.raises(ConfigError, match=r"^prompts\[1\]=256: is out of vocabulary: .* within \[0, 100\)"):
         processor.process_prompts([[1], "a"], PARAMS, "id", name="prompts")
 
 

@@ -371,6 +371,13 @@ def test_logprobs_are_those_of_the_model_with_rank_and_likeliest_tokens() -> Non
     assert everything.rank == 6 and everything.top_ids == [1, 3, 5, 4, 0, 2]
 
 
+def test_named_tokens_are_reported_with_the_chosen_one_in_place_of_the_likeliest() -> None:
+    named, likeliest = token_logprobs(LOGITS.repeat(2, 1), [4, 4], [2, 2], [[0, 3], []])
+    assert named and likeliest and (named.token_id, named.rank) == (4, 4)
+    assert named.top_ids == [3, 4, 0] and likeliest.top_ids == [1, 3]
+    assert named.top_logprobs[0] == pytest.approx(math.log(0.25), abs=1e-6)
+
+
 def test_logprobs_are_finite_and_left_out_for_a_row_that_was_not_sampled() -> None:
     logits = torch.tensor([[0.0, -math.inf], [math.nan, 1.0], [math.inf, 1.0], [math.nan] * 2])
     excluded, no_number, infinite, nothing = token_logprobs(logits, [1, 1, 0, -1], [-1] * 4)
