@@ -101,7 +101,9 @@ class Leaders:
 
 
 def stats_of(lane: str) -> LaneStats:
-    counts = dict.fromkeys([name for name in LaneStats.__struct_fields__ if name.startswith(("num", "room", "prefix"))], 0)
+    counts = dict.fromkeys(
+        [name for name in LaneStats.__struct_fields__ if name.startswith(("num", "room", "prefix"))], 0
+    )
     rest = ("queued_prefill_tokens", "running_kv_tokens", "prompt_tokens", "generation_tokens", "block_size")
     times = {"schedule_s": 0.0, "step_overhead_s": 0.0, "model_s": 0.0}
     return LaneStats(lane=lane, state="serving", epoch=1, **counts, **dict.fromkeys(rest, 0), **times)
