@@ -49,29 +49,11 @@ def stage_transfers(
     num_mixtures = len(moe.layers & frozenset(range(start, end))) if moe else 0
     hidden = tokens * model.hidden_size * work.dtype_bytes
     others = (ranks - 1) / ranks
-    dispatches = plan.expert_parallel and tokens >= MIN_DISPATCH_TOKENS
     # One behind attention, one behind the MLP or the experts; a shared expert's joins that of the experts.
     all_reduces = 2 * (end - start)
-    if moe and dispatches and num_mixtures:
+    if moe and plan.expert_parallel and num_mixtures and tokens >= MIN_DISPATCH_TOKENS:
         all_reduces -= 0 if moe.shared_intermediate_size else num_mixtures
-        # A copy of a token for each of its experts, from the rank that has its share of the tokens, and back.
-        sent = hidden * moe.top_k / ranks
-        yield Transfer(
-            what="EP all-to-all",
-            link=link,
-            count=2 * num_mixtures,
-            message_bytes=sent,
-            wire_bytes=sent * others,
-            ranks=ranks,
-        )
-        yield Transfer(
-            what="EP all-gather",
-            link=link,
-            count=num_mixtures,
-            message_bytes=hidden,
-            wire_bytes=hidden * others,
-            ranks=ranks,
-        )
+        yield from _dispatch(link, ranks, num_mixtures, hidden, moe.top_k)
     reduce = Transfer(
         what="TP all-reduce",
         link=link,
@@ -91,6 +73,22 @@ def stage_transfers(
             count=1,
             message_bytes=logits,
             wire_bytes=logits * others,
+            ranks=ranks,
+        )
+
+
+def _dispatch(link: Link, ranks: int, num_mixtures: int, hidden: float, top_k: int) -> Iterator[Transfer]:
+    """hidden: bytes of the step's activations. Each rank has a share of the tokens, and experts of its own."""
+    others = (ranks - 1) / ranks
+    # A copy of a token for each of its experts, there and back; then the shares are joined.
+    sent = hidden * top_k / ranks
+    for what, count, message in (("EP all-to-all", 2, sent), ("EP all-gather", 1, hidden)):
+        yield Transfer(
+            what=what,
+            link=link,
+            count=count * num_mixtures,
+            message_bytes=message,
+            wire_bytes=message * others,
             ranks=ranks,
         )
 

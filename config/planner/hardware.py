@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from stagemesh.config.base import did_you_mean
@@ -24,7 +24,7 @@ class Gpu:
     """In decimal GB, as it is sold: drivers show 1 to 8 % more."""
     bandwidth: float
     """Bytes per second of its memory."""
-    flops: Mapping[str, float]
+    flops: Mapping[str, float] = field(hash=False)
     """Per second, by "bf16", "fp8" and "int8"; a missing one computes in bf16."""
     link: str = "pcie4"
     """To the other cards of its machine, where none is named."""
@@ -136,10 +136,6 @@ class Cluster:
     @property
     def largest_node(self) -> int:
         return max(map(len, self.nodes))
-
-    @property
-    def is_mixed(self) -> bool:
-        return len({gpu for node in self.nodes for gpu in node}) > 1
 
     @property
     def is_cpu(self) -> bool:

@@ -28,52 +28,63 @@ PIPE_WIDTH = 140
 """Columns where no terminal says how many it has."""
 
 
+ModelPath = Annotated[str, typer.Argument(help="Model folder, hub id in the cache, or a config.json alone.")]
+Gpus = Annotated[
+    str | None, typer.Option(help="All GPUs, e.g. 8xL40S-48GB or 4xA100-80GB,4xL40S-48GB; by default Ray's.")
+]
+Nodes = Annotated[int | None, typer.Option(help="Machines that they are in.", min=1)]
+GpusPerNode = Annotated[int | None, typer.Option(help="GPUs in each machine.", min=1)]
+Intra = Annotated[str | None, typer.Option(help="Link inside a machine: nvlink4, pcie5, …; by default the GPU's.")]
+Inter = Annotated[str, typer.Option(help="Link between machines: 25GbE, 200GbE-RoCE, IB-NDR, …")]
+GpuSpec = Annotated[
+    list[str] | None, typer.Option(help="Another GPU: NAME=mem:GB,bw:GB/s,flops:TFLOP/s[,fp8:…][,int8:…][,link:…].")
+]
+NewLink = Annotated[list[str] | None, typer.Option(help="Another link: NAME=GB/s, each way.")]
+Concurrency = Annotated[int, typer.Option(help="Requests that run at once.", min=1)]
+Context = Annotated[
+    int | None, typer.Option(help="Tokens of each, prompt and answer; by default 8192 or the model's most.", min=1)
+]
+Goal = Annotated[Literal["latency", "throughput"], typer.Option(help="Fast answers, or many with small lanes.")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="As in `serve`.")]
+Format = Annotated[
+    Literal["auto", "fp8", "int8", "awq", "gptq", "compressed-tensors"], typer.Option(help="As in `serve`.")
+]
+KvDtype = Annotated[Literal["auto", "fp8"], typer.Option(help="As in `serve`.")]
+Utilization = Annotated[float, typer.Option(help="As in `serve`.", min=0.01, max=1)]
+StepTokens = Annotated[int, typer.Option(help="As in `serve`.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+AsYaml = Annotated[bool, typer.Option("--yaml", help="Print only the YAML that serves it.")]
+Plot = Annotated[Path | None, typer.Option(help="Also draw memory and cost into a PNG.")]
+
+
 def plan(
-    model: Annotated[str, typer.Argument(help="Model folder, hub id in the cache, or a config.json alone.")],
-    gpus: Annotated[
-        str | None, typer.Option(help="All GPUs, e.g. 8xL40S-48GB or 4xA100-80GB,4xL40S-48GB; by default Ray's.")
-    ] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines that they are in.", min=1)] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs in each machine.", min=1)] = None,
-    intra: Annotated[str | None, typer.Option(help="Link inside a machine: nvlink4, pcie5, …")] = None,
-    inter: Annotated[str, typer.Option(help="Link between machines: 25GbE, 200GbE-RoCE, IB-NDR, …")] = "25GbE",
-    gpu_spec: Annotated[
-        list[str] | None, typer.Option(help="Another GPU: NAME=mem:GB,bw:GB/s,flops:TFLOP/s[,fp8:…][,int8:…].")
-    ] = None,
-    link: Annotated[list[str] | None, typer.Option(help="Another link: NAME=GB/s, each way.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 32,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of each, prompt and answer; by default 8192 or the model's most.", min=1)
-    ] = None,
-    objective: Annotated[
-        Literal["latency", "throughput"], typer.Option(help="Fast answers, or many with small lanes.")
-    ] = "latency",
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="As in `serve`.")] = "auto",
-    quantization: Annotated[
-        Literal["auto", "fp8", "int8", "awq", "gptq", "compressed-tensors"], typer.Option(help="As in `serve`.")
-    ] = "auto",
-    kv_cache_dtype: Annotated[Literal["auto", "fp8"], typer.Option(help="As in `serve`.")] = "auto",
-    gpu_memory_utilization: Annotated[float, typer.Option(help="As in `serve`.", min=0.01, max=1)] = 0.92,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="As in `serve`.", min=1)] = 2048,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print only the YAML that serves it.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Also draw memory and cost into a PNG.")] = None,
+    model: ModelPath,
+    gpus: Gpus = None,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    intra: Intra = None,
+    inter: Inter = "25GbE",
+    gpu_spec: GpuSpec = None,
+    link: NewLink = None,
+    concurrency: Concurrency = 32,
+    context: Context = None,
+    objective: Goal = "latency",
+    dtype: Dtype = "auto",
+    quantization: Format = "auto",
+    kv_cache_dtype: KvDtype = "auto",
+    gpu_memory_utilization: Utilization = 0.92,
+    max_num_batched_tokens: StepTokens = 2048,
+    as_json: AsJson = False,
+    as_yaml: AsYaml = False,
+    plot: Plot = None,
 ) -> None:
     """Say how to cut MODEL over GPUs (TP x PP x DP x EP), why, and what it costs on each link."""
     config = read_model(model)
-    cluster = (
-        make_cluster(
-            gpus,
-            nodes=nodes,
-            gpus_per_node=gpus_per_node,
-            intra=intra,
-            inter=inter,
-            gpu_specs=gpu_spec or (),
-            links=link or (),
-        )
-        if gpus
-        else _live_cluster(intra, inter)
-    )
+    if gpus is None:
+        cluster = _live_cluster(intra, inter)
+    else:
+        shape = {"nodes": nodes, "gpus_per_node": gpus_per_node}
+        cluster = make_cluster(gpus, **shape, intra=intra, inter=inter, gpu_specs=gpu_spec or (), links=link or ())
     work = make_workload(
         config,
         concurrency=concurrency,
@@ -88,7 +99,13 @@ def plan(
     found = make_plan(work, cluster)
     if plot is not None:
         save_plot(found, plot)
-    content = render(found.yaml_args(model, quantization, kv_cache_dtype), host="127.0.0.1", port=8000, grpc_port=9000)
+    path = Path(model).expanduser()
+    args = found.yaml_args(str(path.parent) if path.is_file() else model, quantization, kv_cache_dtype)
+    _print(found, render(args, host="127.0.0.1", port=8000, grpc_port=9000), as_json=as_json, as_yaml=as_yaml)
+
+
+def _print(found: Plan, content: str, *, as_json: bool, as_yaml: bool) -> None:
+    """content: the YAML."""
     if as_json:
         print(json.dumps(found.as_dict() | {"yaml": content}, indent=2))
     elif as_yaml:
@@ -123,7 +140,9 @@ def show(plan: Plan, console: Console, content: str) -> None:
     for number, step in enumerate(plan.steps(), start=1):
         console.print(f"{number}. {step}")
     console.print(f"\n{plan.capacity_line(best)}")
-    console.print(f"All {best.dp_size} lanes: {best.max_concurrency:.2f} such requests at once.\n")
+    if best.dp_size > 1:
+        console.print(f"All {best.dp_size} lanes together: {best.max_concurrency:.2f} such requests at once.")
+    console.print()
     console.print(_memory(best))
     console.print(_bill(best, plan))
     console.print(_layouts(plan))

@@ -18,7 +18,7 @@ def save_plot(plan: Plan, path: Path) -> None:
         matplotlib.use("agg")  # no display
         from matplotlib import pyplot
     except ImportError:
-        raise ConfigError("plot", str(path), "needs matplotlib: pip install matplotlib") from None
+        raise ConfigError("plot", str(path), "needs matplotlib: pip install 'stagemesh[plot]'") from None
     figure, (memory, cost) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
     best = plan.best
     names = [f"{i}: {stage.gpu.name}" for i, stage in enumerate(best.stages)]

@@ -120,7 +120,7 @@ def test_a_picture_needs_matplotlib_and_says_so(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, output = run(*words, capsys=capsys, monkeypatch=monkeypatch)
     assert status == 2
-    assert "needs matplotlib: pip install matplotlib" in output and not picture.exists()
+    assert "needs matplotlib: pip install 'stagemesh[plot]'" in output and not picture.exists()
 
 
 def test_a_picture_is_a_png(
