@@ -23,9 +23,10 @@ def save_plot(plan: Plan, path: Path) -> None:
     best = plan.best
     names = [f"{i}: {stage.gpu.name}" for i, stage in enumerate(best.stages)]
     bottom = [0.0] * len(names)
-    for what in ("weight_bytes", "kv_bytes", "other_bytes"):
-        sizes = [getattr(stage, what) / 1e9 for stage in best.stages]
-        memory.bar(names, sizes, bottom=bottom, label=what.removesuffix("_bytes").replace("kv", "KV cache"))
+    parts = {"weights": "weight_bytes", "KV cache": "kv_bytes", "step, driver": "other_bytes"}
+    for what, field in parts.items():
+        sizes = [getattr(stage, field) / 1e9 for stage in best.stages]
+        memory.bar(names, sizes, bottom=bottom, label=what)
         bottom = [below + size for below, size in zip(bottom, sizes, strict=True)]
     memory.plot(names, [stage.gpu.memory_bytes / 1e9 for stage in best.stages], "k_", markersize=30, label="GPU")
     memory.set(title=f"{best.name}: memory of a GPU of each stage", ylabel="GB")
@@ -35,7 +36,7 @@ def save_plot(plan: Plan, path: Path) -> None:
     shown = [layout.name for layout in layouts]
     sending = [1e3 * sum(transfer.seconds for transfer in layout.decode_bill) for layout in layouts]
     cost.barh(shown, [1e3 * layout.speed.step_s for layout in layouts], label="time of a token")
-    cost.barh(shown, sending, height=0.4, label="of that, at most, on links")
+    cost.barh(shown, sending, height=0.4, label="on links, sent as one batch")
     cost.invert_yaxis()
     cost.set(title=f"{plan.work.concurrency} requests of {plan.work.context:,} tokens", xlabel="ms per token")
     cost.legend()

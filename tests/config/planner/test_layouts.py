@@ -89,6 +89,14 @@ def test_two_cards_of_80_gb_hold_70b_but_not_its_requests() -> None:
     assert any("the planned requests need" in warning for warning in plan.warnings)
 
 
+def test_a_cache_that_the_requests_nearly_fill_is_warned_of() -> None:
+    most = int(plan_for("llama-70b", "4xA100-80GB").best.max_concurrency)
+    full = plan_for("llama-70b", "4xA100-80GB", concurrency=most)
+    assert full.best.holds_all
+    assert any("above 95 % the engine preempts" in warning for warning in full.warnings)
+    assert not any("KV:" in warning for warning in plan_for("llama-70b", "4xA100-80GB").warnings)
+
+
 def test_more_machines_of_a_cut_that_fills_two_are_copies() -> None:
     plan = plan_for("llama-405b", "32xA100-80GB", {"nodes": 4, "inter": "IB-NDR"})
     assert sizes(plan.best)[:2] == (8, 2) and plan.best.dp_size == 2
