@@ -96,9 +96,8 @@ class Plan:
             found.append(
                 f"TP={plan.tp_size}: divides the heads, inside a machine, over {link.name} ({link.rate / 1e9:g} GB/s)."
             )
-        elif self.cluster.largest_node > 1:
-            against = next((x.concerns[0] for x in self.layouts if x.plan.tp_size > 1 and x.concerns), "")
-            found.append(f"TP=1: {against or 'sums across GPUs would cost more than they save.'}")
+        elif (rival := next((x for x in self.layouts if x.plan.tp_size > 1), None)) is not None:
+            found.append(f"TP=1: the next with more, {rival.name}: {self.against(rival)}.")
         if plan.pp_size > 1:
             where = "across machines" if any(far for _, far in best.boundaries) else "inside a machine"
             layers = ", ".join(map(str, best.partition))
