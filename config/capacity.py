@@ -15,8 +15,20 @@ def kv_bytes_per_token(model: ModelConfig, plan: ParallelPlan, stage: int, dtype
 
 def kv_tokens(model: ModelConfig, plan: ParallelPlan, dtype_bytes: int, memory_bytes: int, block_size: int) -> int:
     """Tokens of a lane's KV cache, in whole blocks: the stage with the most layers decides."""
-    widest = max(kv_bytes_per_token(model, plan, stage, dtype_bytes) for stage in range(plan.pp_size))
-    return memory_bytes // (widest * block_size) * block_size
+    stages = range(plan.pp_size)
+    return min(stage_kv_tokens(model, plan, stage, dtype_bytes, memory_bytes, block_size) for stage in stages)
+
+
+def stage_kv_tokens(
+    model: ModelConfig, plan: ParallelPlan, stage: int, dtype_bytes: int, memory_bytes: int, block_size: int
+) -> int:
+    """Tokens that fit into `memory_bytes` of each rank of `stage`, in whole blocks."""
+    return memory_bytes // (kv_bytes_per_token(model, plan, stage, dtype_bytes) * block_size) * block_size
+
+
+def gpu_kv_budget(total_bytes: int, utilization: float, used_bytes: int, activation_bytes: int) -> int:
+    """What `gpu_memory_utilization` leaves for KV beside the memory in use, weights included, and the largest step."""
+    return int(total_bytes * utilization) - used_bytes - activation_bytes
 
 
 def capacity_line(device: str, num_tokens: int, max_model_len: int) -> str:

@@ -22,6 +22,14 @@ from stagemesh.config.quantization import Quantization, QuantizationName, resolv
 PACKAGE_ROOT = Path(__file__).parents[1]
 CPU_KV_CACHE_BYTES = 256 * 2**20
 """Per rank; small, for other programs need memory too."""
+LAYOUT_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "pipeline_layer_partition",
+    "enable_expert_parallel",
+    "data_parallel_size",
+)
+"""The settings that `layout: auto` chooses."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -48,6 +56,8 @@ class EngineArgs(Settings):
     generation_config: Literal["auto", "vllm"] = "auto"
     """Default sampling: auto takes the model's generation_config.json, vllm ignores it."""
 
+    layout: Literal["auto"] | None = None
+    """auto: the sizes below as `stagemesh plan --objective throughput` chooses them for the GPUs that Ray shows."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer; must divide the attention heads."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
@@ -202,7 +212,7 @@ class EngineConfig:
             args.pipeline_layer_partition,
             expert_parallel=args.enable_expert_parallel,
         )
-        device = _device(args)
+        device = pick_device(args)
         names = args.served_model_name or args.model
         # Fields of both classes, unless replaced below.
         values: dict[str, Any] = {name: getattr(args, name) for name in EngineArgs.model_fields.keys() & cls.__slots__}
@@ -223,6 +233,7 @@ class EngineConfig:
         if args.kv_cache_memory_bytes is None and device == "cpu":
             values["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
         config = cls(**values)
+        _check_layout(args)
         _check_limits(config)
         _check_lanes(args)
         checkpoint_files(folder)
@@ -252,7 +263,7 @@ def _places(model: str) -> list[Path]:
     return list(dict.fromkeys((Path.cwd() / Path(model).expanduser(), PACKAGE_ROOT / model)))
 
 
-def _device(args: EngineArgs) -> Literal["cpu", "cuda"]:
+def pick_device(args: EngineArgs) -> Literal["cpu", "cuda"]:
     """auto is cuda where a GPU has a device file and torch is no CPU build."""
     if args.device != "auto":
         return args.device
@@ -286,6 +297,12 @@ def _check_limits(config: EngineConfig) -> None:
                 "longest request would never finish; raise it, lower max_model_len, or cut the model further"
             )
             raise ConfigError("kv_cache_memory_bytes", memory, reason)
+
+
+def _check_layout(args: EngineArgs) -> None:
+    given = [name for name in LAYOUT_SIZES if name in args.model_fields_set]
+    if args.layout is not None and given:
+        raise ConfigError("layout", args.layout, f"chooses {', '.join(given)}: say one or the other")
 
 
 def _check_lanes(args: EngineArgs) -> None:

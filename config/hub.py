@@ -42,7 +42,7 @@ def fetch(repo_id: str, revision: str | None = None, cache_dir: str | None = Non
 
 def _cached(repo_id: str, revision: str | None, cache_dir: str | None) -> Path | None:
     """The cached folder, if it is complete."""
-    folder = _cached_folder(repo_id, revision, cache_dir)
+    folder = cached_folder(repo_id, revision, cache_dir)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     try:
@@ -52,7 +52,8 @@ def _cached(repo_id: str, revision: str | None, cache_dir: str | None) -> Path |
     return folder
 
 
-def _cached_folder(repo_id: str, revision: str | None, cache_dir: str | None) -> Path | None:
+def cached_folder(repo_id: str, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
+    """Where its config.json is, whatever else is there."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision)
@@ -81,7 +82,7 @@ def _download(repo_id: str, revision: str | None, cache_dir: str | None) -> Path
         reason = "is neither a folder here nor a repository on the hub; a private one needs HF_TOKEN"
         raise ConfigError("model", repo_id, reason) from None
     except Exception as error:  # whatever the network or the disk may do
-        if (partial := _cached_folder(repo_id, revision, cache_dir)) is not None:
+        if (partial := cached_folder(repo_id, revision, cache_dir)) is not None:
             checkpoint_files(partial)  # says what is missing of it
         at = f" at revision {revision}" if revision else ""
         reason = (

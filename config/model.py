@@ -153,14 +153,19 @@ class ModelConfig:
     def from_folder(cls, path: str | Path) -> ModelConfig:
         """Read config.json and, where present, generation_config.json. ConfigError names the file and the key."""
         folder = Path(path)
-        raw = _read_json(folder / "config.json")
+        raw = read_json(folder / "config.json")
         generation_file = folder / "generation_config.json"
-        generation = _read_json(generation_file) if generation_file.exists() else {}
+        generation = read_json(generation_file) if generation_file.exists() else {}
         try:
             eos_token_ids = dict.fromkeys(_eos_token_ids(generation) + _eos_token_ids(raw))
-            return replace(_read_family(raw).resolve(), eos_token_ids=tuple(eos_token_ids))
+            return replace(cls.from_json(raw), eos_token_ids=tuple(eos_token_ids))
         except ConfigError as error:
             raise ConfigError(error.field, error.value, f"{error.reason} (in {folder / 'config.json'})") from None
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> ModelConfig:
+        """From the content of config.json, without what generation ends with."""
+        return _read_family(raw).resolve()
 
 
 class Family(Settings):
@@ -274,7 +279,7 @@ def _eos_token_ids(raw: dict[str, Any]) -> list[int]:
     return ids
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -10,6 +10,7 @@ from ray.serve.config import RequestRouterConfig
 
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.generation_config import default_sampling
+from stagemesh.deployments.auto_layout import with_layout
 from stagemesh.deployments.ingress.router import Router
 from stagemesh.deployments.lane.leader import Leader
 from stagemesh.deployments.lane.stage import Stage
@@ -35,7 +36,7 @@ the leader that waited and the replica that took it: without a delay Serve would
 
 def build(args: dict[str, Any]) -> Application:
     """The `import_path` of every YAML. Raises ConfigError before anything starts."""
-    config = EngineConfig.resolve(EngineArgs.parse(args))
+    config = EngineConfig.resolve(with_layout(EngineArgs.parse(args)))
     # Read here too, so that an error in them is reported once and not by every router.
     Tokenizer.from_folder(config.model_path)
     default_sampling(config)

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from stagemesh.config.base import did_you_mean
-from stagemesh.config.engine import EngineArgs, find_model, local_folder
+from stagemesh.config.engine import LAYOUT_SIZES, EngineArgs, find_model, local_folder
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.hub import is_repo_id
 from stagemesh.config.serve_yaml import render
 from stagemesh.deployments.cli.launch import launch
+from stagemesh.deployments.cli.plan import plan
 from stagemesh.deployments.cli.quantize import quantize
 
 SHORT_FLAGS = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",), "data_parallel_size": ("-dp",)}
@@ -76,6 +77,8 @@ def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError("autoscaling_config", args["autoscaling_config"], f"is not JSON: {error}") from None
     EngineArgs.parse(args)
+    if not set(LAYOUT_SIZES) & args.keys():
+        args["layout"] = "auto"
     # Replicas run in another working directory; clients know the model by the name used here.
     args.setdefault("served_model_name", model)
     if (folder := local_folder(model)) is not None or not is_repo_id(model):
@@ -129,3 +132,4 @@ def _with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
 cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_with_engine_options(serve))
 cli.command()(quantize)
+cli.command()(plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stagemesh.config.capacity import gpu_kv_budget, kv_bytes_per_token
 from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.stages.layers.checkpoint import Checkpoint
@@ -86,8 +86,8 @@ class ModelRunner:
 
     def kv_bytes_per_block(self) -> int:
         """Over the layers of this stage."""
-        model = self._loaded()
-        return math.prod(model.kv_block_shape(self._block_size)) * self._kv_dtype.itemsize * len(model.layers)
+        config = self._config
+        return self._block_size * kv_bytes_per_token(config.model, config.plan, self._stage, config.kv_dtype_bytes)
 
     def max_kv_blocks(self) -> int:
         """As many as fit beside this rank's weights; ConfigError if not even one."""
@@ -106,7 +106,7 @@ class ModelRunner:
         free, total = torch.cuda.mem_get_info(self._device)
         activations = self._measure_activations()
         utilization = self._config.gpu_memory_utilization
-        budget = int(total * utilization) - (total - free) - activations
+        budget = gpu_kv_budget(total, utilization, total - free, activations)
         if budget < self.kv_bytes_per_block():
             reason = f"leaves no KV cache: weights and others use {total - free} bytes, a step {activations}"
             raise ConfigError("gpu_memory_utilization", utilization, reason)

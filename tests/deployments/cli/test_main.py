@@ -74,7 +74,7 @@ def test_the_model_keeps_the_name_that_it_was_given_by(
     monkeypatch.chdir(Path(model).parent)
     _, output = stagemesh("serve", Path(model).name, "--print-config", capsys=capsys, monkeypatch=monkeypatch)
     args = yaml.safe_load(output)["applications"][0]["args"]
-    assert args == {"model": model, "served_model_name": Path(model).name}
+    assert args == {"model": model, "served_model_name": Path(model).name, "layout": "auto"}
 
 
 @pytest.mark.parametrize(
