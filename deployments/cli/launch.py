@@ -42,7 +42,7 @@ def launch(path: Path) -> int:
     signals = _count_signals()
     adopt_orphans()
     # In a session of its own, so that a terminal's Ctrl-C reaches it once, from here.
-    serve = subprocess.Popen([_serve_command(), "run", str(path)], start_new_session=True)
+    serve = subprocess.Popen([serve_command(), "run", str(path)], start_new_session=True)
     try:
         is_ready = False
         while serve.poll() is None and not signals:
@@ -104,7 +104,7 @@ def _count_signals() -> list[int]:
     return signals
 
 
-def _serve_command() -> str:
+def serve_command() -> str:
     """`serve` beside this Python, else on the PATH."""
     beside = Path(sys.executable).with_name("serve")
     command = str(beside) if beside.exists() else shutil.which("serve")

@@ -18,9 +18,13 @@ from stagemesh.config.engine import WITH_UNIT, EngineArgs, EngineConfig, find_mo
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.hub import is_repo_id
 from stagemesh.config.serve_yaml import render
+from stagemesh.deployments.cli.batch import run_batch
+from stagemesh.deployments.cli.client import ServerError
 from stagemesh.deployments.cli.flags import ServeCommand
 from stagemesh.deployments.cli.launch import launch
 from stagemesh.deployments.cli.quantize import quantize
+from stagemesh.deployments.cli.status import status
+from stagemesh.deployments.cli.talk import chat, complete
 
 SHORT_FLAGS = {
     "tensor_parallel_size": ("-tp",),
@@ -44,12 +48,12 @@ cli = typer.Typer(
 
 
 def main() -> None:
-    """A ConfigError is shown as its message, with exit status 2."""
+    """A ConfigError is shown as its message, with exit status 2; what a server says, with 1."""
     try:
         cli()
-    except ConfigError as error:
+    except (ConfigError, ServerError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 @cli.callback()
@@ -169,3 +173,7 @@ def _with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
 cli.command(cls=ServeCommand, context_settings={"allow_extra_args": True})(_with_engine_options(serve))
 cli.command()(quantize)
+cli.command()(chat)
+cli.command()(complete)
+cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run_batch)
+cli.command()(status)
