@@ -316,7 +316,7 @@ def _check_limits(config: EngineConfig) -> None:
         raise ConfigError("max_num_batched_tokens", config.max_num_batched_tokens, reason)
 
 
-def _sizes(config: EngineConfig, args: EngineArgs, files: Mapping[str, Path]) -> dict[str, int]:
+def _sizes(config: EngineConfig, args: EngineArgs, files: Mapping[str, Path]) -> dict[str, Any]:
     """max_model_len and kv_cache_memory_bytes, as far as they are known before start-up. Raises ConfigError."""
     scaling = args.autoscaling_config
     stored = sum(path.stat().st_size for path in set(files.values()))

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import yaml
 from typer.core import TyperCommand
 
@@ -23,7 +22,7 @@ LIST_FLAGS = {"--served-model-name", "--api-key"}
 class ServeCommand(TyperCommand):
     """A command whose flags may be written as vLLM's may, and stand in a file."""
 
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
         known = {name: option for option in self.get_params(context) for name in (*option.opts, *option.secondary_opts)}
         words = [_dashes(word) for word in args]
         words = list(_without_inert(_with_file(words), known))
@@ -119,7 +118,7 @@ def _repeated(words: Iterable[str]) -> Iterator[str]:
             yield word
 
 
-def _refuse_unknown(words: Iterable[str], known: Mapping[str, click.Parameter]) -> None:
+def _refuse_unknown(words: Iterable[str], known: Mapping[str, Any]) -> None:
     """Raises ConfigError with the nearest flag; typer would leave an unknown one among the positional words."""
     is_value = False
     for word in words:
@@ -127,7 +126,7 @@ def _refuse_unknown(words: Iterable[str], known: Mapping[str, click.Parameter]) 
         if not is_value and word.startswith("-") and flag not in known:
             raise ConfigError("", None, f"unknown flag {flag}" + did_you_mean(flag, [*known, *_inert_flags()]))
         option = known.get(flag)
-        is_value = not is_value and isinstance(option, click.Option) and not option.is_flag and not equals
+        is_value = not is_value and not getattr(option, "is_flag", True) and not equals
 
 
 def _inert_flags() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections import defaultdict
@@ -93,7 +94,9 @@ def lanes_of(metrics: str) -> dict[str, dict[str, float]]:
 def _deployments() -> dict[str, Any]:
     """What Serve on this machine says; only the reason where it says nothing, as for a server elsewhere."""
     try:
-        done = subprocess.run([serve_command(), "status"], capture_output=True, text=True, timeout=SERVE_TIMEOUT_S)
+        env = {"RAY_AUTH_MODE": "token", **os.environ}  # a cluster asks for its token unless told otherwise
+        command = [serve_command(), "status"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SERVE_TIMEOUT_S, env=env)
         applications = (yaml.safe_load(done.stdout) or {})["applications"]
         deployments = applications["stagemesh"]["deployments"]
     except (ConfigError, OSError, subprocess.TimeoutExpired, yaml.YAMLError, KeyError, TypeError):
@@ -109,7 +112,7 @@ def render(state: dict[str, Any], before: dict[str, Any] | None) -> RenderableTy
     """Tables; rates need the status before."""
     word = "ready" if state["ready"] else "not ready: no lane can generate"
     parts: list[RenderableType] = [Text(f"{state['url']}: {word}")]
-    lanes = Table("lane", "running", "waiting", "KV used", "KV blocks", "prompt tok/s", "output tok/s", "preempted")
+    lanes = Table("lane", "running", "waiting", "KV used", "blocks", "in tok/s", "out tok/s", "preempted")
     for lane, now in state["lanes"].items():
         earlier = before["lanes"].get(lane) if before else None
         seconds = state["time"] - before["time"] if before else 0.0

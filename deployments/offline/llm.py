@@ -261,7 +261,7 @@ def _engine_args(model: str, dtype: Any, seed: int | None, vllm_args: Mapping[st
     args, without_effect = split_inert(given)
     if without_effect:
         logger.warning("%s", inert_warning(without_effect))
-    return EngineArgs(model=model, dtype=str(dtype).removeprefix("torch."), seed=seed, **args)
+    return EngineArgs.parse({"model": model, "dtype": str(dtype).removeprefix("torch."), "seed": seed, **args})
 
 
 def _start_lane(config: EngineConfig, inbox: Inbox) -> OfflineLane:

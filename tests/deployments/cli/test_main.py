@@ -127,10 +127,21 @@ def args_of(output: str) -> dict[str, Any]:
 def test_vllms_spellings_mean_the_same(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = ["--model", model, "--tensor-parallel-size", "2", "--max-model-len", "256", "--dtype", "float16"]
-    plain += ["--served-model-name", "a", "--served-model-name", "b", "--print-config"]
+    plain = [
+        "--seed",
+        "-1",
+        "--model",
+        model,
+        "--tensor-parallel-size",
+        "2",
+        "--max-model-len",
+        "256",
+        "--dtype",
+        "float16",
+    ]
+    plain += ["--dtype", "float16", "--served-model-name", "a", "--served-model-name", "b", "--print-config"]
     vllm = [model, "--tensor_parallel_size=2", "--max_model_len", "256", "--dtype=half"]
-    vllm += ["--served-model-name", "a", "b", "--print-config"]
+    vllm += ["--seed=-1", "--served-model-name", "a", "b", "--print-config"]
     _, one = stagemesh("serve", *plain, capsys=capsys, monkeypatch=monkeypatch)
     _, other = stagemesh("serve", *vllm, capsys=capsys, monkeypatch=monkeypatch)
     assert EngineArgs.parse(args_of(one)) == EngineArgs.parse(args_of(other))
