@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import pydantic
 from annotated_types import Ge, Gt, Le, Lt
@@ -53,12 +53,7 @@ class Settings(pydantic.BaseModel):
 def allowed(field: FieldInfo) -> str:
     """The values of a field in words, e.g. "an integer, at least 1, or null"."""
     options = _options(field.annotation)
-    bounds = [
-        f"{word} {getattr(bound, attribute):g}"
-        for bound in field.metadata
-        for kind, attribute, word in _BOUNDS
-        if isinstance(bound, kind)
-    ]
+    bounds = _bounds(field.metadata)
     if bounds and options[-1] == "null":
         return ", ".join([" or ".join(options[:-1]), " and ".join(bounds), "or null"])
     return ", ".join([" or ".join(options), *([" and ".join(bounds)] if bounds else [])])
@@ -71,8 +66,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
+def _bounds(metadata: Iterable[Any]) -> list[str]:
+    parts = [part for entry in metadata for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+    return [
+        f"{word} {getattr(bound, attribute):g}"
+        for bound in parts
+        for kind, attribute, word in _BOUNDS
+        if isinstance(bound, kind)
+    ]
+
+
 def _options(annotation: Any) -> list[str]:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        kind, *metadata = get_args(annotation)
+        return [", ".join([" or ".join(_options(kind)), *_bounds(metadata)])]
     if origin in (Union, types.UnionType):
         return [option for part in get_args(annotation) for option in _options(part)]
     if origin is Literal:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from stagemesh.config import hub
 from stagemesh.config.base import Settings
-from stagemesh.config.capacity import DTYPE_BYTES, kv_tokens
+from stagemesh.config.capacity import DTYPE_BYTES
 from stagemesh.config.checkpoint import checkpoint_files
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.memory import CacheLayout, choose_kv_bytes, longest_that_fits
 from stagemesh.config.model import DType, ModelConfig
 from stagemesh.config.parallel import ParallelPlan
 from stagemesh.config.quantization import Quantization, QuantizationName, resolve_quantization
+from stagemesh.config.units import parse_number
 
 PACKAGE_ROOT = Path(__file__).parents[1]
-CPU_KV_CACHE_BYTES = 256 * 2**20
-"""Per rank; small, for other programs need memory too."""
 LAYOUT_SIZES = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
@@ -30,8 +30,10 @@ LAYOUT_SIZES = (
     "data_parallel_size",
 )
 """The settings that `layout: auto` chooses."""
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+WITH_UNIT = ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "max_queued_tokens", "kv_cache_memory_bytes")
+"""Numbers that may be texts with a unit."""
+_ALIASES = {"half": "float16", "float": "float32", "fp8_e4m3": "fp8"}
+"""vLLM's other names of types."""
 
 
 class EngineArgs(Settings):
@@ -45,6 +47,12 @@ class EngineArgs(Settings):
     """Folder for models from the hub; by default its library's cache."""
     served_model_name: str | list[str] | None = None
     """Name or names that clients use; by default `model`."""
+    tokenizer: str | None = None
+    """Folder or hub id of another model whose tokenizer and chat template are used."""
+    chat_template: str | None = None
+    """A Jinja file or its text, in place of the model's own chat template."""
+    hf_overrides: dict[str, Any] | None = None
+    """Keys of the model's config.json with other values."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights, activations and KV cache; auto is the checkpoint's."""
     quantization: QuantizationName = "auto"
@@ -53,8 +61,14 @@ class EngineArgs(Settings):
     """Type of the KV cache; auto is dtype, fp8 (e4m3) holds 2 to 4 times the tokens."""
     seed: int | None = None
     """Fixes answers to requests without a seed, if a router gets them in the same order."""
-    generation_config: Literal["auto", "vllm"] = "auto"
-    """Default sampling: auto takes the model's generation_config.json, vllm ignores it."""
+    generation_config: str = "auto"
+    """Default sampling: auto takes the model's generation_config.json, vllm ignores it, a folder names another."""
+    override_generation_config: dict[str, Any] | None = None
+    """Default sampling on top of that, e.g. {"temperature": 0.6}."""
+    tool_call_parser: str | None = None
+    """How the model writes tool calls; by default told from its chat template."""
+    reasoning_parser: str | None = None
+    """How the model marks its reasoning; by default it is part of the answer."""
 
     layout: Literal["auto"] | None = None
     """auto: the sizes below as `stagemesh plan --objective throughput` chooses them for the GPUs that Ray shows."""
@@ -71,8 +85,9 @@ class EngineArgs(Settings):
     autoscaling_config: dict[str, Any] | None = None
     """Ray Serve's autoscaling_config for the lanes (min_replicas, max_replicas, …)."""
 
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Most tokens of prompt and answer together; by default the model's max_position_embeddings."""
+    max_model_len: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Most tokens of prompt and answer together, e.g. 8192 or 8K; auto, and on a CPU the default, is as many of the
+    model's max_position_embeddings as the KV cache holds."""
     max_num_seqs: int = Field(default=256, ge=1)
     """Most sequences that a lane runs at once."""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
@@ -84,7 +99,7 @@ class EngineArgs(Settings):
     gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
     """Share of a GPU's memory for weights, activations and KV cache."""
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
-    """KV cache per rank, e.g. 2GiB; by default the rest of a GPU's share, or 256MiB on a CPU."""
+    """KV cache per rank, e.g. 2GiB; by default the rest of a GPU's share, or on a CPU a part of the free memory."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What ranks compute on; auto is cuda if the starting machine has an NVIDIA GPU."""
@@ -115,15 +130,17 @@ class EngineArgs(Settings):
     drain_timeout_s: float = Field(default=60.0, ge=0)
     """Seconds that a stopping lane gives its running requests."""
 
-    @field_validator("kv_cache_memory_bytes", mode="before")
+    @field_validator(*WITH_UNIT, mode="before")
     @classmethod
-    def _with_unit(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", value.strip().upper())
-        if match is None:
-            raise ValueError("must be bytes, or a string with a unit: '64MiB', '2GiB', '1.5GB'")
-        return int(float(match[1]) * _UNITS[match[2] or ""])
+    def _with_unit(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "max_model_len" and (value in (-1, "-1") or str(value).lower() == "auto"):
+            return "auto"
+        return parse_number(value) if isinstance(value, str) else value
+
+    @field_validator("dtype", "kv_cache_dtype", mode="before")
+    @classmethod
+    def _other_name(cls, value: Any) -> Any:
+        return _ALIASES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("pipeline_layer_partition", mode="before")
     @classmethod
@@ -147,6 +164,10 @@ class EngineConfig:
     """Absolute, on the machine that resolved the config."""
     commit: str | None = None
     """Of a model from the hub: every machine uses the same."""
+    tokenizer: str | None
+    """An absolute folder, or a hub id."""
+    chat_template: str | None
+    """Its text."""
     served_model_names: tuple[str, ...]
     """At least one; responses carry the first."""
     plan: ParallelPlan
@@ -163,7 +184,10 @@ class EngineConfig:
     download_dir: str | None
     kv_cache_dtype: Literal["auto", "fp8"]
     seed: int | None
-    generation_config: Literal["auto", "vllm"]
+    generation_config: str
+    override_generation_config: dict[str, Any] | None
+    tool_call_parser: str | None
+    reasoning_parser: str | None
     data_parallel_size: int
     autoscaling_config: dict[str, Any] | None
     block_size: int
@@ -187,6 +211,12 @@ class EngineConfig:
             return Path(self.model_path)
         return hub.fetch(self.model_name, self.commit, self.download_dir)
 
+    def local_tokenizer_path(self) -> Path:
+        """The folder of tokenizer and chat template on this machine, downloaded if need be."""
+        if self.tokenizer is None:
+            return self.local_model_path()
+        return find_model(self.tokenizer, download_dir=self.download_dir)
+
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
@@ -204,7 +234,7 @@ class EngineConfig:
     def resolve(cls, args: EngineArgs) -> EngineConfig:
         """Read the model's folder and check what is known before start-up. Raises ConfigError."""
         folder = find_model(args.model, args.revision, args.download_dir)
-        model = ModelConfig.from_folder(folder)
+        model = ModelConfig.from_folder(folder, args.hf_overrides)
         plan = ParallelPlan.resolve(
             model,
             args.tensor_parallel_size,
@@ -227,16 +257,21 @@ class EngineConfig:
             "quantization": resolve_quantization(args.quantization, model.quantization),
             "device": device,
             "transport": _transport(args, device),
-            "max_model_len": (max_model_len := args.max_model_len or model.max_position_embeddings),
-            "max_queued_tokens": args.max_queued_tokens or max(64 * args.max_num_batched_tokens, 2 * max_model_len),
+            "tokenizer": args.tokenizer and str(local_folder(args.tokenizer) or args.tokenizer),
+            "chat_template": args.chat_template and read_chat_template(args.chat_template),
+            "max_model_len": model.max_position_embeddings
+            if args.max_model_len in (None, "auto")
+            else args.max_model_len,
+            "max_queued_tokens": args.max_queued_tokens or 0,
         }
-        if args.kv_cache_memory_bytes is None and device == "cpu":
-            values["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
         config = cls(**values)
         _check_layout(args)
         _check_limits(config)
         _check_lanes(args)
-        checkpoint_files(folder)
+        config = replace(config, **_sizes(config, args, checkpoint_files(folder)))
+        if not config.max_queued_tokens:
+            most = max(64 * config.max_num_batched_tokens, 2 * config.max_model_len)
+            config = replace(config, max_queued_tokens=most)
         return config
 
 
@@ -256,6 +291,16 @@ def find_model(model: str, revision: str | None = None, download_dir: str | None
 def local_folder(model: str) -> Path | None:
     """The absolute folder `model`, if there is one."""
     return next((place.resolve() for place in _places(model) if place.is_dir()), None)
+
+
+def read_chat_template(template: str) -> str:
+    """A template's text, from a file or as it is. Raises ConfigError."""
+    if any(mark in template for mark in "{}\n"):
+        return template
+    file = next((place for place in _places(template) if place.is_file()), None)
+    if file is None:
+        raise ConfigError("chat_template", template, "is neither a file nor a Jinja template, which has braces")
+    return file.read_text(encoding="utf-8")
 
 
 def _places(model: str) -> list[Path]:
@@ -289,14 +334,27 @@ def _check_limits(config: EngineConfig) -> None:
         # Every running sequence needs one token of each step's budget, or it would starve.
         reason = f"must be at least max_num_seqs={config.max_num_seqs}"
         raise ConfigError("max_num_batched_tokens", config.max_num_batched_tokens, reason)
-    if (memory := config.kv_cache_memory_bytes) is not None:
-        fits = kv_tokens(config.model, config.plan, config.kv_dtype_bytes, memory, config.block_size)
-        if fits < config.max_model_len:
-            reason = (
-                f"holds {fits:,} tokens of KV cache, fewer than max_model_len={config.max_model_len}, so the "
-                "longest request would never finish; raise it, lower max_model_len, or cut the model further"
-            )
-            raise ConfigError("kv_cache_memory_bytes", memory, reason)
+
+
+def _sizes(config: EngineConfig, args: EngineArgs, files: Mapping[str, Path]) -> dict[str, Any]:
+    """max_model_len and kv_cache_memory_bytes, as far as they are known before start-up. Raises ConfigError."""
+    scaling = args.autoscaling_config
+    stored = sum(path.stat().st_size for path in set(files.values()))
+    layout = CacheLayout(
+        config.model,
+        config.plan,
+        config.kv_dtype_bytes,
+        config.block_size,
+        num_lanes=args.data_parallel_size if scaling is None else scaling.get("max_replicas", 1),
+        num_routers=config.num_router_replicas,
+        weight_bytes=stored * config.dtype_bytes // DTYPE_BYTES[config.model.torch_dtype],
+    )
+    if config.device == "cpu" and args.kv_cache_memory_bytes is None:
+        given = args.max_model_len if isinstance(args.max_model_len, int) else None
+        chosen, longest = choose_kv_bytes(layout, given, config.max_num_seqs)
+        return {"kv_cache_memory_bytes": chosen, "max_model_len": longest}
+    is_auto = args.max_model_len == "auto"
+    return {"max_model_len": longest_that_fits(layout, args.kv_cache_memory_bytes, config.max_model_len, is_auto)}
 
 
 def _check_layout(args: EngineArgs) -> None:

@@ -6,6 +6,7 @@ Unsupported features are refused by name, for they change the answers.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 from pydantic import Field
 
-from stagemesh.config.base import Settings
+from stagemesh.config.base import Settings, did_you_mean
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.families import FAMILIES
 from stagemesh.config.quantization import Quantization, read_quantization
@@ -150,15 +151,22 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> ModelConfig:
-        """Read config.json and, where present, generation_config.json. ConfigError names the file and the key."""
+    def from_folder(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Read config.json and, where present, generation_config.json. ConfigError names the file and the key.
+
+        overrides: keys of config.json with other values.
+        """
         folder = Path(path)
-        raw = read_json(folder / "config.json")
+        raw = read_json(folder / "config.json") | dict(overrides or {})
         generation_file = folder / "generation_config.json"
         generation = read_json(generation_file) if generation_file.exists() else {}
         try:
             eos_token_ids = dict.fromkeys(_eos_token_ids(generation) + _eos_token_ids(raw))
-            return replace(cls.from_json(raw), eos_token_ids=tuple(eos_token_ids))
+            family = _read_family(raw)
+            known = {*type(family).model_fields, "architectures", "eos_token_id"}
+            for name in set(overrides or ()) - known:
+                raise ConfigError("hf_overrides", name, "is no key that this model reads" + did_you_mean(name, known))
+            return replace(family.resolve(), eos_token_ids=tuple(eos_token_ids))
         except ConfigError as error:
             raise ConfigError(error.field, error.value, f"{error.reason} (in {folder / 'config.json'})") from None
 

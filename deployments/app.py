@@ -38,7 +38,7 @@ def build(args: dict[str, Any]) -> Application:
     """The `import_path` of every YAML. Raises ConfigError before anything starts."""
     config = EngineConfig.resolve(with_layout(EngineArgs.parse(args)))
     # Read here too, so that an error in them is reported once and not by every router.
-    Tokenizer.from_folder(config.model_path)
+    Tokenizer.from_folder(config.local_tokenizer_path(), config.chat_template)
     default_sampling(config)
     later_stages = [_stage(config, stage) for stage in range(1, config.plan.pp_size)]
     leader = (

@@ -36,11 +36,12 @@ def with_layout(args: EngineArgs) -> EngineArgs:
     cluster = cluster_of_nodes(ray.nodes())
     if cluster is None:
         return args
-    model = ModelConfig.from_folder(find_model(args.model, args.revision, args.download_dir))
+    model = ModelConfig.from_folder(find_model(args.model, args.revision, args.download_dir), args.hf_overrides)
+    context = args.max_model_len if isinstance(args.max_model_len, int) else None
     work = make_workload(
         model,
         concurrency=CONCURRENCY,
-        context=args.max_model_len or min(model.max_position_embeddings, CONTEXT),
+        context=context or min(model.max_position_embeddings, CONTEXT),
         objective="throughput",
         dtype=args.dtype,
         quantization=args.quantization,

@@ -8,8 +8,8 @@ from itertools import accumulate
 from math import log2
 
 from stagemesh.config.capacity import gpu_kv_budget, stage_kv_tokens
-from stagemesh.config.engine import CPU_KV_CACHE_BYTES
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.memory import ENOUGH_BYTES, FREE_SHARE
 from stagemesh.config.parallel import ParallelPlan, even_partition
 from stagemesh.config.planner.bill import Transfer, boundary_transfer, lane_bill, stage_transfers
 from stagemesh.config.planner.costs import LaneCost, StageCost, Workload
@@ -269,7 +269,7 @@ def _stage(work: Workload, plan: ParallelPlan, stage: int, cost: StageCost, gpu:
     weights = cost.weight_bytes
     if is_cpu(gpu):
         others = 0
-        budget = work.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
+        budget = work.kv_cache_memory_bytes or min(ENOUGH_BYTES, int((gpu.memory_bytes - weights) * FREE_SHARE))
         budget = min(budget, gpu.memory_bytes - weights) if gpu.memory_bytes < weights + budget else budget
     else:
         others = activations + CONTEXT_BYTES

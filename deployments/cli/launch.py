@@ -13,8 +13,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from stagemesh.config.capacity import kv_tokens
 from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.generation_config import default_sampling
+from stagemesh.config.memory import gib
 from stagemesh.config.serve_yaml import ServeFile
 from stagemesh.deployments.cli.processes import adopt_orphans, end_descendants, holder_of_port
 
@@ -31,13 +34,15 @@ def launch(path: Path) -> int:
     """
     file = ServeFile.read(path)
     config = EngineConfig.resolve(EngineArgs.parse(file.args))
+    default_sampling(config)
+    print(sizes(config), flush=True)
     check_port("http_options.port", file.host, file.port)
     if file.grpc_port is not None:
         check_port("grpc_options.port", file.host, file.grpc_port)
     signals = _count_signals()
     adopt_orphans()
     # In a session of its own, so that a terminal's Ctrl-C reaches it once, from here.
-    serve = subprocess.Popen([_serve_command(), "run", str(path)], start_new_session=True)
+    serve = subprocess.Popen([serve_command(), "run", str(path)], start_new_session=True)
     try:
         is_ready = False
         while serve.poll() is None and not signals:
@@ -54,6 +59,18 @@ def launch(path: Path) -> int:
         # HAProxy outlives a Serve that was killed, keeps the port and answers clients.
         end_descendants(END_GRACE_S)
     return 0 if signals else serve.wait()
+
+
+def sizes(config: EngineConfig) -> str:
+    """What was asked for or chosen, in one line."""
+    own = config.model.max_position_embeddings
+    length = f"max_model_len {config.max_model_len:,}"
+    if config.max_model_len != own:
+        length += f" of the model's {own:,}"
+    if (memory := config.kv_cache_memory_bytes) is None:
+        return f"{length}; the KV cache is what {config.gpu_memory_utilization:.0%} of each GPU leaves."
+    tokens = kv_tokens(config.model, config.plan, config.kv_dtype_bytes, memory, config.block_size)
+    return f"{length}; KV cache of {gib(memory)} on each rank, {tokens:,} tokens in each lane."
 
 
 def check_port(field: str, host: str, port: int) -> None:
@@ -87,7 +104,7 @@ def _count_signals() -> list[int]:
     return signals
 
 
-def _serve_command() -> str:
+def serve_command() -> str:
     """`serve` beside this Python, else on the PATH."""
     beside = Path(sys.executable).with_name("serve")
     command = str(beside) if beside.exists() else shutil.which("serve")

@@ -30,7 +30,7 @@ class Router(GrpcApi):
         self._lanes.start()
         self.inference_service = InferenceService(
             lanes=self._lanes,
-            tokenizer=Tokenizer.from_folder(config.local_model_path()),
+            tokenizer=Tokenizer.from_folder(config.local_tokenizer_path(), config.chat_template),
             model_names=config.served_model_names,
             max_model_len=config.max_model_len,
             vocab_size=config.model.vocab_size,

@@ -19,11 +19,12 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from stagemesh.config.capacity import capacity_line
-from stagemesh.config.engine import EngineArgs, EngineConfig, find_model
+from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.generation_config import default_sampling
 from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams
+from stagemesh.config.vllm_flags import inert_warning, split_inert
 from stagemesh.deployments.offline.inbox import Inbox, LaneFailed, deltas_of
 from stagemesh.deployments.offline.outputs import (
     EmbeddingOutput,
@@ -48,27 +49,6 @@ Message = Mapping[str, Any]
 Vector = npt.NDArray[np.float32]
 ProgressBar = Callable[..., Any]
 
-IGNORED_VLLM_ARGS = {
-    "async_scheduling",
-    "compilation_config",
-    "cpu_offload_gb",
-    "disable_custom_all_reduce",
-    "disable_log_stats",
-    "distributed_executor_backend",
-    "enable_chunked_prefill",
-    "enforce_eager",
-    "load_format",
-    "max_seq_len_to_capture",
-    "runner",
-    "swap_space",
-    "task",
-    "tokenizer_mode",
-    "trust_remote_code",
-}
-"""About vLLM's inner workings: accepted, and logged as unused."""
-DTYPES = {"half": "float16", "float": "float32"}
-"""vLLM's short names."""
-
 
 class OfflineLane(Lane, Protocol):
     engine: Engine
@@ -85,8 +65,10 @@ class LLM:
         tokenizer: another folder or hub id for the tokenizer. seed: for requests without a seed of their own;
         None draws one. engine_args: fields of `config.engine.EngineArgs`.
         """
+        if tokenizer is not None:
+            engine_args["tokenizer"] = tokenizer
         self.config = EngineConfig.resolve(_engine_args(model, dtype, seed, engine_args))
-        self._tokenizer = Tokenizer.from_folder(find_model(tokenizer) if tokenizer else self.config.model_path)
+        self._tokenizer = Tokenizer.from_folder(self.config.local_tokenizer_path(), self.config.chat_template)
         self._input = InputProcessor(
             self._tokenizer, vocab_size=self.config.model.vocab_size, max_model_len=self.config.max_model_len, seed=seed
         )
@@ -274,12 +256,12 @@ class LLM:
 
 
 def _engine_args(model: str, dtype: Any, seed: int | None, vllm_args: Mapping[str, Any]) -> EngineArgs:
-    if ignored := sorted(IGNORED_VLLM_ARGS & vllm_args.keys()):
-        logger.info("without effect here: %s", ", ".join(ignored))
     # In vLLM None means the default; a torch.dtype prints as its name.
-    args = {name: value for name, value in vllm_args.items() if name not in IGNORED_VLLM_ARGS and value is not None}
-    dtype = str(dtype).removeprefix("torch.")
-    return EngineArgs(model=model, dtype=DTYPES.get(dtype, dtype), seed=seed, **args)
+    given = {name: value for name, value in vllm_args.items() if value is not None}
+    args, without_effect = split_inert(given)
+    if without_effect:
+        logger.warning("%s", inert_warning(without_effect))
+    return EngineArgs.parse({"model": model, "dtype": str(dtype).removeprefix("torch."), "seed": seed, **args})
 
 
 def _start_lane(config: EngineConfig, inbox: Inbox) -> OfflineLane:

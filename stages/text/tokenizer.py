@@ -41,8 +41,11 @@ class Tokenizer:
         }
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Only tokenizer.json must exist. ConfigError names a file that is missing or unreadable."""
+    def from_folder(cls, folder: str | Path, chat_template: str | None = None) -> Tokenizer:
+        """Only tokenizer.json must exist. ConfigError names a file that is missing or unreadable.
+
+        chat_template: a text in place of the folder's own.
+        """
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -52,7 +55,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ConfigError("tokenizer.json", str(path), f"cannot be read: {error}") from error
         settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        template = _read_chat_template(folder, settings)
+        template = chat_template or _read_chat_template(folder, settings)
         return cls(backend, chat_template=template, special_tokens=_special_tokens(settings))
 
     @cached_property

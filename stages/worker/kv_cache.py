@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,24 +17,11 @@ def make_kv_cache(
     With an fp8 dtype (e4m3) values are stored without a scale, larger ones as ±448. Zeroed, because a slot that a mask
     hides must hold a finite number.
     """
-    return [torch.zeros(num_blocks, *block_shape, dtype=dtype, device=device) for _ in range(num_layers)]
+    return [_zeros((num_blocks, *block_shape), dtype, device) for _ in range(num_layers)]
 
 
-def host_memory_available() -> int:
-    """Bytes that this process can still take, also inside a container."""
-    return min(_machine_available(), _container_available())
-
-
-def _machine_available() -> int:
-    with open("/proc/meminfo") as lines:
-        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(kilobytes) * 1024
-
-
-def _container_available() -> int:
-    """What the cgroup v2 limit leaves; a huge number without one."""
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            return int(limit.read()) - int(current.read())
-    except (OSError, ValueError):  # no such file, or the word "max"
-        return sys.maxsize
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy leaves the zeroing to the kernel, which gives memory to a block only when it is first written.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -13,6 +13,7 @@ from torch import Tensor
 from stagemesh.config.capacity import gpu_kv_budget, kv_bytes_per_token
 from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.memory import gib, host_memory_available
 from stagemesh.stages.layers.checkpoint import Checkpoint
 from stagemesh.stages.layers.linear import LinearMethodFactory
 from stagemesh.stages.layers.moe import MoE
@@ -22,7 +23,7 @@ from stagemesh.stages.layers.tensor_parallel import TensorGroup, TensorShard
 from stagemesh.stages.messages.step import StepPlan, StepResult, TokenLogprobs
 from stagemesh.stages.models.decoder import Decoder
 from stagemesh.stages.worker.batch_builder import BatchBuilder
-from stagemesh.stages.worker.kv_cache import host_memory_available, make_kv_cache
+from stagemesh.stages.worker.kv_cache import make_kv_cache
 from stagemesh.stages.worker.pooler import Pooler
 from stagemesh.stages.worker.sampler import sample, token_logprobs
 
@@ -95,7 +96,9 @@ class ModelRunner:
         if budget is None:
             budget = self._cuda_kv_budget()
         elif self._device.type == "cpu" and budget > (free := host_memory_available()):
-            raise ConfigError("kv_cache_memory_bytes", budget, f"this machine has {free} bytes left")
+            tokens = free // self.kv_bytes_per_block() * self._block_size
+            reason = f"this machine has {gib(free)} left; max_model_len={tokens} would just fit"
+            raise ConfigError("kv_cache_memory_bytes", budget, reason)
         blocks = budget // self.kv_bytes_per_block()
         if blocks < 1:
             raise ConfigError("kv_cache_memory_bytes", budget, "too little for a single block of KV cache")

@@ -23,7 +23,8 @@ def test_defaults_follow_the_model(model_folder: Path) -> None:
     assert (config.dtype, config.dtype_bytes) == ("bfloat16", 2)
     assert config.max_model_len == 512
     assert (config.device, config.transport) == ("cpu", "gloo")
-    assert config.kv_cache_memory_bytes == 256 * 2**20
+    # All that the most sequences of the greatest length can fill: 1 KiB a token here.
+    assert config.kv_cache_memory_bytes == 256 * 512 * 1024
 
 
 def test_what_may_wait_follows_what_a_lane_computes_at_once(model_folder: Path) -> None:
@@ -46,9 +47,26 @@ def test_arguments_cannot_be_changed() -> None:
         args.seed = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("given", "num_bytes"), [("64MiB", 2**26), ("1.5 GB", 1_500_000_000), ("65536", 65536)])
+@pytest.mark.parametrize(
+    ("given", "num_bytes"),
+    [("64MiB", 2**26), ("1.5 GB", 1_500_000_000), ("65536", 65536), ("2G", 2**31), ("2g", 2 * 10**9)],
+)
 def test_memory_may_be_given_with_a_unit(given: str, num_bytes: int) -> None:
     assert EngineArgs(model="m", kv_cache_memory_bytes=given).kv_cache_memory_bytes == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [("2k", 2000), ("2K", 2048), ("25.6k", 25_600), ("1m", 10**6), ("1M", 2**20), ("64", 64), ("auto", "auto")]
+    + [("AUTO", "auto"), (-1, "auto"), ("-1", "auto")],
+)
+def test_a_length_may_be_given_as_vllm_takes_it(given: Any, tokens: Any) -> None:
+    assert EngineArgs(model="m", max_model_len=given).max_model_len == tokens
+
+
+def test_types_have_vllms_other_names() -> None:
+    args = EngineArgs.parse({"model": "m", "dtype": "half", "kv_cache_dtype": "fp8_e4m3"})
+    assert (args.dtype, args.kv_cache_dtype) == ("float16", "fp8")
 
 
 @pytest.mark.parametrize("given", ["3,5,4", [3, 5, 4]])
@@ -71,11 +89,14 @@ def test_several_names_may_be_served(model_folder: Path) -> None:
         ({"tensor_parallel_size": 0}, "tensor_parallel_size=0: must be an integer, at least 1"),
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size='2': must be an integer, at least 1"),
         ({"max_num_seqs": True}, "max_num_seqs=True: must be an integer, at least 1"),
-        ({"max_model_len": 0}, "max_model_len=0: must be an integer, at least 1, or null"),
+        ({"max_model_len": 0}, "max_model_len=0: must be an integer, at least 1 or one of auto or null"),
         ({"dtype": "int8"}, "dtype='int8': must be one of auto, float32, bfloat16, float16"),
         ({"gpu_memory_utilization": 1.5}, "=1.5: must be a number, above 0 and at most 1"),
         ({"enable_prefix_caching": "yes"}, "='yes': must be true or false"),
-        ({"kv_cache_memory_bytes": "1 lot"}, "='1 lot': must be bytes, or a string with a unit"),
+        ({"kv_cache_memory_bytes": "1 lot"}, "='1 lot': must be a whole number, or a string with a unit: 2k"),
+        ({"max_model_len": "long"}, "='long': must be a whole number, or a string with a unit: 2k (2,000), 2K"),
+        ({"max_model_len": "1.5K"}, "a fraction goes with a decimal unit: did you mean 1.5k?"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype='fp8_e5m2': must be one of auto, fp8"),
         ({"pipeline_layer_partition": "3,x"}, "='3,x': must be a list of integers"),
         ({"served_model_name": 3}, "served_model_name=3: must be a string or a list of strings or null"),
         ({"autoscaling_config": []}, "autoscaling_config=[]: must be a mapping or null"),
@@ -153,3 +174,13 @@ def test_a_relative_model_is_found_from_here_then_from_the_package(
 
 def test_every_argument_is_documented() -> None:
     assert [name for name, field in EngineArgs.model_fields.items() if not field.description] == []
+
+
+def test_a_tokenizer_and_a_template_of_their_own(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    config = resolve(model_folder, tokenizer=str(tmp_path), chat_template=str(tmp_path / "chat.jinja"))
+    assert (config.local_tokenizer_path(), config.chat_template) == (tmp_path, "{{ messages }}")
+    plain = resolve(model_folder, chat_template="{{ messages[0] }}")
+    assert (plain.local_tokenizer_path(), plain.chat_template) == (model_folder, "{{ messages[0] }}")
+    with pytest.raises(ConfigError, match="is neither a file nor a Jinja template"):
+        resolve(model_folder, chat_template="nowhere.jinja")

@@ -52,3 +52,20 @@ def test_vllm_leaves_the_models_defaults_out(model: Path) -> None:
 def test_a_value_that_cannot_work_is_named_with_the_file(model: Path, given: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=f"^{named}.*generation_config.json"):
         default_sampling(config(model, given))
+
+
+def test_another_folder_and_more_settings_on_top(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "generation_config.json").write_text(json.dumps({"temperature": 0.1, "top_k": 5}))
+    args = {"generation_config": str(other), "override_generation_config": {"top_k": 7, "max_new_tokens": 9}}
+    assert default_sampling(config(model, {"top_p": 0.5}, **args)) == {"temperature": 0.1, "top_k": 7, "max_tokens": 9}
+    only = {"generation_config": "vllm", "override_generation_config": {"temperature": 0.5}}
+    assert default_sampling(config(model, {"top_p": 0.5}, **only)) == {"temperature": 0.5}
+
+
+def test_settings_that_cannot_be_are_named_with_their_source(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="top_p.*in override_generation_config"):
+        default_sampling(config(model, override_generation_config={"top_p": 2.0}))
+    with pytest.raises(ConfigError, match="generation_config='nowhere': must be auto, vllm, or a folder"):
+        default_sampling(config(model, generation_config="nowhere"))

@@ -252,3 +252,11 @@ def test_a_config_json_that_is_no_object_is_refused(tmp_path: Path, content: str
 def test_a_folder_without_config_json_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="config.json is missing"):
         ModelConfig.from_folder(tmp_path)
+
+
+def test_keys_of_config_json_may_be_overridden(write_model: Callable[..., Path]) -> None:
+    folder = write_model()
+    model = ModelConfig.from_folder(folder, {"max_position_embeddings": 64, "eos_token_id": [5]})
+    assert (model.max_position_embeddings, model.eos_token_ids) == (64, (5,))
+    with pytest.raises(ConfigError, match="hf_overrides='rope_tetha': is no key .* did you mean 'rope_theta'"):
+        ModelConfig.from_folder(folder, {"rope_tetha": 1.0})

@@ -48,7 +48,7 @@ from stagemesh.deployments.cli import launch
 launch.END_GRACE_S = 0.5
 # As a shell does for what it starts in the background.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-launch._serve_command = lambda: sys.argv[2]
+launch.serve_command = lambda: sys.argv[2]
 sys.exit(launch.launch(Path(sys.argv[1])))
 """
 

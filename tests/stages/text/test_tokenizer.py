@@ -152,6 +152,7 @@ def test_a_template_file_wins_over_the_settings(folder: Path, tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "old"}')
     (tmp_path / "chat_template.jinja").write_text("new")
     assert Tokenizer.from_folder(tmp_path).render_chat([]) == "new"
+    assert Tokenizer.from_folder(tmp_path, "given").render_chat([]) == "given"
 
 
 def test_of_several_named_templates_the_default_is_used(tmp_path: Path):
