@@ -11,8 +11,8 @@ from starlette.applications import Starlette
 from stagemesh.config.engine import EngineConfig
 from stagemesh.config.fingerprint import fingerprint
 from stagemesh.config.generation_config import default_sampling
+from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.ingress.grpc import GrpcApi
-from stagemesh.deployments.ingress.http import build_http_app
 from stagemesh.deployments.ingress.lane_client import RayLaneClient
 from stagemesh.deployments.ingress.lane_view import VIEW
 from stagemesh.deployments.ingress.service import InferenceService

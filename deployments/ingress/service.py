@@ -10,6 +10,7 @@ from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from stagemesh.config.sampling import NO_LIMIT
 from stagemesh.deployments.ingress.admission import Admission, Overloaded, Place
 from stagemesh.deployments.ingress.deadline import Deadline
 from stagemesh.deployments.ingress.errors import UnknownModel
@@ -145,6 +146,9 @@ class InferenceService:
         self._admission = Admission(lanes, max_requests=max_num_seqs, max_tokens=max_queued_tokens)
         self._max_timeout_s = max_request_timeout_s
         self._input = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed)
+        # For counts: a prompt may be longer than what fits, and takes no seed from the others.
+        self._counting = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=NO_LIMIT)
+        self.vocab_size = vocab_size
         self._models = {name: ModelCard(name, int(time.time()), max_model_len) for name in model_names}
         self._sampling_defaults = dict(sampling_defaults or {})
 
@@ -208,6 +212,17 @@ class InferenceService:
         is_slow = request.num_chars > LONG_TEXT_CHARS or bool(params.structured_outputs or chat.tools)
         prompt = await _run(process, is_slow=is_slow)
         return GenerationStream(id, model.id, [prompt], self, deadline)
+
+    async def chat_prompt(self, request: ChatRequest) -> ProcessedPrompt:
+        """The prompt of a conversation, of any length. Raises ConfigError naming the wrong field."""
+        self.model(request.model)
+        chat, params = request.chat_input(), request.sampling_params(self._sampling_defaults)
+        process = partial(self._counting.process_chat, chat, params, "count")
+        return await _run(process, is_slow=request.num_chars > LONG_TEXT_CHARS or bool(chat.tools))
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        encode = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await _run(encode, is_slow=len(text) > LONG_TEXT_CHARS)
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
         """One vector per input. Raises ConfigError naming the wrong input, Overloaded. Cancelling aborts what runs."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from stagemesh.deployments.ingress.errors import ErrorReport
 from stagemesh.deployments.ingress.service import GenerationStream
 from stagemesh.deployments.openai.logprobs import chat_logprobs, completion_logprobs
 from stagemesh.stages.text.output import DecodedLogprob, TextDelta
@@ -72,6 +73,9 @@ class ChunkWriter:
         if not self._include_usage:
             return DONE
         return self._head + b'],"usage":' + _json(self._stream.usage) + b"}\n\n" + DONE
+
+    def error(self, report: ErrorReport) -> bytes:
+        return event(report.body())
 
     def _opening(self, index: int) -> bytes:
         return b""

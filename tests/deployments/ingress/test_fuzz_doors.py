@@ -15,7 +15,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor as Field
 from google.protobuf.message import Message
 
-from stagemesh.deployments.ingress.http import build_http_app
+from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.proto import inference_pb2 as pb
 
 pytestmark = pytest.mark.anyio
