@@ -10,18 +10,23 @@ from starlette.routing import Route
 
 from stagemesh.deployments.ingress.errors import openai_error
 from stagemesh.deployments.ingress.http import JSON
+from stagemesh.deployments.ingress.routes_messages import MessagesRoutes
+from stagemesh.deployments.ingress.routes_responses import ResponsesRoutes
 from stagemesh.deployments.ingress.routes_service import ServiceRoutes
 from stagemesh.deployments.ingress.service import InferenceService
 
 
 def build_http_app(service: InferenceService) -> Starlette:
     """Errors, those of routing too, are OpenAI error objects."""
-    api = ServiceRoutes(service)
+    api, responses, messages = ServiceRoutes(service), ResponsesRoutes(service), MessagesRoutes(service)
     return Starlette(
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
             Route("/v1/chat/completions/batch", api.chat_batch, methods=["POST"]),
+            Route("/v1/responses", responses.responses, methods=["POST"]),
+            Route("/v1/messages", messages.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
             Route("/v1/embeddings", api.embeddings, methods=["POST"]),
             Route("/v1/models", api.models, methods=["GET"]),
             Route("/v1/models/{name:path}", api.model, methods=["GET"]),

@@ -69,13 +69,14 @@ class BatchChatRequest(OpenAIRequest):
 
     def chats(self) -> list[ChatRequest]:
         """Raises ConfigError."""
-        shared = self.model_dump(exclude_unset=True, exclude={"messages"})
-        chats = []
+        fields: dict[str, Any] = self.model_dump(exclude_unset=True, exclude={"messages"})
+        chats: list[ChatRequest] = []
         for i, messages in enumerate(self.messages):
-            try:
-                chats.append(ChatRequest.parse({**shared, "messages": messages}))
+            try:  # the shared fields are checked once
+                chat = ChatRequest.parse({"messages": messages} if chats else {**fields, "messages": messages})
             except ConfigError as error:
                 raise conversation_error(i, error) from None
+            chats.append(chats[0].model_copy(update={"messages": chat.messages}) if chats else chat)
         return chats
 
 
