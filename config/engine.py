@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from stagemesh.config import hub
+from stagemesh.config.api_keys import key_hashes
 from stagemesh.config.base import Settings
 from stagemesh.config.capacity import DTYPE_BYTES, kv_tokens
 from stagemesh.config.checkpoint import checkpoint_files
@@ -92,6 +94,18 @@ class EngineArgs(Settings):
     """Most prompt tokens per lane that wait; by default 64 steps' worth, and at least two of the longest prompts."""
     max_request_timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds for a request, its time in queues included; a request's own `timeout` may be less."""
+    api_key: str | list[str] | None = Field(default=None, repr=False)
+    """Key or keys of the clients that are served, or sha256: and a key's hash; by default everyone is."""
+    api_key_file: str | None = None
+    """File with such keys, one per line."""
+    allowed_origins: list[str] | None = None
+    """Origins whose web pages may send requests (CORS), ["*"] for all; by default none."""
+    allowed_methods: list[str] = ["*"]
+    """Methods that those pages may use."""
+    allowed_headers: list[str] = ["*"]
+    """Headers that those pages may send."""
+    allow_credentials: bool = False
+    """Let those pages send cookies and credentials."""
     startup_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds for each start-up phase of a lane (placement, rendezvous, weights, …)."""
     step_timeout_s: float = Field(default=60.0, gt=0)
@@ -108,6 +122,18 @@ class EngineArgs(Settings):
         if match is None:
             raise ValueError("must be bytes, or a string with a unit: '64MiB', '2GiB', '1.5GB'")
         return int(float(match[1]) * _UNITS[match[2] or ""])
+
+    @field_validator("allowed_origins", "allowed_methods", "allowed_headers", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        """vLLM's flags have a JSON list: --allowed-origins '["*"]'."""
+        text = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if not isinstance(text, str):
+            return value
+        try:
+            return json.loads(text) if text.startswith("[") else [text]
+        except ValueError as error:
+            raise ValueError(f"is not a JSON list: {error}") from None
 
     @field_validator("pipeline_layer_partition", mode="before")
     @classmethod
@@ -158,6 +184,12 @@ class EngineConfig:
     max_queued_requests: int | None
     max_queued_tokens: int
     max_request_timeout_s: float
+    api_key_hashes: tuple[str, ...] = field(repr=False)
+    """SHA-256 of each key, in hex; empty = everyone is served."""
+    allowed_origins: list[str] | None
+    allowed_methods: list[str]
+    allowed_headers: list[str]
+    allow_credentials: bool
     startup_timeout_s: float
     step_timeout_s: float
     drain_timeout_s: float
@@ -204,6 +236,7 @@ class EngineConfig:
             "commit": folder.name if local_folder(args.model) is None else None,
             "served_model_names": (names,) if isinstance(names, str) else tuple(names),
             "plan": plan,
+            "api_key_hashes": key_hashes(args.api_key, args.api_key_file),
             "dtype": model.torch_dtype if args.dtype == "auto" else args.dtype,
             "quantization": resolve_quantization(args.quantization, model.quantization),
             "device": device,

@@ -38,6 +38,11 @@ WITHOUT_EFFECT = frozenset(
         "max_queued_requests",
         "max_queued_tokens",
         "max_request_timeout_s",
+        "api_key_hashes",
+        "allowed_origins",
+        "allowed_methods",
+        "allowed_headers",
+        "allow_credentials",
     }
 )
 """Fields of EngineConfig that change neither an answer (each has its seed) nor how a lane is wired."""

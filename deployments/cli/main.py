@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from stagemesh.config.api_keys import PREFIX, key_hashes
 from stagemesh.config.base import did_you_mean
 from stagemesh.config.engine import EngineArgs, find_model, local_folder
 from stagemesh.config.errors import ConfigError
@@ -22,7 +23,7 @@ from stagemesh.deployments.cli.quantize import quantize
 
 SHORT_FLAGS = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",), "data_parallel_size": ("-dp",)}
 """As in vLLM."""
-MANY_VALUED = {"served_model_name"}
+MANY_VALUED = {"served_model_name", "api_key", "allowed_origins", "allowed_methods", "allowed_headers"}
 """Flags that may repeat."""
 WITH_UNIT = {"kv_cache_memory_bytes"}
 """Numbers that may have a unit."""
@@ -75,6 +76,8 @@ def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
             args["autoscaling_config"] = json.loads(args["autoscaling_config"])
         except ValueError as error:
             raise ConfigError("autoscaling_config", args["autoscaling_config"], f"is not JSON: {error}") from None
+    if hashes := key_hashes(args.pop("api_key", None), args.pop("api_key_file", None)):
+        args["api_key"] = [PREFIX + hash for hash in hashes]  # the file that is written has no key
     EngineArgs.parse(args)
     # Replicas run in another working directory; clients know the model by the name used here.
     args.setdefault("served_model_name", model)

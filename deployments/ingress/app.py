@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,8 +19,8 @@ from stagemesh.deployments.ingress.routes_service import ServiceRoutes
 from stagemesh.deployments.ingress.service import InferenceService
 
 
-def build_http_app(service: InferenceService) -> Starlette:
-    """Errors, those of routing too, are OpenAI error objects."""
+def build_http_app(service: InferenceService, middleware: Sequence[Middleware] = ()) -> Starlette:
+    """Errors, those of routing too, are OpenAI error objects. middleware: what auth.py makes of the configuration."""
     api, responses, messages = ServiceRoutes(service), ResponsesRoutes(service), MessagesRoutes(service)
     return Starlette(
         routes=[
@@ -45,6 +48,7 @@ def build_http_app(service: InferenceService) -> Starlette:
             Route("/v2/models/{name:path}/ready", api.model_ready, methods=["GET"]),
         ],
         exception_handlers={HTTPException: _routing_error},
+        middleware=list(middleware),
     )
 
 

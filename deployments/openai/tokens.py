@@ -91,7 +91,7 @@ class InvocationRequest(OpenAIRequest):
     """SageMaker's: a chat has `messages`, a completion `prompt`, an embedding `input`."""
 
     @classmethod
-    def parse(cls, body: bytes | dict[str, Any]) -> Self:
+    def parse(cls, body: bytes | dict[str, Any], **options: Any) -> Self:
         """One of the three classes. Raises ConfigError."""
         kinds: dict[str, type[OpenAIRequest]] = {
             "messages": ChatRequest,
@@ -101,7 +101,7 @@ class InvocationRequest(OpenAIRequest):
         fields = _Anything.parse(body).model_extra or {}
         for name, kind in kinds.items():
             if name in fields:
-                return cast(Self, kind.parse(body))
+                return cast(Self, kind.parse(body, **options))
         raise ConfigError("messages", None, "is required, or prompt, or input")
 
 
