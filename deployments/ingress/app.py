@@ -3,53 +3,106 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
+from stagemesh.deployments.anthropic.messages import CountTokensRequest, Message, MessagesRequest, TokenCount
 from stagemesh.deployments.ingress.errors import openai_error
 from stagemesh.deployments.ingress.http import JSON
+from stagemesh.deployments.ingress.openapi import Endpoint, MessagesError, document
 from stagemesh.deployments.ingress.routes_messages import MessagesRoutes
-from stagemesh.deployments.ingress.routes_responses import ResponsesRoutes
+from stagemesh.deployments.ingress.routes_responses import ResponsesResponse, ResponsesRoutes
 from stagemesh.deployments.ingress.routes_service import ServiceRoutes
 from stagemesh.deployments.ingress.service import InferenceService
+from stagemesh.deployments.openai.embeddings import EmbeddingRequest, EmbeddingResponse
+from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
+from stagemesh.deployments.openai.responses import ChatResponse, CompletionResponse, ModelCard, ModelList
+from stagemesh.deployments.openai.responses_request import ResponsesRequest
+from stagemesh.deployments.openai.tokens import (
+    BatchChatRequest,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+
+POST, PING = ("POST",), ("GET", "POST")
+STATUS = dict[str, str | bool]
 
 
 def build_http_app(service: InferenceService, middleware: Sequence[Middleware] = ()) -> Starlette:
     """Errors, those of routing too, are OpenAI error objects. middleware: what auth.py makes of the configuration."""
-    api, responses, messages = ServiceRoutes(service), ResponsesRoutes(service), MessagesRoutes(service)
+    endpoints = [*_generation(service), *_about(service)]
+
+    @cache
+    def description() -> dict[str, Any]:
+        return document(endpoints)
+
+    async def openapi(request: Request) -> Response:
+        return JSON(description())
+
+    endpoints.append(Endpoint(path="/openapi.json", handler=openapi, summary="This document", gives=dict[str, Any]))
     return Starlette(
-        routes=[
-            Route("/v1/completions", api.completions, methods=["POST"]),
-            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
-            Route("/v1/chat/completions/batch", api.chat_batch, methods=["POST"]),
-            Route("/v1/responses", responses.responses, methods=["POST"]),
-            Route("/v1/messages", messages.messages, methods=["POST"]),
-            Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
-            Route("/v1/embeddings", api.embeddings, methods=["POST"]),
-            Route("/v1/models", api.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", api.model, methods=["GET"]),
-            Route("/tokenize", api.tokenize, methods=["POST"]),
-            Route("/detokenize", api.detokenize, methods=["POST"]),
-            Route("/invocations", api.invocations, methods=["POST"]),
-            Route("/version", api.version, methods=["GET"]),
-            Route("/load", api.load, methods=["GET"]),
-            Route("/ping", api.ping, methods=["GET", "POST"]),
-            Route("/health", api.health, methods=["GET"]),
-            Route("/ready", api.ready, methods=["GET"]),
-            Route("/metrics", api.metrics, methods=["GET"]),
-            Route("/v2", api.server_metadata, methods=["GET"]),
-            Route("/v2/health/live", api.live, methods=["GET"]),
-            Route("/v2/health/ready", api.server_ready, methods=["GET"]),
-            Route("/v2/models/{name:path}/ready", api.model_ready, methods=["GET"]),
-        ],
+        routes=[endpoint.route() for endpoint in endpoints],
         exception_handlers={HTTPException: _routing_error},
         middleware=list(middleware),
     )
+
+
+def _generation(service: InferenceService) -> list[Endpoint]:
+    """What lanes compute."""
+    api, responses, messages = ServiceRoutes(service), ResponsesRoutes(service), MessagesRoutes(service)
+    return [
+        Endpoint(path="/v1/completions", handler=api.completions, methods=POST, summary="Continue texts",
+                 takes=CompletionRequest, gives=CompletionResponse, streams=True),
+        Endpoint(path="/v1/chat/completions", handler=api.chat_completions, methods=POST, takes=ChatRequest,
+                 gives=ChatResponse, streams=True, summary="Answer a conversation"),
+        Endpoint(path="/v1/chat/completions/batch", handler=api.chat_batch, methods=POST, takes=BatchChatRequest,
+                 gives=ChatResponse, summary="Answer several conversations"),
+        Endpoint(path="/v1/responses", handler=responses.responses, methods=POST, takes=ResponsesRequest,
+                 gives=ResponsesResponse, streams=True, summary="Answer a conversation, in OpenAI's newer form"),
+        Endpoint(path="/v1/messages", handler=messages.messages, methods=POST, takes=MessagesRequest, gives=Message,
+                 streams=True, error=MessagesError, summary="Answer a conversation, in Anthropic's form"),
+        Endpoint(path="/v1/messages/count_tokens", handler=messages.count_tokens, methods=POST,
+                 takes=CountTokensRequest, gives=TokenCount, error=MessagesError,
+                 summary="Count a conversation's tokens, in Anthropic's form"),
+        Endpoint(path="/v1/embeddings", handler=api.embeddings, methods=POST, takes=EmbeddingRequest,
+                 gives=EmbeddingResponse, summary="Vectors of texts"),
+        Endpoint(path="/invocations", handler=api.invocations, methods=POST, streams=True,
+                 takes=(ChatRequest, CompletionRequest, EmbeddingRequest),
+                 gives=(ChatResponse, CompletionResponse, EmbeddingResponse), summary="SageMaker's route for all"),
+    ]  # fmt: skip
+
+
+def _about(service: InferenceService) -> list[Endpoint]:
+    """Tokens, models and health."""
+    api = ServiceRoutes(service)
+    return [
+        Endpoint(path="/tokenize", handler=api.tokenize, methods=POST, takes=TokenizeRequest, gives=TokenizeResponse,
+                 summary="Tokens of a text or conversation"),
+        Endpoint(path="/detokenize", handler=api.detokenize, methods=POST, takes=DetokenizeRequest,
+                 gives=DetokenizeResponse, summary="Text of tokens"),
+        Endpoint(path="/v1/models", handler=api.models, gives=ModelList, summary="The served names"),
+        Endpoint(path="/v1/models/{name:path}", handler=api.model, gives=ModelCard, summary="A served name"),
+        Endpoint(path="/version", handler=api.version, gives=dict[str, str], summary="Version of the server"),
+        Endpoint(path="/load", handler=api.load, gives=dict[str, int], summary="Requests that run or wait"),
+        Endpoint(path="/ping", handler=api.ping, methods=PING, summary="Whether the server answers"),
+        Endpoint(path="/health", handler=api.health, gives=STATUS, error=None, summary="Whether the server answers"),
+        Endpoint(path="/ready", handler=api.ready, gives=STATUS, summary="Whether some lane can generate"),
+        Endpoint(path="/metrics", handler=api.metrics, summary="Prometheus metrics"),
+        Endpoint(path="/v2", handler=api.server_metadata, gives=dict[str, Any], summary="KServe: the server"),
+        Endpoint(path="/v2/health/live", handler=api.live, gives=STATUS, summary="KServe: whether the server answers"),
+        Endpoint(path="/v2/health/ready", handler=api.server_ready, gives=STATUS, has_unready=True,
+                 summary="KServe: whether some lane can generate"),
+        Endpoint(path="/v2/models/{name:path}/ready", handler=api.model_ready, gives=STATUS, has_unready=True,
+                 summary="KServe: whether some lane can generate"),
+    ]  # fmt: skip
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
