@@ -12,7 +12,13 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stagemesh.deployments.anthropic.messages import CountTokensRequest, Message, MessagesRequest, TokenCount
+from stagemesh.deployments.anthropic.messages import (
+    CountTokensRequest,
+    Message,
+    MessagesRequest,
+    TokenCount,
+    anthropic_error,
+)
 from stagemesh.deployments.ingress.errors import openai_error
 from stagemesh.deployments.ingress.http import JSON
 from stagemesh.deployments.ingress.openapi import Endpoint, MessagesError, document
@@ -37,7 +43,7 @@ STATUS = dict[str, str | bool]
 
 
 def build_http_app(service: InferenceService, middleware: Sequence[Middleware] = ()) -> Starlette:
-    """Errors, those of routing too, are OpenAI error objects. middleware: what auth.py makes of the configuration."""
+    """Errors, those of routing too, have the shape of the route's API. middleware: what auth.py makes of the configuration."""
     endpoints = [*_generation(service), *_about(service)]
 
     @cache
@@ -109,4 +115,6 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reasons = {404: f"{request.url.path} is not served here", 405: f"{request.method} is not allowed here"}
     message = reasons.get(error.status_code, error.detail)
-    return JSON(openai_error(message), error.status_code, headers=error.headers)
+    is_anthropic = request.url.path.startswith("/v1/messages")
+    content = anthropic_error(message, error.status_code) if is_anthropic else openai_error(message)
+    return JSON(content, error.status_code, headers=error.headers)

@@ -37,6 +37,9 @@ class ApiKeys:
         """hashes: SHA-256 in hex, of `EngineConfig.api_key_hashes`."""
         self._hashes = tuple(hashes)
 
+    def __bool__(self) -> bool:
+        return bool(self._hashes)
+
     def accept(self, authorization: str | None, x_api_key: str | None = None) -> bool:
         """authorization: "Bearer KEY". Takes the same time for all wrong keys."""
         scheme, _, key = (authorization or "").partition(" ")
@@ -123,11 +126,13 @@ def _guarded(rpc: Callable[..., Any]) -> Callable[..., Any]:
             return await rpc(self, request, grpc_context)
 
         asking = unary
-    asking._is_guarded = True  # type: ignore[attr-defined]
+    vars(asking)["_is_guarded"] = True
     return asking
 
 
 def _refuse(keys: ApiKeys, grpc_context: Any) -> bool:
+    if not keys:
+        return False
     metadata = {key: value for key, value in grpc_context.invocation_metadata() or () if isinstance(value, str)}
     if keys.accept(metadata.get("authorization")):
         return False
