@@ -43,7 +43,10 @@ STATUS = dict[str, str | bool]
 
 
 def build_http_app(service: InferenceService, middleware: Sequence[Middleware] = ()) -> Starlette:
-    """Errors, those of routing too, have the shape of the route's API. middleware: what auth.py makes of the configuration."""
+    """Errors, those of routing too, have the shape of the route's API.
+
+    middleware: what auth.py makes of the configuration.
+    """
     endpoints = [*_generation(service), *_about(service)]
 
     @cache
