@@ -95,7 +95,10 @@ def _config_error(settings: type[Settings], values: dict[str, Any], error: pydan
     for problem in error.errors(include_url=False):
         # A union reports each of its branches; one report per field is enough.
         name = str(problem["loc"][0]) if problem["loc"] else ""
-        problems.setdefault(name, ConfigError(name, values.get(name), _reason(settings, name, dict(problem))))
+        # The value of a field that is left out of its settings' repr is a secret.
+        is_secret = name in settings.model_fields and not settings.model_fields[name].repr
+        value = "…" if is_secret else values.get(name)
+        problems.setdefault(name, ConfigError(name, value, _reason(settings, name, dict(problem))))
     if len(problems) == 1:
         return next(iter(problems.values()))
     return ConfigError("", None, "\n".join(map(str, problems.values())))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,17 +12,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from stagemesh.config import hub
+from stagemesh.config.api_keys import key_hashes
 from stagemesh.config.base import Settings
 from stagemesh.config.capacity import DTYPE_BYTES
 from stagemesh.config.checkpoint import checkpoint_files
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import find_model, local_folder, read_chat_template
 from stagemesh.config.memory import CacheLayout, choose_kv_bytes, longest_that_fits
 from stagemesh.config.model import DType, ModelConfig
 from stagemesh.config.parallel import ParallelPlan
 from stagemesh.config.quantization import Quantization, QuantizationName, resolve_quantization
 from stagemesh.config.units import parse_number
 
-PACKAGE_ROOT = Path(__file__).parents[1]
 LAYOUT_SIZES = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
@@ -123,6 +125,18 @@ class EngineArgs(Settings):
     """Refuse requests with unknown fields and with those that have no effect, instead of a warning in the log."""
     max_request_timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds for a request, its time in queues included; a request's own `timeout` may be less."""
+    api_key: str | list[str] | None = Field(default=None, repr=False)
+    """Key or keys of the clients that are served, or sha256: and a key's hash; by default everyone is."""
+    api_key_file: str | None = None
+    """File with such keys, one per line."""
+    allowed_origins: list[str] | None = None
+    """Origins whose web pages may send requests (CORS), ["*"] for all; by default none."""
+    allowed_methods: list[str] = ["*"]
+    """Methods that those pages may use."""
+    allowed_headers: list[str] = ["*"]
+    """Headers that those pages may send."""
+    allow_credentials: bool = False
+    """Let those pages send cookies and credentials."""
     startup_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds for each start-up phase of a lane (placement, rendezvous, weights, …)."""
     step_timeout_s: float = Field(default=60.0, gt=0)
@@ -141,6 +155,18 @@ class EngineArgs(Settings):
     @classmethod
     def _other_name(cls, value: Any) -> Any:
         return _ALIASES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("allowed_origins", "allowed_methods", "allowed_headers", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        """vLLM's flags have a JSON list: --allowed-origins '["*"]'."""
+        text = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if not isinstance(text, str):
+            return value
+        try:
+            return json.loads(text) if text.startswith("[") else [text]
+        except ValueError as error:
+            raise ValueError(f"is not a JSON list: {error}") from None
 
     @field_validator("pipeline_layer_partition", mode="before")
     @classmethod
@@ -201,6 +227,12 @@ class EngineConfig:
     trust_request_chat_template: bool
     strict_fields: bool
     max_request_timeout_s: float
+    api_key_hashes: tuple[str, ...] = field(repr=False)
+    """SHA-256 of each key, in hex; empty = everyone is served."""
+    allowed_origins: list[str] | None
+    allowed_methods: list[str]
+    allowed_headers: list[str]
+    allow_credentials: bool
     startup_timeout_s: float
     step_timeout_s: float
     drain_timeout_s: float
@@ -253,6 +285,7 @@ class EngineConfig:
             "commit": folder.name if local_folder(args.model) is None else None,
             "served_model_names": (names,) if isinstance(names, str) else tuple(names),
             "plan": plan,
+            "api_key_hashes": key_hashes(args.api_key, args.api_key_file),
             "dtype": model.torch_dtype if args.dtype == "auto" else args.dtype,
             "quantization": resolve_quantization(args.quantization, model.quantization),
             "device": device,
@@ -273,39 +306,6 @@ class EngineConfig:
             most = max(64 * config.max_num_batched_tokens, 2 * config.max_model_len)
             config = replace(config, max_queued_tokens=most)
         return config
-
-
-def find_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The absolute folder of `model`, downloaded if need be. Raises ConfigError."""
-    folder = local_folder(model)
-    if folder is None and hub.is_repo_id(model):
-        return hub.fetch(model, revision, download_dir)
-    if folder is None:
-        places = " and ".join(map(str, _places(model)))
-        raise ConfigError("model", model, f"is not a folder (looked for {places}) nor a hub id such as org/name")
-    if revision is not None:
-        raise ConfigError("revision", revision, f"only a model of the hub has revisions; {folder} is a folder")
-    return folder
-
-
-def local_folder(model: str) -> Path | None:
-    """The absolute folder `model`, if there is one."""
-    return next((place.resolve() for place in _places(model) if place.is_dir()), None)
-
-
-def read_chat_template(template: str) -> str:
-    """A template's text, from a file or as it is. Raises ConfigError."""
-    if any(mark in template for mark in "{}\n"):
-        return template
-    file = next((place for place in _places(template) if place.is_file()), None)
-    if file is None:
-        raise ConfigError("chat_template", template, "is neither a file nor a Jinja template, which has braces")
-    return file.read_text(encoding="utf-8")
-
-
-def _places(model: str) -> list[Path]:
-    # The second makes config/models/demo work from any directory, a worker's too.
-    return list(dict.fromkeys((Path.cwd() / Path(model).expanduser(), PACKAGE_ROOT / model)))
 
 
 def pick_device(args: EngineArgs) -> Literal["cpu", "cuda"]:

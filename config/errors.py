@@ -20,3 +20,7 @@ class ConfigError(ValueError):
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, Any, str]]:
         # Pickle would rebuild it from `args`, which holds the message alone.
         return type(self), (self.field, self.value, self.reason)
+
+    def renamed(self, field: str) -> ConfigError:
+        """The same error about the name that the user knows."""
+        return type(self)(field, self.value, self.reason)

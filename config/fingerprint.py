@@ -11,7 +11,8 @@ from pathlib import Path
 
 import xxhash
 
-from stagemesh.config.engine import PACKAGE_ROOT, EngineConfig
+from stagemesh.config.engine import EngineConfig
+from stagemesh.config.folders import PACKAGE_ROOT
 
 CODE_FOLDERS = ("config", "stages", "kernels", "deployments", "router")
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja")
@@ -41,6 +42,11 @@ WITHOUT_EFFECT = frozenset(
         "max_logprobs",
         "trust_request_chat_template",
         "strict_fields",
+        "api_key_hashes",
+        "allowed_origins",
+        "allowed_methods",
+        "allowed_headers",
+        "allow_credentials",
     }
 )
 """Fields of EngineConfig that change neither an answer (each has its seed) nor how a lane is wired."""

@@ -10,8 +10,9 @@ from typing import Any
 import pydantic
 
 from stagemesh.config.base import Settings
-from stagemesh.config.engine import EngineConfig, local_folder
+from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import local_folder
 from stagemesh.config.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)

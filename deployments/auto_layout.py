@@ -9,8 +9,9 @@ from typing import Any
 
 import ray
 
-from stagemesh.config.engine import LAYOUT_SIZES, EngineArgs, find_model, pick_device
+from stagemesh.config.engine import LAYOUT_SIZES, EngineArgs, pick_device
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import find_model
 from stagemesh.config.model import ModelConfig
 from stagemesh.config.planner.hardware import GPUS, Cluster, Gpu, cluster_of
 from stagemesh.config.planner.report import make_plan, make_workload

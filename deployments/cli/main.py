@@ -14,16 +14,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from stagemesh import __version__
-from stagemesh.config.engine import (
-    LAYOUT_SIZES,
-    WITH_UNIT,
-    EngineArgs,
-    EngineConfig,
-    find_model,
-    local_folder,
-    read_chat_template,
-)
+from stagemesh.config.api_keys import PREFIX, key_hashes
+from stagemesh.config.engine import LAYOUT_SIZES, WITH_UNIT, EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import find_model, local_folder, read_chat_template
 from stagemesh.config.hub import is_repo_id
 from stagemesh.config.serve_yaml import render
 from stagemesh.deployments.cli.batch import run_batch
@@ -122,6 +116,8 @@ def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:
             args[name] = json.loads(args[name])
         except ValueError as error:
             raise ConfigError(name, args[name], f"is not JSON: {error}") from None
+    if hashes := key_hashes(args.pop("api_key", None), args.pop("api_key_file", None)):
+        args["api_key"] = [PREFIX + hash for hash in hashes]  # the file that is written has no key
     EngineArgs.parse(args)
     if not set(LAYOUT_SIZES) & args.keys():
         args["layout"] = "auto"

@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from stagemesh.config.engine import local_folder
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import local_folder
 from stagemesh.config.hub import cached_folder, is_repo_id
 from stagemesh.config.model import ModelConfig, read_json
 from stagemesh.config.planner.bill import Transfer

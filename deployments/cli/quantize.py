@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from stagemesh.config.engine import find_model
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import find_model
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 

@@ -17,6 +17,7 @@ from google.protobuf import json_format
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.deployments.ingress.auth import ApiKeys, guarded
 from stagemesh.deployments.ingress.errors import BodyTooLarge, report_error
 from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
@@ -34,15 +35,25 @@ _SERVICES = ("", pb.DESCRIPTOR.services_by_name["Inference"].full_name)
 class GrpcContext(Protocol):
     """What RayServegRPCContext and grpc.aio.ServicerContext share."""
 
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
+
     def set_code(self, code: grpc.StatusCode) -> None: ...
 
     def set_details(self, details: str) -> None: ...
 
 
+@guarded
 class GrpcApi:
-    """A mixin for the ingress deployment, which sets `inference_service`."""
+    """A mixin for the ingress deployment, which sets `inference_service` and `api_keys`.
+
+    Every rpc of a subclass asks for a key, unless it is one of health's.
+    """
 
     inference_service: InferenceService
+    api_keys = ApiKeys()
+
+    def __init_subclass__(cls) -> None:
+        guarded(cls)
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: GrpcContext) -> pb.GenerateResponse:
         accepting = self._accept_generate(request, stream=False)

@@ -1,4 +1,4 @@
-"""The HTTP frontend: OpenAI's API as a Starlette app around an InferenceService."""
+"""The HTTP frontend: OpenAI's API around an InferenceService. app.py has the routes."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import Receive, Scope
 
 from stagemesh.deployments.ingress.answers import chat_response, completion_response
 from stagemesh.deployments.ingress.connection import AbortableResponse, Connection
 from stagemesh.deployments.ingress.errors import BodyTooLarge, ErrorReport, NotJson, openai_error, report_error
-from stagemesh.deployments.ingress.request_id import RequestIds
 from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
-from stagemesh.deployments.ingress.sse import WAITING, ChatChunks, ChunkWriter, CompletionChunks, event
+from stagemesh.deployments.ingress.sse import WAITING, ChatChunks, ChunkWriter, CompletionChunks
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest, InferenceRequest
-from stagemesh.deployments.openai.responses import ModelList
+from stagemesh.deployments.openai.responses import ChatResponse, ModelList
 from stagemesh.deployments.openai.schema import OpenAIRequest
+from stagemesh.stages.text.output import TextDelta
 
 LARGE_BODY_BYTES = 1 << 20
 """Larger ones are parsed on another thread: ten megabytes of token ids take 0.4 s."""
@@ -36,25 +32,8 @@ MAX_DISCARDED_BYTES = 32 << 20
 
 RequestT = TypeVar("RequestT", bound=OpenAIRequest)
 BodyT = TypeVar("BodyT", bound=InferenceRequest)
-
-
-def build_http_app(service: InferenceService) -> Starlette:
-    """All routes. Errors, those of routing too, are OpenAI error objects."""
-    api = HttpApi(service)
-    return Starlette(
-        routes=[
-            Route("/v1/completions", api.completions, methods=["POST"]),
-            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
-            Route("/v1/embeddings", api.embeddings, methods=["POST"]),
-            Route("/v1/models", api.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", api.model, methods=["GET"]),
-            Route("/health", api.health, methods=["GET"]),
-            Route("/ready", api.ready, methods=["GET"]),
-            Route("/metrics", api.metrics, methods=["GET"]),
-        ],
-        exception_handlers={HTTPException: _routing_error},
-        middleware=[Middleware(RequestIds)],
-    )
+Refuse = Callable[[ErrorReport], Response]
+"""Writes an error in the shape of one API."""
 
 
 class JSON(Response):
@@ -69,22 +48,25 @@ class HttpApi:
         self._service = service
 
     async def completions(self, request: Request) -> Response:
-        async def accept(body: CompletionRequest) -> Response:
-            return _response(body, await self._service.complete(body), CompletionChunks, completion_response)
-
-        return await self._accept(request, CompletionRequest, accept)
+        return await self._accept(request, CompletionRequest, self._complete)
 
     async def chat_completions(self, request: Request) -> Response:
-        async def accept(body: ChatRequest) -> Response:
-            return _response(body, await self._service.chat(body), ChatChunks, chat_response)
-
-        return await self._accept(request, ChatRequest, accept)
+        return await self._accept(request, ChatRequest, self._chat)
 
     async def embeddings(self, request: Request) -> Response:
-        async def accept(body: EmbeddingRequest) -> Response:
-            return WholeResponse(lambda: self._service.embed(body))
+        return await self._accept(request, EmbeddingRequest, self._embed)
 
-        return await self._accept(request, EmbeddingRequest, accept)
+    async def _complete(self, body: CompletionRequest) -> Response:
+        return _response(body, await self._service.complete(body), CompletionChunks, completion_response)
+
+    async def _chat(self, body: ChatRequest) -> Response:
+        return _response(body, await self._service.chat(body), ChatChunks, chat_response)
+
+    async def _embed(self, body: EmbeddingRequest) -> Response:
+        return WholeResponse(lambda: self._service.embed(body), error_response)
+
+    def _chat_answer(self, body: ChatRequest, stream: GenerationStream) -> ChatResponse:
+        return chat_response(stream, body)
 
     async def models(self, request: Request) -> Response:
         return JSON(ModelList(self._service.models()))
@@ -93,7 +75,7 @@ class HttpApi:
         try:
             return JSON(self._service.model(request.path_params["name"]))
         except Exception as error:
-            return _error_response(report_error(error))
+            return error_response(report_error(error))
 
     async def health(self, request: Request) -> Response:
         return JSON({"status": "ok"})
@@ -109,11 +91,21 @@ class HttpApi:
         return Response(self._service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _accept(
-        self, request: Request, schema: type[RequestT], accept: Callable[[RequestT], Awaitable[Response]]
+        self,
+        request: Request,
+        schema: type[RequestT],
+        accept: Callable[[RequestT], Awaitable[Response]],
+        *,
+        refuse: Refuse | None = None,
+        is_for_lanes: bool = True,
     ) -> Response:
-        """Validate the request; the model runs when the returned response is called."""
+        """Validate the request; the model runs when the returned response is called.
+
+        refuse: writes errors, by default OpenAI's. is_for_lanes: not while they have no room.
+        """
         try:
-            self._service.check_room()  # first, so that a refusal costs next to nothing
+            if is_for_lanes:
+                self._service.check_room()  # first, so that a refusal costs next to nothing
             _check_content_type(request.headers.get("content-type", ""))
             content = await _read_body(request, self._service.max_body_bytes)
             parse = partial(schema.parse, content, strict_fields=self._service.strict_fields)
@@ -122,22 +114,34 @@ class HttpApi:
         except ClientDisconnect:
             return Response(status_code=499)  # nobody is there to read it
         except Exception as error:
-            return _error_response(report_error(error))
+            return (refuse or error_response)(report_error(error))
+
+
+class EventWriter(Protocol):
+    """The events of one stream."""
+
+    def delta(self, delta: TextDelta) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+    def error(self, report: ErrorReport) -> bytes:
+        """What ends the stream instead."""
 
 
 class WholeResponse(AbortableResponse):
     """`compute()` as one JSON object."""
 
-    def __init__(self, compute: Callable[[], Awaitable[msgspec.Struct]]) -> None:
+    def __init__(self, compute: Callable[[], Awaitable[msgspec.Struct]], refuse: Refuse) -> None:
         super().__init__()
         self._compute = compute
+        self._refuse = refuse
 
     async def _run(self, scope: Scope, receive: Receive, connection: Connection) -> None:
         response: Response
         try:
             response = JSON(await self._compute())
         except Exception as error:
-            response = _error_response(report_error(error))
+            response = self._refuse(report_error(error))
         await response(scope, receive, connection.send)
 
 
@@ -150,10 +154,11 @@ class StreamedResponse(AbortableResponse):
 
     keep_alive = WAITING
 
-    def __init__(self, stream: GenerationStream, chunks: ChunkWriter) -> None:
+    def __init__(self, stream: GenerationStream, chunks: EventWriter, refuse: Refuse) -> None:
         super().__init__()
         self._stream = stream
         self._chunks = chunks
+        self._refuse = refuse
         self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
         del self.headers["content-length"]
 
@@ -168,9 +173,9 @@ class StreamedResponse(AbortableResponse):
         except Exception as error:
             report = report_error(error)
             if not connection.is_started:
-                await _error_response(report)(scope, receive, connection.send)
+                await self._refuse(report)(scope, receive, connection.send)
                 return
-            last = event(report.body())
+            last = self._chunks.error(report)
         await connection.body(last, more=False)
 
 
@@ -181,13 +186,13 @@ def _response(
     whole: Callable[[GenerationStream, BodyT], msgspec.Struct],
 ) -> Response:
     if body.stream:
-        return StreamedResponse(stream, writer(stream, body))
+        return StreamedResponse(stream, writer(stream, body), error_response)
 
     async def collected() -> msgspec.Struct:
         await stream.collect()
         return whole(stream, body)
 
-    return WholeResponse(collected)
+    return WholeResponse(collected, error_response)
 
 
 def _check_content_type(content_type: str) -> None:
@@ -221,7 +226,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def _error_response(report: ErrorReport) -> Response:
+def error_response(report: ErrorReport) -> Response:
     response = JSON(report.body(), report.kind.http_status)
     if report.retry_after_s is not None:
         response.headers["retry-after"] = str(report.retry_after_s)
@@ -229,10 +234,3 @@ def _error_response(report: ErrorReport) -> Response:
         # The rest of the body may be on its way; there is no next request on this connection.
         response.headers["connection"] = "close"
     return response
-
-
-async def _routing_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    reasons = {404: f"{request.url.path} is not served here", 405: f"{request.method} is not allowed here"}
-    message = reasons.get(error.status_code, error.detail)
-    return JSON(openai_error(message), error.status_code, headers=error.headers)

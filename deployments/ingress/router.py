@@ -11,8 +11,9 @@ from starlette.applications import Starlette
 from stagemesh.config.engine import EngineConfig
 from stagemesh.config.fingerprint import fingerprint
 from stagemesh.config.generation_config import default_sampling
+from stagemesh.deployments.ingress.app import build_http_app
+from stagemesh.deployments.ingress.auth import ApiKeys, middleware
 from stagemesh.deployments.ingress.grpc import GrpcApi
-from stagemesh.deployments.ingress.http import build_http_app
 from stagemesh.deployments.ingress.lane_client import RayLaneClient
 from stagemesh.deployments.ingress.lane_view import VIEW
 from stagemesh.deployments.ingress.service import InferenceService
@@ -47,10 +48,13 @@ class Router(GrpcApi):
             strict_fields=config.strict_fields,
         )
 
+        self.api_keys = ApiKeys(config.api_key_hashes)
+        self._middleware = middleware(config)
+
     async def check_health(self) -> None:
         """Serve replaces a router that tokens or reports no longer reach."""
         self._lanes.check_health()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Serve asks for the HTTP side after the constructor (see `serve.ingress`)."""
-        return build_http_app(self.inference_service)
+        return build_http_app(self.inference_service, self._middleware)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.sampling import NO_LIMIT
 from stagemesh.deployments.ingress import request_id
 from stagemesh.deployments.ingress.admission import Admission, Overloaded, Place
 from stagemesh.deployments.ingress.deadline import Deadline
@@ -165,6 +166,9 @@ class InferenceService:
         self._admission = Admission(lanes, max_requests=max_num_seqs, max_tokens=max_queued_tokens)
         self._max_timeout_s = max_request_timeout_s
         self._input = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed)
+        # For counts: a prompt may be longer than what fits, and takes no seed from the others.
+        self._counting = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=NO_LIMIT)
+        self.vocab_size = vocab_size
         self.strict_fields = strict_fields
         self._trusts_templates = trust_request_chat_template
         self._max_logprobs = -1 if max_logprobs >= vocab_size else max_logprobs
@@ -242,6 +246,18 @@ class InferenceService:
         prompts = [await _run(process, is_slow=is_slow or chat.chat_template is not None)]
         _salt(prompts, request)
         return GenerationStream(id, model.id, prompts, self, deadline)
+
+    async def chat_prompt(self, request: ChatRequest) -> ProcessedPrompt:
+        """The prompt of a conversation, of any length. Raises ConfigError naming the wrong field."""
+        self.model(request.model)
+        chat = self._trusted(request.chat_input())
+        params = request.sampling_params(self._sampling_defaults, self._max_logprobs)
+        process = partial(self._counting.process_chat, chat, params, "count")
+        return await _run(process, is_slow=request.num_chars > LONG_TEXT_CHARS or bool(chat.tools))
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        encode = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await _run(encode, is_slow=len(text) > LONG_TEXT_CHARS)
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
         """One vector per input. Raises ConfigError naming the wrong input, Overloaded. Cancelling aborts what runs."""

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from stagemesh.deployments.ingress.answers import Echo
+from stagemesh.deployments.ingress.errors import ErrorReport
 from stagemesh.deployments.ingress.service import GenerationStream
 from stagemesh.deployments.openai.logprobs import chat_logprobs
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest, InferenceRequest, StreamOptions
@@ -101,6 +102,9 @@ class ChunkWriter:
 
     def _ids(self, delta: TextDelta, is_first: bool) -> bytes:
         return b',"token_ids":' + (_json(delta.token_ids) if self._return_token_ids else b"null")
+
+    def error(self, report: ErrorReport) -> bytes:
+        return event(report.body())
 
     def _opening(self, index: int) -> bytes:
         return b""

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stagemesh.config.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_files
-from stagemesh.config.engine import find_model
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import find_model
 from stagemesh.config.model import ModelConfig
 from stagemesh.kernels.quant_int4 import AWQ_ORDER, PER_WORD, pack_columns, pack_rows
 from stagemesh.kernels.quant_w8a8 import FP8, MIN_SCALE, largest, quantize, quantize_groups

@@ -92,6 +92,10 @@ class Tokenizer:
         """What a token adds to the text, perhaps part of a character; special tokens written out."""
         return self._token_bytes[False][token_id]
 
+    def token(self, token_id: int) -> str:
+        """As the vocabulary spells it, e.g. "Ġworld"; empty for an id past its end."""
+        return self._backend.id_to_token(token_id) or ""
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole answer, the same as streamed."""
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)

@@ -8,8 +8,9 @@ from typing import Any
 import pydantic
 import pytest
 
-from stagemesh.config.engine import EngineArgs, EngineConfig, find_model
+from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import find_model
 
 
 def resolve(model: Path, **args: Any) -> EngineConfig:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from support.harness import DEMO
 
-from stagemesh.config.engine import PACKAGE_ROOT, EngineArgs, EngineConfig
+from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.fingerprint import WITHOUT_EFFECT, code_digest, fingerprint
+from stagemesh.config.folders import PACKAGE_ROOT
 
 
 def resolve(folder: Path, **changes: object) -> EngineConfig:

@@ -13,8 +13,9 @@ import huggingface_hub
 import pytest
 from support.model_folder import safetensors_bytes, write_model_folder
 
-from stagemesh.config.engine import EngineArgs, EngineConfig, find_model
+from stagemesh.config.engine import EngineArgs, EngineConfig
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import find_model
 from stagemesh.config.hub import fetch, is_repo_id
 
 MAIN, OLD = "a" * 40, "b" * 40

@@ -17,7 +17,7 @@ import pytest
 from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.ingress import service as service_module
 from stagemesh.deployments.ingress.admission import RATE_WINDOW_S, Admission, Overloaded
-from stagemesh.deployments.ingress.http import build_http_app
+from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest
 from stagemesh.deployments.openai.requests import CompletionRequest

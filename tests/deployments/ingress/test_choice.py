@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from stagemesh.config.sampling import StructuredOutputsParams
+from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.ingress.grpc import GrpcApi
-from stagemesh.deployments.ingress.http import build_http_app
 from stagemesh.deployments.ingress.service import InferenceService
 from stagemesh.deployments.proto import inference_pb2 as pb
 from stagemesh.stages.messages.request import TokenDelta

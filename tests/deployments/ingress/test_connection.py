@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stagemesh.deployments.ingress import connection
-from stagemesh.deployments.ingress.http import build_http_app
+from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.ingress.sse import WAITING
 from stagemesh.stages.messages.request import TokenDelta
 

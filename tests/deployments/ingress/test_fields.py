@@ -11,7 +11,7 @@ import httpx
 import llguidance
 import pytest
 
-from stagemesh.deployments.ingress.http import build_http_app
+from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.ingress.service import InferenceService
 from stagemesh.deployments.openai import schema
 from stagemesh.stages.messages.request import LaneError, TokenDelta

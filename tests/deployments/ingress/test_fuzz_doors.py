@@ -15,7 +15,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor as Field
 from google.protobuf.message import Message
 
-from stagemesh.deployments.ingress.http import build_http_app
+from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
 from stagemesh.deployments.openai.schema import OpenAIRequest

@@ -12,7 +12,7 @@ import pytest
 from starlette.applications import Starlette
 
 from stagemesh.deployments.ingress import http as http_api
-from stagemesh.deployments.ingress.http import build_http_app
+from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.ingress.service import MAX_BODY_BYTES
 from stagemesh.stages.messages.request import LaneError, TokenDelta
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.deployments.ingress.http import build_http_app
+from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.ingress.service import InferenceService
 from stagemesh.stages.messages.request import EngineRequest, LaneError, LaneStats, TokenDelta
 
