@@ -47,6 +47,10 @@ class EngineArgs(Settings):
     """Fixes answers to requests without a seed, if a router gets them in the same order."""
     generation_config: Literal["auto", "vllm"] = "auto"
     """Default sampling: auto takes the model's generation_config.json, vllm ignores it."""
+    tool_call_parser: str | None = None
+    """How the model writes tool calls; by default told from its chat template."""
+    reasoning_parser: str | None = None
+    """How the model marks its reasoning; by default it is part of the answer."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer; must divide the attention heads."""
@@ -148,6 +152,8 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "fp8"]
     seed: int | None
     generation_config: Literal["auto", "vllm"]
+    tool_call_parser: str | None
+    reasoning_parser: str | None
     data_parallel_size: int
     autoscaling_config: dict[str, Any] | None
     block_size: int

@@ -125,6 +125,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens; the prefix cache is then not read."""
     structured_outputs: StructuredOutputsParams | None = None
+    structured_outputs_after: tuple[int | None, str] | None = None
+    """Where the form begins behind the answer's reasoning, set together with the prompt: the token that opens
+    reasoning where the answer begins with it (None: it begins within), and the text that ends it."""
     pooling: PoolingParams | None = None
     """Set to get the prompt's vector; no token is generated."""
 

@@ -257,10 +257,14 @@ def _chat_response(stream: GenerationStream, return_token_ids: bool) -> ChatResp
 
 
 def _assistant_message(choice: OutputProcessor) -> AssistantMessage:
-    if not choice.tool_calls:
-        return AssistantMessage(choice.text)
     calls = [ToolCall(call.id, FunctionCall(call.name, call.arguments)) for call in choice.tool_calls]
-    return AssistantMessage(choice.text or None, tool_calls=calls)
+    reasoning = choice.reasoning or msgspec.UNSET
+    return AssistantMessage(
+        choice.text or (None if calls or choice.reasoning else ""),
+        tool_calls=calls or msgspec.UNSET,
+        reasoning=reasoning,
+        reasoning_content=reasoning,
+    )
 
 
 def _prompt_logprobs(choice: OutputProcessor) -> PromptLogprobs | msgspec.UnsetType:

@@ -40,6 +40,8 @@ class Router(GrpcApi):
             max_queued_tokens=config.max_queued_tokens,
             max_request_timeout_s=config.max_request_timeout_s,
             system_fingerprint=fingerprint(config),
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
         )
 
     async def check_health(self) -> None:

@@ -17,7 +17,7 @@ from stagemesh.deployments.ingress.lanes import MAX_UNREAD_DELTAS, LaneClient
 from stagemesh.deployments.ingress.metrics import Metrics
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest, EmbeddingResponse
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
-from stagemesh.deployments.openai.responses import ModelCard, PromptTokensDetails, Usage
+from stagemesh.deployments.openai.responses import CompletionTokensDetails, ModelCard, PromptTokensDetails, Usage
 from stagemesh.deployments.openai.schema import OpenAIRequest
 from stagemesh.stages.messages.request import EngineRequest, LaneError
 from stagemesh.stages.text.input import InputProcessor, ProcessedPrompt
@@ -76,6 +76,7 @@ class GenerationStream:
             completion_tokens=completion_tokens,
             total_tokens=self._num_prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(sum(c.num_reasoning_tokens for c in self.choices)),
         )
 
     async def _generate(self, choice: OutputProcessor, place: Place) -> AsyncGenerator[TextDelta, None]:
@@ -131,6 +132,8 @@ class InferenceService:
         max_queued_tokens: int = 32_768,
         max_request_timeout_s: float = 3600.0,
         system_fingerprint: str = "",
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
     ) -> None:
         """model_names: a response has the requested one, else the first.
 
@@ -144,7 +147,14 @@ class InferenceService:
         self.system_fingerprint = system_fingerprint
         self._admission = Admission(lanes, max_requests=max_num_seqs, max_tokens=max_queued_tokens)
         self._max_timeout_s = max_request_timeout_s
-        self._input = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed)
+        self._input = InputProcessor(
+            tokenizer,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            seed=seed,
+            tool_call_parser=tool_call_parser,
+            reasoning_parser=reasoning_parser,
+        )
         self._models = {name: ModelCard(name, int(time.time()), max_model_len) for name in model_names}
         self._sampling_defaults = dict(sampling_defaults or {})
 
