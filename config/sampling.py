@@ -127,6 +127,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens; the prefix cache is then not read."""
     structured_outputs: StructuredOutputsParams | None = None
+    structured_outputs_after: tuple[int | None, str] | None = None
+    """Where the form begins behind the answer's reasoning, set together with the prompt: the token that opens
+    reasoning where the answer begins with it (None: it begins within), and the text that ends it."""
     pooling: PoolingParams | None = None
     """Set to get the prompt's vector; no token is generated."""
 
@@ -153,6 +156,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         forms = {"structured_outputs": StructuredOutputsParams, "pooling": PoolingParams}
         for name, form in forms.items():
             self._check(name, isinstance(getattr(self, name), form | None), f"must be {form.__name__}")
+
+        match self.structured_outputs_after:
+            case None | (int() | None, str()):
+                pass
+            case _:
+                self._check("structured_outputs_after", False, "must be a pair of a token id, or None, and a text")
 
     def _check(self, field: str, ok: bool, reason: str) -> None:
         _check(field, getattr(self, field), ok, reason)

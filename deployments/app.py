@@ -15,6 +15,7 @@ from stagemesh.deployments.ingress.router import Router
 from stagemesh.deployments.lane.leader import Leader
 from stagemesh.deployments.lane.stage import Stage
 from stagemesh.deployments.lane.worker_group import rank_resources
+from stagemesh.stages.text.input import InputProcessor
 from stagemesh.stages.text.tokenizer import Tokenizer
 
 UNLIMITED_REQUESTS = 100_000
@@ -38,7 +39,13 @@ def build(args: dict[str, Any]) -> Application:
     """The `import_path` of every YAML. Raises ConfigError before anything starts."""
     config = EngineConfig.resolve(with_layout(EngineArgs.parse(args)))
     # Read here too, so that an error in them is reported once and not by every router.
-    Tokenizer.from_folder(config.local_tokenizer_path(), config.chat_template)
+    InputProcessor(
+        Tokenizer.from_folder(config.local_tokenizer_path(), config.chat_template),
+        vocab_size=config.model.vocab_size,
+        max_model_len=config.max_model_len,
+        tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+    )
     default_sampling(config)
     later_stages = [_stage(config, stage) for stage in range(1, config.plan.pp_size)]
     leader = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from stagemesh.deployments.ingress.service import GenerationStream
 from stagemesh.deployments.openai.logprobs import (
     chat_logprobs,
@@ -100,10 +102,13 @@ class Echo:
 
 
 def _assistant_message(choice: OutputProcessor, echoed: str) -> AssistantMessage:
-    if not choice.tool_calls:
-        return AssistantMessage(echoed + choice.text)
     calls = [ToolCall(call.id, FunctionCall(call.name, call.arguments)) for call in choice.tool_calls]
-    return AssistantMessage(echoed + choice.text or None, tool_calls=calls)
+    return AssistantMessage(
+        echoed + choice.text or (None if calls or choice.reasoning else ""),
+        reasoning=choice.reasoning or None,
+        reasoning_content=choice.reasoning or None,
+        tool_calls=calls or msgspec.UNSET,
+    )
 
 
 def _prompt_logprobs(choice: OutputProcessor) -> PromptLogprobs | None:

@@ -178,6 +178,8 @@ def _message(message: pb.ChatMessage) -> dict[str, Any]:
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.tool_calls
         ]
+    if message.reasoning:
+        fields["reasoning"] = message.reasoning
     if message.tool_call_id:
         fields["tool_call_id"] = message.tool_call_id
     return fields
@@ -268,7 +270,8 @@ def _message_of_choice(choice: OutputProcessor) -> dict[str, Any]:
         pb.ToolCall(index=i, id=call.id, name=call.name, arguments=call.arguments)
         for i, call in enumerate(choice.tool_calls)
     ]
-    return {"message": pb.ChatMessage(role="assistant", content=choice.text, tool_calls=calls)}
+    message = pb.ChatMessage(role="assistant", content=choice.text, tool_calls=calls, reasoning=choice.reasoning)
+    return {"message": message}
 
 
 def _message_of_delta(delta: TextDelta) -> dict[str, Any]:
@@ -276,7 +279,7 @@ def _message_of_delta(delta: TextDelta) -> dict[str, Any]:
         pb.ToolCall(index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments)
         for call in delta.tool_calls
     ]
-    return {"content": delta.text, "tool_calls": calls}
+    return {"content": delta.text, "tool_calls": calls, "reasoning": delta.reasoning}
 
 
 def _logprobs(logprobs: Sequence[DecodedLogprob]) -> list[pb.TokenLogprob]:
@@ -294,6 +297,7 @@ def _usage(stream: GenerationStream) -> pb.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.prompt_tokens_details.cached_tokens,
+        reasoning_tokens=usage.completion_tokens_details.reasoning_tokens,
     )
 
 

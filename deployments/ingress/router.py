@@ -46,6 +46,8 @@ class Router(GrpcApi):
             max_logprobs=config.max_logprobs,
             trust_request_chat_template=config.trust_request_chat_template,
             strict_fields=config.strict_fields,
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
         )
 
         self.api_keys = ApiKeys(config.api_key_hashes)

@@ -16,7 +16,8 @@ from stagemesh.deployments.ingress import request_id
 from stagemesh.deployments.ingress.admission import Admission, Overloaded, Place
 from stagemesh.deployments.ingress.deadline import Deadline
 from stagemesh.deployments.ingress.errors import UnknownModel
-from stagemesh.deployments.ingress.lanes import MAX_UNREAD_DELTAS, LaneClient
+from stagemesh.deployments.ingress.lanes import LaneClient
+from stagemesh.deployments.ingress.merged import merged
 from stagemesh.deployments.ingress.metrics import Metrics
 from stagemesh.deployments.openai.embeddings import MAX_INPUTS, EmbeddingRequest, EmbeddingResponse
 from stagemesh.deployments.openai.requests import (
@@ -26,7 +27,13 @@ from stagemesh.deployments.openai.requests import (
     CompletionRequest,
     InferenceRequest,
 )
-from stagemesh.deployments.openai.responses import ModelCard, ModelPermission, PromptTokensDetails, Usage
+from stagemesh.deployments.openai.responses import (
+    CompletionTokensDetails,
+    ModelCard,
+    ModelPermission,
+    PromptTokensDetails,
+    Usage,
+)
 from stagemesh.deployments.openai.schema import OpenAIRequest
 from stagemesh.stages.messages.request import EngineRequest, LaneError
 from stagemesh.stages.text.input import ChatInput, InputProcessor, ProcessedPrompt
@@ -72,7 +79,7 @@ class GenerationStream:
     def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """Choices interleaved. Use under `aclosing`: closing aborts what still runs."""
         streams = [self._generate(choice, place) for choice, place in zip(self.choices, self._places, strict=True)]
-        return streams[0] if len(streams) == 1 else _merge(streams)
+        return streams[0] if len(streams) == 1 else merged(streams)
 
     async def collect(self) -> list[str]:
         """The text of every choice. Cancelling this aborts what still runs."""
@@ -92,6 +99,7 @@ class GenerationStream:
             completion_tokens=completion_tokens,
             total_tokens=self._num_prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(sum(c.num_reasoning_tokens for c in self.choices)),
         )
 
     async def _generate(self, choice: OutputProcessor, place: Place) -> AsyncGenerator[TextDelta, None]:
@@ -152,6 +160,8 @@ class InferenceService:
         max_logprobs: int = MAX_LOGPROBS,
         trust_request_chat_template: bool = False,
         strict_fields: bool = False,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
     ) -> None:
         """model_names: a response has the requested one, else the first. model_root: the model, as its server names it.
 
@@ -165,9 +175,15 @@ class InferenceService:
         self.system_fingerprint = system_fingerprint
         self._admission = Admission(lanes, max_requests=max_num_seqs, max_tokens=max_queued_tokens)
         self._max_timeout_s = max_request_timeout_s
-        self._input = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed)
-        # For counts: a prompt may be longer than what fits, and takes no seed from the others.
-        self._counting = InputProcessor(tokenizer, vocab_size=vocab_size, max_model_len=NO_LIMIT)
+        make_input = partial(
+            InputProcessor,
+            tokenizer,
+            vocab_size=vocab_size,
+            tool_call_parser=tool_call_parser,
+            reasoning_parser=reasoning_parser,
+        )
+        self._input = make_input(max_model_len=max_model_len, seed=seed)
+        self._counting = make_input(max_model_len=NO_LIMIT)  # takes no seed from the others
         self.vocab_size = vocab_size
         self.strict_fields = strict_fields
         self._trusts_templates = trust_request_chat_template
@@ -353,39 +369,3 @@ def _model_card(name: str, root: str, max_model_len: int) -> ModelCard:
 async def _run(function: Callable[[], Result], *, is_slow: bool) -> Result:
     """On another thread if it is slow, else every running stream would stall."""
     return await asyncio.to_thread(function) if is_slow else function()
-
-
-async def _merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
-    """All streams interleaved. The first error ends all; closing this closes them.
-
-    Raises LaneError when too many wait to be taken.
-    """
-    queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
-    most = MAX_UNREAD_DELTAS * (1 + len(streams) // 256)  # each step of a lane brings one for every stream
-
-    async def drain(stream: AsyncGenerator[TextDelta, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for delta in stream:
-                    if queue.qsize() >= most:
-                        raise LaneError("overloaded", f"{most} pieces of the answer were not read")
-                    queue.put_nowait(delta)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
-    try:
-        num_running = len(tasks)
-        while num_running:
-            item = await queue.get()
-            if item is None:
-                num_running -= 1
-            elif isinstance(item, Exception):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -163,7 +163,10 @@ class ChatChunks(ChunkWriter):
 
     def _content(self, delta: TextDelta, is_first: bool) -> bytes:
         parts = []
-        if delta.text or not delta.tool_calls:
+        if delta.reasoning:
+            reasoning = _json(delta.reasoning)
+            parts.append(b'"reasoning":%s,"reasoning_content":%s' % (reasoning, reasoning))
+        if delta.text or not (delta.tool_calls or delta.reasoning):
             parts.append(b'"content":' + _json(delta.text))
         if delta.tool_calls:
             parts.append(b'"tool_calls":' + _json([_tool_call(call) for call in delta.tool_calls]))

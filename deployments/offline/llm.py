@@ -70,7 +70,12 @@ class LLM:
         self.config = EngineConfig.resolve(_engine_args(model, dtype, seed, engine_args))
         self._tokenizer = Tokenizer.from_folder(self.config.local_tokenizer_path(), self.config.chat_template)
         self._input = InputProcessor(
-            self._tokenizer, vocab_size=self.config.model.vocab_size, max_model_len=self.config.max_model_len, seed=seed
+            self._tokenizer,
+            vocab_size=self.config.model.vocab_size,
+            max_model_len=self.config.max_model_len,
+            seed=seed,
+            tool_call_parser=self.config.tool_call_parser,
+            reasoning_parser=self.config.reasoning_parser,
         )
         self._inbox = Inbox()
         self._lane = _start_lane(self.config, self._inbox)

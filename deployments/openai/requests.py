@@ -269,13 +269,7 @@ class ChatRequest(Conversation, InferenceRequest):
         return max_tokens if self.max_tokens is None else self.max_tokens
 
     def chat_input(self) -> ChatInput:
-        choice, tools = self.tool_choice, self.tools or []
-        if isinstance(choice, AllowedTools):
-            names = {tool.function.name for tool in choice.allowed_tools.tools}
-            if unknown := names - {tool.function.name for tool in tools}:
-                raise ConfigError("tool_choice.allowed_tools.tools", sorted(unknown), "are not among the tools")
-            tools = [tool for tool in tools if tool.function.name in names]
-            choice = choice.allowed_tools.mode
+        choice = self.tool_choice
         variables: dict[str, Any] = {}
         if (effort := self.reasoning_effort) is not None:
             variables["reasoning_effort"] = effort
@@ -283,9 +277,10 @@ class ChatRequest(Conversation, InferenceRequest):
                 variables["enable_thinking"] = effort != "none"
         return self.conversation(
             variables,
-            tools=[tool.model_dump(exclude_none=True) for tool in tools],
-            tool_choice=choice.model_dump() if isinstance(choice, NamedTool) else choice or "auto",
+            tools=[tool.model_dump(exclude_none=True) for tool in self.tools or ()],
+            tool_choice=choice.model_dump() if isinstance(choice, NamedTool | AllowedTools) else choice or "auto",
             parallel_tool_calls=self.parallel_tool_calls is not False,
+            include_reasoning=self.include_reasoning is not False,
         )
 
 

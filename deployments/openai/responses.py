@@ -10,6 +10,10 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     """From the prefix cache."""
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     """Once per prompt, whatever n is."""
@@ -17,6 +21,7 @@ class Usage(msgspec.Struct, frozen=True):
     """Of all choices, EOS and stop tokens included."""
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails(0)
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
@@ -99,9 +104,12 @@ class CompletionResponse(msgspec.Struct, frozen=True):
 
 class AssistantMessage(msgspec.Struct, frozen=True):
     content: str | None
-    """None for tool calls only."""
+    """None where there are only tool calls or reasoning."""
     role: str = "assistant"
     reasoning: str | None = None
+    """What the model thought, if the server tells it from the answer."""
+    reasoning_content: str | None = None
+    """The same, for older clients."""
     refusal: None = None
     annotations: None = None
     audio: None = None

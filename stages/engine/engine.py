@@ -220,7 +220,9 @@ class Engine:
         """The grammar of a request's answers, if they have a form. From any thread; a large one takes seconds.
 
         Raises ConfigError."""
-        return None if params.structured_outputs is None else self._grammars.make(params.structured_outputs)
+        if params.structured_outputs is None:
+            return None
+        return self._grammars.make(params.structured_outputs, params.structured_outputs_after)
 
     def generate(self, request: EngineRequest, grammar: Grammar | None = None) -> Future[RequestSummary]:
         """Start a request; the future ends with it, by ConfigError if it is refused.

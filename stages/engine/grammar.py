@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import llguidance
@@ -16,6 +16,7 @@ import numpy as np
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import StructuredOutputsParams
+from stagemesh.stages.engine.json_schema import closed
 
 # On one line, as `json.dumps` writes it: where blanks are free, a small model spends most of its tokens on them.
 _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
@@ -50,6 +51,13 @@ def token_mask(token_ids: Sequence[int]) -> TokenMask:
     bits = np.zeros(max(token_ids) + 1, np.uint8)
     bits[list(token_ids)] = 1
     return np.packbits(bits, bitorder="little")
+
+
+def _union(first: TokenMask, second: TokenMask) -> TokenMask:
+    both = np.zeros(max(len(first), len(second)), np.uint8)
+    both[: len(first)] = first
+    both[: len(second)] |= second
+    return both
 
 
 class Grammar:
@@ -87,6 +95,53 @@ class Grammar:
         return self._matcher.is_stopped()
 
 
+class GrammarAfterReasoning(Grammar):
+    """Holds from behind the token that completes the end of the reasoning on. Until then only EOS is forbidden."""
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        eos_only: TokenMask,
+        all_but_eos: TokenMask,
+        bytes_of: Callable[[int], bytes],
+        opening_id: int | None,
+        end: str,
+    ) -> None:
+        """opening_id, end: see SamplingParams.structured_outputs_after."""
+        super().__init__(matcher, eos_only)
+        self._all_but_eos = all_but_eos
+        self._bytes_of = bytes_of
+        self._opening_id = opening_id
+        self._end = end.encode()
+        self._seen = array("i")
+        self._tail = b""
+        self._num_reasoning: int | None = None
+        """Tokens up to the end of reasoning in `_seen`."""
+
+    def mask(self, output_token_ids: Sequence[int]) -> TokenMask:
+        if self._opening_id is not None and not output_token_ids:
+            mask = super().mask(())
+            return _union(mask, token_mask([self._opening_id]))
+        if self._opening_id is not None and output_token_ids[0] != self._opening_id:
+            return super().mask(output_token_ids)
+        self._read(array("i", output_token_ids))
+        if self._num_reasoning is None:
+            return self._all_but_eos
+        return super().mask(output_token_ids[self._num_reasoning :])
+
+    def _read(self, output: array[int]) -> None:
+        num_seen = len(self._seen)
+        if output[:num_seen] != self._seen:
+            num_seen, self._tail, self._num_reasoning = 0, b"", None
+        for i in range(num_seen, len(output) if self._num_reasoning is None else 0):
+            self._tail += self._bytes_of(output[i])
+            if self._end in self._tail:
+                self._num_reasoning = i + 1
+                break
+            self._tail = self._tail[1 - len(self._end) :]
+        self._seen = output
+
+
 class GrammarFactory:
     """Makes the grammars of one model. Any thread may use it."""
 
@@ -98,12 +153,24 @@ class GrammarFactory:
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()
 
-    def make(self, form: StructuredOutputsParams) -> Grammar:
-        """Raises ConfigError for an invalid grammar, and for a model without tokenizer or EOS."""
-        matcher = llguidance.LLMatcher(self._loaded(), _definition(form), log_level=0, limits=_LIMITS)
+    def make(self, form: StructuredOutputsParams, after: tuple[int | None, str] | None = None) -> Grammar:
+        """after: see SamplingParams.structured_outputs_after.
+
+        Raises ConfigError for an invalid grammar, and for a model without tokenizer or EOS.
+        """
+        tokenizer = self._loaded()
+        matcher = llguidance.LLMatcher(tokenizer, _definition(form), log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise _refusal(form, matcher.get_error())
-        return Grammar(matcher, token_mask(self._eos_token_ids))
+        eos_only = token_mask(self._eos_token_ids)
+        if after is None:
+            return Grammar(matcher, eos_only)
+        all_but_eos = token_mask([i for i in range(self._vocab_size) if i not in self._eos_token_ids])
+
+        def bytes_of(token_id: int) -> bytes:
+            return tokenizer.decode_bytes([token_id]) if token_id < tokenizer.vocab_size else b""
+
+        return GrammarAfterReasoning(matcher, eos_only, all_but_eos, bytes_of, *after)
 
     def _loaded(self) -> llguidance.LLTokenizer:
         """Read on first use: a large vocabulary takes a second."""
@@ -146,7 +213,7 @@ def _definition(form: StructuredOutputsParams) -> str:
             value = json.loads(schema)
             num_references = json.dumps(value).count('"$ref"')  # written anew, as a key may be spelled with escapes
             _check_depth((num_references + 1) * _nesting(value) // 2)
-            return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS)
+            return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(closed(value)), defaults=_JSON_OPTIONS)
         if form.json_object:
             return llguidance.LLMatcher.grammar_from_json_schema('{"type":"object"}', defaults=_JSON_OPTIONS)
         if form.regex is not None:

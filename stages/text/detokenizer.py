@@ -5,29 +5,26 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from stagemesh.config.errors import ConfigError
+import tokenizers
+from tokenizers.decoders import DecodeStream
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes that each token id adds to the text, filled on first use.
-
-    `decoder`, from tokenizer.json: byte-level BPE (Llama 3, Qwen) or SentencePiece with byte fallback (Llama 2,
-    Mistral); ConfigError for any other.
-    """
+    """The bytes that each token id adds to the text, filled on first use."""
 
     def __init__(
         self,
-        decoder: Mapping[str, Any] | None,
+        bytes_of_token: Callable[[str], bytes],
         token_of_id: Callable[[int], str | None],
         skipped_ids: Collection[int] = (),
     ) -> None:
         super().__init__()
-        self._bytes_of_token = _bytes_of_token(decoder)
+        self._bytes_of_token = bytes_of_token
         self._token_of_id = token_of_id
         self._skipped_ids = frozenset(skipped_ids)
 
@@ -36,6 +33,16 @@ class TokenBytes(dict[int, bytes]):
         token = None if token_id in self._skipped_ids else self._token_of_id(token_id)
         self[token_id] = token_bytes = b"" if token is None else self._bytes_of_token(token)
         return token_bytes
+
+
+class Detokenizer(Protocol):
+    """Turns one answer's token ids into text. The pieces do not depend on how the ids were cut."""
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """Text that became certain, possibly empty."""
+
+    def finish(self) -> str:
+        """What was held back."""
 
 
 class IncrementalDetokenizer:
@@ -60,6 +67,38 @@ class IncrementalDetokenizer:
     def finish(self) -> str:
         """What was held back."""
         return self._decode(b"", True)
+
+
+class StreamDetokenizer:
+    """For decoders whose tokens depend on their neighbours: as the tokenizers library decodes the whole."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, skipped_ids: Collection[int] = ()) -> None:
+        self._backend = backend
+        self._skipped_ids = skipped_ids
+        self._token_ids: list[int] = []
+        self._num_chars = 0
+        """Given out."""
+        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=False)
+        """None once the decoder took back what it had given: the rest comes at the end."""
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        texts = [self._step(token_id) for token_id in token_ids if token_id not in self._skipped_ids]
+        return "".join(texts)
+
+    def finish(self) -> str:
+        return self._backend.decode(self._token_ids, skip_special_tokens=False)[self._num_chars :]
+
+    def _step(self, token_id: int) -> str:
+        self._token_ids.append(token_id)
+        if self._stream is None:
+            return ""
+        try:
+            text = self._stream.step(self._backend, token_id) or ""
+        except Exception:  # the library raises bare Exception
+            self._stream = None
+            return ""
+        self._num_chars += len(text)
+        return text
 
 
 class StopStrings:
@@ -111,18 +150,16 @@ class StopStrings:
         return first
 
 
-def _bytes_of_token(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
+def bytes_of_token(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes] | None:
+    """The bytes of each token by a decoder of tokenizer.json: byte-level BPE (Llama 3, Qwen) or SentencePiece with byte
+    fallback (Llama 2, Mistral). None for any other, where they depend on the tokens around."""
     parts = [] if decoder is None else decoder.get("decoders", [decoder])
     kinds = {part["type"] for part in parts}
     if "ByteLevel" in kinds:
         return _byte_level_bytes
     if "ByteFallback" in kinds and kinds <= _SENTENCEPIECE_DECODERS:
         return _sentencepiece_bytes
-    raise ConfigError(
-        "tokenizer.json: decoder",
-        sorted(kinds),
-        "only ByteLevel and SentencePiece with ByteFallback decoders are supported",
-    )
+    return None
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -19,22 +19,15 @@ from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
 from stagemesh.stages.engine import grammar
 from stagemesh.stages.messages.request import EngineRequest
+from stagemesh.stages.text.reasoning import ReasoningParser, reasoning_named
 from stagemesh.stages.text.tokenizer import Tokenizer
-from stagemesh.stages.text.tool_calls import (
-    NO_PARAMETERS,
-    NamedParser,
-    ObjectsParser,
-    ToolParser,
-    forced_calls_schema,
-    format_of,
-    free_parser,
-)
+from stagemesh.stages.text.tool_formats import format_named
+from stagemesh.stages.text.tool_use import MakeToolParser, ToolUse, tool_use
 
 MAX_PRIORITY = 100
 """Either side of 0."""
 
 Prompt = str | Sequence[int]
-MakeToolParser = Callable[[], ToolParser]
 
 
 class PromptTooLong(ConfigError):
@@ -59,8 +52,8 @@ class ChatInput:
     tools: Sequence[Mapping[str, Any]] = ()
     """[{"type": "function", "function": {"name", "description", "parameters"}}]"""
     tool_choice: str | Mapping[str, Any] | None = None
-    """ "none", "auto", "required" or {"type": "function", "function": {"name"}}; None: the model sees the tools, its
-    calls stay text."""
+    """ "none", "auto", "required", {"type": "function", "function": {"name"}} or OpenAI's allowed_tools; None: the
+    model sees the tools, its calls stay text."""
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -70,6 +63,8 @@ class ChatInput:
     chat_template: str | None = None
     """Jinja, in place of the model's. It may compute without end: only from clients that are trusted."""
     template_variables: Mapping[str, Any] = field(default_factory=dict)
+    include_reasoning: bool = True
+    """Else what the model thought is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +76,32 @@ class ProcessedPrompt:
     """One per choice."""
     make_tool_parser: MakeToolParser | None = None
     """Makes one per choice, where the answer may hold calls."""
+    make_reasoning_parser: Callable[[], ReasoningParser] | None = None
+    """The same, where it may hold reasoning."""
+    shown_special_tokens: tuple[str, ...] = ()
+    """Part of the text even where special tokens are skipped: parsers need them."""
 
 
 class InputProcessor:
     """Any thread may use it."""
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, max_model_len: int, seed: int | None = None) -> None:
-        """seed: fixes the seeds drawn for requests without one."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        seed: int | None = None,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> None:
+        """seed: fixes the seeds drawn for requests without one. The parsers: see EngineArgs."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._seeds = random.Random(seed)
+        self._tool_format = None if tool_call_parser is None else format_named(tool_call_parser)
+        self._reasoning = None if reasoning_parser is None else reasoning_named(reasoning_parser)
 
     def process_prompts(
         self,
@@ -127,34 +137,49 @@ class InputProcessor:
         truncation: Truncation | None = None,
     ) -> ProcessedPrompt:
         _check_priority(priority)
-        tools, schema, make_tool_parser = self._tool_use(chat)
-        if schema is not None:
+        use = self._tool_use(chat)
+        if use.schema is not None:
             if params.structured_outputs is not None:
                 raise ConfigError("tool_choice", chat.tool_choice, "leaves no room for another form of the answer")
-            params = msgspec.structs.replace(params, structured_outputs=StructuredOutputsParams(json=schema))
+            params = msgspec.structs.replace(params, structured_outputs=StructuredOutputsParams(json=use.schema))
             structured_outputs_name = "tools"
         params = self._resolve(params, structured_outputs_name)
-        text = self.render(chat, tools)
+        text = self.render(chat, use)
+        make_reasoning_parser = self._reasoning_of(chat, text)
+        if make_reasoning_parser is not None and params.structured_outputs is not None:
+            after = self._end_of(make_reasoning_parser())
+            params = msgspec.structs.replace(params, structured_outputs_after=after)
         cut = self._cut(truncation, params.max_tokens)
         (token_ids,) = self._tokenize([text], "messages", chat.add_special_tokens, 1, cut)
+        marks = () if make_reasoning_parser is None else make_reasoning_parser().marks
         return ProcessedPrompt(
             text=text,
             token_ids=token_ids,
             requests=self._requests(token_ids, params, request_id, 0, priority),
-            make_tool_parser=make_tool_parser,
+            make_tool_parser=use.make_parser,
+            make_reasoning_parser=make_reasoning_parser,
+            shown_special_tokens=(*use.special_tokens, *marks),
         )
 
-    def render(self, chat: ChatInput, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The conversation as the template writes it. tools: those that the model sees."""
+    def render(self, chat: ChatInput, use: ToolUse | None = None) -> str:
+        """The conversation as the template writes it. use: the tools that the model sees."""
+        use = use or ToolUse()
         if not chat.messages:
             raise ConfigError("messages", [], "must hold at least one message")
         if chat.continue_final_message and chat.add_generation_prompt:
             raise ConfigError("continue_final_message", True, "must not be given together with add_generation_prompt")
         variables: dict[str, Any] = {"add_generation_prompt": chat.add_generation_prompt, **chat.template_variables}
-        if tools:
-            variables["tools"] = tools
+        if use.tools:
+            variables["tools"] = use.tools
         messages = [_normalized(i, message) for i, message in enumerate(chat.messages)]
-        text = self._tokenizer.render_chat(messages, variables, chat.chat_template)
+        render = partial(self._tokenizer.render_chat, variables=variables, own=chat.chat_template)
+        if not use.description:
+            text = render(messages)
+        else:
+            try:
+                text = render(use.plain_messages(messages))
+            except ConfigError:  # some templates refuse a system's message
+                text = render(use.plain_messages(messages, as_user=True))
         return _cut_behind(text, messages[-1]["content"]) if chat.continue_final_message else text
 
     def process_embeddings(
@@ -263,36 +288,29 @@ class InputProcessor:
             requests.append(EngineRequest(id, token_ids, choice_params, priority=priority))
         return requests
 
-    def _tool_use(
-        self, chat: ChatInput
-    ) -> tuple[list[Mapping[str, Any]], dict[str, Any] | None, MakeToolParser | None]:
-        """The tools for the template, the schema of forced calls, the parser of calls."""
-        functions = [tool["function"] for tool in chat.tools]
-        names = [function["name"] for function in functions]
-        if len(set(names)) < len(names):
-            raise ConfigError("tools", names, "must not hold two functions of the same name")
-        choice = chat.tool_choice
-        name = choice["function"]["name"] if isinstance(choice, Mapping) else None
-        if not functions and choice not in (None, "none", "auto"):
-            raise ConfigError("tool_choice", name or choice, "needs tools")
-        if name is not None and name not in names:
-            raise ConfigError("tool_choice", name, "is not one of the tools")
-        if not functions or choice == "none":
-            return [], None, None
-        tools = list(chat.tools)
-        if choice is None:
-            return tools, None, None
-        if name is not None:
-            schema = functions[names.index(name)].get("parameters") or NO_PARAMETERS
-            return tools, schema, partial(NamedParser, name)
-        if choice == "required":
-            schema = forced_calls_schema(functions, parallel=chat.parallel_tool_calls)
-            return tools, schema, partial(ObjectsParser, before="[", between=",")
-        template = self._tokenizer.chat_template
-        format = None if template is None else format_of(template.source)
-        if format is None:
-            raise ConfigError("tools", names, "this model's chat template has no format for calling them freely")
-        return tools, None, partial(free_parser, format, parallel=chat.parallel_tool_calls)
+    def _tool_use(self, chat: ChatInput) -> ToolUse:
+        template = self._tokenizer.template_for(has_tools=bool(chat.tools), own=chat.chat_template)
+        return tool_use(
+            chat.tools,
+            chat.tool_choice,
+            parallel=chat.parallel_tool_calls,
+            template="" if template is None else template.source,
+            format=self._tool_format,
+        )
+
+    def _reasoning_of(self, chat: ChatInput, prompt: str) -> Callable[[], ReasoningParser] | None:
+        if self._reasoning is None:
+            return None
+        is_open = self._reasoning.is_open_after(prompt, chat.template_variables)
+        return None if is_open is None else partial(self._reasoning, is_open=is_open, is_shown=chat.include_reasoning)
+
+    def _end_of(self, reasoning: ReasoningParser) -> tuple[int | None, str] | None:
+        """Where the form of an answer begins; None where it begins at once."""
+        if reasoning.has_reasoning:
+            return None, reasoning.end
+        opening = self._tokenizer.encode(reasoning.start, add_special_tokens=False)
+        # A mark of several tokens could not be told from the form's first tokens.
+        return (opening[0], reasoning.end) if len(opening) == 1 else None
 
 
 def _check_priority(priority: int) -> None:
@@ -324,6 +342,8 @@ def _normalized(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
     elif not isinstance(content, str | None):
         raise ConfigError(f"messages[{i}].content", content, "must be a text or a list of text parts")
     normalized = {**message, "content": content or ""}
+    if isinstance(message.get("reasoning"), str):  # templates know the older name
+        normalized.setdefault("reasoning_content", message["reasoning"])
     calls = message.get("tool_calls")
     if calls:
         if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
@@ -11,6 +11,7 @@ from stagemesh.stages.messages.request import EngineRequest, LaneError, TokenDel
 from stagemesh.stages.messages.step import LEAST_LOGPROB, TokenLogprobs
 from stagemesh.stages.text.detokenizer import StopStrings
 from stagemesh.stages.text.input import ProcessedPrompt
+from stagemesh.stages.text.reasoning import ReasoningParser, SplitText
 from stagemesh.stages.text.tokenizer import Tokenizer
 from stagemesh.stages.text.tool_calls import NamedParser, ToolCall, ToolCallDelta, ToolParser
 
@@ -43,6 +44,8 @@ class TextDelta(msgspec.Struct, frozen=True, gc=False):
     logprobs: list[DecodedLogprob] = []
     """Per new token, if requested."""
     tool_calls: list[ToolCallDelta] = []
+    reasoning: str = ""
+    """More of what the model thinks before it answers."""
     finish_reason: str | None = None
     """ "stop", "length" or "tool_calls" on the last delta."""
 
@@ -51,7 +54,14 @@ class OutputProcessor:
     """One answer: turns TokenDeltas into TextDeltas, holds the whole so far."""
 
     def __init__(
-        self, index: int, request: EngineRequest, tokenizer: Tokenizer, tool_parser: ToolParser | None = None
+        self,
+        index: int,
+        request: EngineRequest,
+        tokenizer: Tokenizer,
+        tool_parser: ToolParser | None = None,
+        *,
+        reasoning_parser: ReasoningParser | None = None,
+        shown_special_tokens: Collection[str] = (),
     ) -> None:
         params = request.params
         self.index = index
@@ -63,6 +73,8 @@ class OutputProcessor:
         self.prompt_logprobs: list[DecodedLogprob] | None = None
         """Per prompt token after the first, if requested."""
         self.tool_calls: list[ToolCall] = []
+        self.num_reasoning_tokens = 0
+        """Up to and including the end of the reasoning."""
         self.num_cached_tokens = 0
         """Of the prompt, from the prefix cache."""
         self.finish_reason: str | None = None
@@ -70,7 +82,11 @@ class OutputProcessor:
         """The stop string or one of stop_token_ids; None for EOS and "length"."""
         self._tokenizer = tokenizer
         self._tool_parser = tool_parser
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
+        self._reasoning_parser = reasoning_parser
+        self._reasoning: list[str] = []
+        self._detokenizer = tokenizer.detokenizer(
+            skip_special_tokens=params.skip_special_tokens, shown=shown_special_tokens
+        )
         self._stops = StopStrings(params.stop, keep=params.include_stop_str_in_output) if params.stop else None
         self._texts: list[str] = []
         self._num_logprob_chars = 0
@@ -84,8 +100,12 @@ class OutputProcessor:
 
     @property
     def text(self) -> str:
-        """Without tool calls."""
+        """Without reasoning and tool calls."""
         return "".join(self._texts)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self._reasoning)
 
     def process(self, delta: TokenDelta) -> TextDelta:
         """LaneError: the tokens do not follow the last ones, or the lane gave up. ConfigError: no answer can be."""
@@ -96,6 +116,7 @@ class OutputProcessor:
                 self.prompt_logprobs = self._decode(delta.prompt_logprobs)
                 self._num_logprob_chars = 0  # offsets count the answer's characters
         num_before = len(self.token_ids)
+        num_thoughts = len(self._reasoning)
         text = self._take_tokens(delta)
         token_ids = self.token_ids[num_before:]
         logprobs = self._decode((delta.logprobs or [])[: len(token_ids)])
@@ -107,11 +128,14 @@ class OutputProcessor:
             self.finish_reason = delta.finish_reason
             if delta.stop_token_id in self.request.params.stop_token_ids:
                 self.stop_reason = delta.stop_token_id
+        if self._reasoning_parser is not None and self.finish_reason is not None:
+            text += self._without_reasoning(self._reasoning_parser.finish())
         tool_calls: list[ToolCallDelta] = []
         if self._tool_parser is not None:
             text, tool_calls = self._parse_tool_calls(self._tool_parser, text)
         self._texts.append(text)
-        return TextDelta(self.index, text, token_ids, logprobs, tool_calls, self.finish_reason)
+        reasoning = "".join(self._reasoning[num_thoughts:])
+        return TextDelta(self.index, text, token_ids, logprobs, tool_calls, reasoning, self.finish_reason)
 
     def _check(self, delta: TokenDelta) -> None:
         if delta.offset != len(self.token_ids):
@@ -130,22 +154,41 @@ class OutputProcessor:
         # The token that ended the answer is counted, and its text is not part of it unless that was asked for.
         is_shown = delta.stop_token_id is None or params.include_stop_str_in_output
         shown = delta.token_ids if is_shown else delta.token_ids[:-1]
-        if self._stops is None:
+        if self._stops is None and self._reasoning_parser is None:
             self.token_ids += delta.token_ids
             return self._detokenizer.feed(shown)
         text = ""
         for token_id in shown:
             self.token_ids.append(token_id)
             new = self._detokenizer.feed((token_id,))
-            text += self._stops.feed(new) if len(self.token_ids) > params.min_tokens else new
-            if self._stops.hit is not None:
+            if self._stops is not None and len(self.token_ids) > params.min_tokens:
+                new = self._stops.feed(new)
+            text += self._content(new, num_tokens=1)
+            if self._stops is not None and self._stops.hit is not None:
                 return text
         self.token_ids += delta.token_ids[len(shown) :]
         return text
 
     def _held_back(self) -> str:
         text = self._detokenizer.finish()
-        return text if self._stops is None else self._stops.feed(text) + self._stops.finish()
+        return self._content(text if self._stops is None else self._stops.feed(text) + self._stops.finish())
+
+    def _content(self, text: str, *, num_tokens: int = 0) -> str:
+        """What of it is no reasoning."""
+        parser = self._reasoning_parser
+        if parser is None:
+            return text
+        if not parser.is_over:
+            self.num_reasoning_tokens += num_tokens
+        content = self._without_reasoning(parser.feed(text))
+        if not parser.has_reasoning and parser.is_over:
+            self.num_reasoning_tokens = 0
+        return content
+
+    def _without_reasoning(self, split: SplitText) -> str:
+        if split.reasoning:
+            self._reasoning.append(split.reasoning)
+        return split.content
 
     def _parse_tool_calls(self, parser: ToolParser, text: str) -> tuple[str, list[ToolCallDelta]]:
         """Content and calls of `text`; sets the finish reason "tool_calls" where there were calls."""
@@ -183,7 +226,14 @@ class OutputProcessor:
 def output_processors(prompts: Iterable[ProcessedPrompt], tokenizer: Tokenizer) -> list[OutputProcessor]:
     """One per choice: all of the first prompt, then those of the next."""
     return [
-        OutputProcessor(index, request, tokenizer, prompt.make_tool_parser and prompt.make_tool_parser())
+        OutputProcessor(
+            index,
+            request,
+            tokenizer,
+            prompt.make_tool_parser and prompt.make_tool_parser(),
+            reasoning_parser=prompt.make_reasoning_parser and prompt.make_reasoning_parser(),
+            shown_special_tokens=prompt.shown_special_tokens,
+        )
         for index, (prompt, request) in enumerate((p, request) for p in prompts for request in p.requests)
     ]
 

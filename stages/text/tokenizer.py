@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,13 @@ import tokenizers
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.stages.text.chat_template import ChatTemplate
-from stagemesh.stages.text.detokenizer import IncrementalDetokenizer, TokenBytes
+from stagemesh.stages.text.detokenizer import (
+    Detokenizer,
+    IncrementalDetokenizer,
+    StreamDetokenizer,
+    TokenBytes,
+    bytes_of_token,
+)
 
 
 class Tokenizer:
@@ -22,23 +28,27 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         *,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        """special_tokens: by role, e.g. {"bos_token": "<s>"}."""
+        """chat_template: one, or by name: "default", "tool_use". special_tokens: by role: {"bos_token": "<s>"}."""
         # tokenizer.json may carry the settings of a training run; a served prompt is never cut or padded.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
-        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, special_tokens or {})
+        named = {"default": chat_template} if isinstance(chat_template, str) else chat_template or {}
+        templates = {
+            name: ChatTemplate(named[name], self._special_tokens) for name in ("default", "tool_use") if name in named
+        }
+        self.chat_template = templates.get("default", templates.get("tool_use"))
+        self._tool_template = templates.get("tool_use", self.chat_template)
         # Its pickled state is that section of tokenizer.json; `to_str` would write the whole vocabulary.
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
-        special_ids = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
-        self._token_bytes = {
-            True: TokenBytes(decoder, backend.id_to_token, skipped_ids=special_ids),
-            False: TokenBytes(decoder, backend.id_to_token),
-        }
+        self._bytes_of_token = bytes_of_token(decoder)
+        self._special_ids = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self._all_token_bytes: dict[frozenset[int], TokenBytes] = {}
+        """By the ids that are skipped."""
 
     @classmethod
     def from_folder(cls, folder: str | Path, chat_template: str | None = None) -> Tokenizer:
@@ -68,29 +78,38 @@ class Tokenizer:
         # `encode` of one text holds the GIL (tokenizers 0.23), `encode_batch` does not.
         return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
+    def template_for(self, *, has_tools: bool, own: str | None = None) -> ChatTemplate | None:
+        """Some models have another chat template for conversations with tools. own: a request's, in their place."""
+        if own is not None:
+            return ChatTemplate(own, self._special_tokens)
+        return self._tool_template if has_tools else self.chat_template
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        *,
+        own: str | None = None,
     ) -> str:
-        """The prompt text; encode it without special tokens, the template wrote them.
-
-        chat_template: in place of the model's.
-        """
-        if chat_template is not None:
-            return ChatTemplate(chat_template, self._special_tokens).render(messages, variables or {})
-        if self.chat_template is None:
+        """The prompt text; encode it without special tokens, the template wrote them. own: see `template_for`."""
+        variables = variables or {}
+        template = self.template_for(has_tools=bool(variables.get("tools")), own=own)
+        if template is None:
             raise ConfigError("messages", messages, "this model has no chat template; use completions instead")
-        return self.chat_template.render(messages, variables or {})
+        return template.render(messages, variables)
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """For one answer."""
-        return IncrementalDetokenizer(self._token_bytes[skip_special_tokens])
+    def detokenizer(self, *, skip_special_tokens: bool = True, shown: Collection[str] = ()) -> Detokenizer:
+        """For one answer. shown: special tokens that are not skipped."""
+        skipped = {i for token, i in self._special_ids.items() if skip_special_tokens and token not in shown}
+        if self._bytes_of_token is None:
+            return StreamDetokenizer(self._backend, skipped)
+        return IncrementalDetokenizer(self._token_bytes(self._bytes_of_token, frozenset(skipped)))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text, perhaps part of a character; special tokens written out."""
-        return self._token_bytes[False][token_id]
+        if self._bytes_of_token is None:
+            return self._backend.decode([token_id], skip_special_tokens=False).encode()
+        return self._token_bytes(self._bytes_of_token, frozenset())[token_id]
 
     def token(self, token_id: int) -> str:
         """As the vocabulary spells it, e.g. "Ġworld"; empty for an id past its end."""
@@ -100,6 +119,11 @@ class Tokenizer:
         """The text of a whole answer, the same as streamed."""
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return detokenizer.feed(token_ids) + detokenizer.finish()
+
+    def _token_bytes(self, bytes_of: Callable[[str], bytes], skipped: frozenset[int]) -> TokenBytes:
+        if skipped not in self._all_token_bytes:
+            self._all_token_bytes[skipped] = TokenBytes(bytes_of, self._backend.id_to_token, skipped)
+        return self._all_token_bytes[skipped]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -114,14 +138,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """By name, from wherever a model has them: the files win."""
     template = settings.get("chat_template")
     if isinstance(template, list):  # older models ship several named ones
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+        templates = {entry["name"]: entry["template"] for entry in template}
+    else:
+        templates = {} if template is None else {"default": template}
+    paths = {"default": folder / "chat_template.jinja"}
+    paths |= {path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}
+    return templates | {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -58,6 +58,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "skip_special_tokens": ([False], [0]),
     "include_stop_str_in_output": ([True], ["x"]),
     "structured_outputs": ([None, StructuredOutputsParams(regex="a")], [{"regex": "a"}, "a"]),
+    "structured_outputs_after": ([None, (None, "</think>"), (7, "end")], ["</think>", (1.5, "x"), (1, 2), ()]),
     "pooling": ([None], ["mean"]),
 }
 

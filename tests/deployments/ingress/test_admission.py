@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from stagemesh.config.errors import ConfigError
-from stagemesh.deployments.ingress import service as service_module
+from stagemesh.deployments.ingress import merged as merged_module
 from stagemesh.deployments.ingress.admission import RATE_WINDOW_S, Admission, Overloaded
 from stagemesh.deployments.ingress.app import build_http_app
 from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
@@ -264,7 +264,7 @@ async def test_a_bad_timeout_or_priority_is_named(service, fields, named):
 
 
 async def test_many_choices_that_nobody_reads_are_cut_off(service, lanes, monkeypatch):
-    monkeypatch.setattr(service_module, "MAX_UNREAD_DELTAS", 4)
+    monkeypatch.setattr(merged_module, "MAX_UNREAD_DELTAS", 4)
     deltas = (await complete(service, n=3)).deltas()
     await anext(deltas)
     while lanes.running:

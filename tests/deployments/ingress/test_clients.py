@@ -108,10 +108,9 @@ async def test_a_conversation_of_items_becomes_messages(gpt, lanes):
         ],
         tools=[FUNCTION],
     )
-    assert prompt_of(lanes) == (
-        "<|system|>Be brief.\nNo jokes.<|end|><|user|>1?<|end|>"
-        f"<|assistant|>so{CALL}<|end|><|tool|>2<|end|><|assistant|>"
-    )
+    system, _, rest = prompt_of(lanes).partition("<|end|>")
+    assert system.startswith("<|system|>Be brief.\nNo jokes.") and '"name": "add"' in system
+    assert rest == f"<|user|>1?<|end|><|assistant|>so{CALL}<|end|><|tool|>2<|end|><|assistant|>"
 
 
 async def test_openai_streams_a_response(gpt, lanes):
@@ -217,9 +216,9 @@ async def test_anthropic_uses_a_tool_and_returns_its_result(claude, lanes, strea
         {"role": "user", "content": [result, {"type": "text", "text": "go on"}]},
     ]
     await claude.messages.create(**body)
-    assert prompt_of(lanes) == (
-        f"<|user|>Hi<|end|><|assistant|>So{CALL}<|end|><|tool|>2<|end|><|user|>go on<|end|><|assistant|>"
-    )
+    system, _, rest = prompt_of(lanes).partition("<|end|>")
+    assert system.startswith("<|system|>") and '"name": "add"' in system  # this template knows no tools
+    assert rest == f"<|user|>Hi<|end|><|assistant|>So{CALL}<|end|><|tool|>2<|end|><|user|>go on<|end|><|assistant|>"
 
 
 async def test_the_events_of_a_message_come_in_order(http, lanes):

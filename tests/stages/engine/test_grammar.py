@@ -276,3 +276,56 @@ def test_json_is_written_on_one_line_without_wasted_blanks(model: Model) -> None
     item = {"type": "object", "properties": fields, "required": ["a", "b"], "additionalProperties": False}
     schema = {"type": "array", "items": item, "minItems": 2, "maxItems": 2}
     assert model.answer(0, {"json": schema}) == '[{"a": 1, "b": 2}, {"a": 1, "b": 2}]'
+
+
+# ---- reasoning comes first
+
+END = "</think>"
+
+
+def allows(mask: Any, token_id: int) -> bool:
+    return token_id // 8 < len(mask) and bool(mask[token_id // 8] >> token_id % 8 & 1)
+
+
+def test_the_form_holds_from_behind_the_reasoning_on_whatever_was_asked_before(model: Model) -> None:
+    form = StructuredOutputsParams(choice=["yes"])
+    encode = model.tokenizer.encode
+    thought, said = encode("hm, </thin </think>").ids, encode("yes").ids
+    grammar = model.grammars.make(form, (None, END))
+    answer = [*thought, *said]
+    masks = [grammar.mask(answer[:n]).tobytes() for n in range(len(answer) + 1)]
+    for n in random.Random(0).choices(range(len(answer) + 1), k=30):
+        assert grammar.mask(answer[:n]).tobytes() == masks[n]
+        assert model.grammars.make(form, (None, END)).mask(answer[:n]).tobytes() == masks[n]
+    for n in range(len(thought)):
+        mask = grammar.mask(answer[:n])
+        assert not allows(mask, EOS) and all(allows(mask, i) for i in range(model.vocab_size) if i != EOS)
+    first = grammar.mask(thought)
+    assert allows(first, said[0]) and not allows(first, encode("n").ids[0]) and not allows(first, EOS)
+    assert allows(grammar.mask(answer), EOS)
+
+
+def test_an_answer_that_may_think_first_either_does_or_has_its_form_at_once(model: Model) -> None:
+    encode = model.tokenizer.encode
+    opening, said = encode("n").ids[0], encode("yes").ids
+    grammar = model.grammars.make(StructuredOutputsParams(choice=["yes"]), (opening, END))
+    mask = grammar.mask([])
+    assert allows(mask, opening) and allows(mask, said[0]) and not allows(mask, encode("x").ids[0])
+    assert allows(grammar.mask(said), EOS)
+    assert allows(grammar.mask([opening]), encode("x").ids[0])
+    assert allows(grammar.mask([opening, *encode(END).ids, *said]), EOS)
+
+
+def test_a_preempted_answer_that_thinks_first_is_the_undisturbed_one(model: Model) -> None:
+    schema = {"type": "object", "properties": {"s": {"type": "string", "maxLength": 9}}, "required": ["s"]}
+    form = StructuredOutputsParams(json=schema)
+
+    def run(is_disturbed: bool) -> Answer:
+        lane = model.lane()
+        # The end of reasoning is a text of one letter here, so that a random model finds it.
+        lane.add("a", [5], params(1), model.grammars.make(form, (None, "e")))
+        return lane.run(lambda step: lane.scheduler.preempt_all() if is_disturbed and step % 2 else None)["a"]
+
+    assert run(True) == run(False)
+    _, _, said = model.text(run(False)).partition("e")
+    assert json.loads(said[said.index("{") :]).keys() == {"s"}

@@ -15,7 +15,7 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer() -> Tokenizer:
     """Byte-level, one token per byte, a BOS token (256) in front of plain texts, and a chat template with tools."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -11,7 +11,8 @@ from stagemesh.config.pooling import PoolingParams
 from stagemesh.config.sampling import SamplingParams, StructuredOutputsParams
 from stagemesh.stages.text.input import ChatInput, InputProcessor, PromptTooLong, bad_words_token_ids
 from stagemesh.stages.text.tokenizer import Tokenizer
-from stagemesh.stages.text.tool_calls import HermesParser, NamedParser, ObjectsParser
+from stagemesh.stages.text.tool_calls import NamedParser
+from stagemesh.stages.text.tool_formats import Hermes, ListedCalls
 
 PARAMS = SamplingParams(max_tokens=8)
 USER = [{"role": "user", "content": "Hi"}]
@@ -158,8 +159,8 @@ def test_a_bad_message_is_named(processor: InputProcessor, message: Any, named: 
 @pytest.mark.parametrize(
     ("choice", "parser"),
     [
-        ("auto", HermesParser),
-        ("required", ObjectsParser),
+        ("auto", Hermes),
+        ("required", ListedCalls),
         ({"type": "function", "function": {"name": "weather"}}, NamedParser),
     ],
 )
@@ -206,3 +207,135 @@ def test_embeddings_need_no_room_for_an_answer(processor: InputProcessor) -> Non
     assert requests[0].params.pooling == PoolingParams(pooling="mean")
     with pytest.raises(PromptTooLong, match=r"^input\[0\]='41 tokens'"):
         processor.process_embeddings([[1] * 41, "ab"], PoolingParams(), "id")
+
+
+# ---- tools for templates of all kinds
+
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+def allowed_tools(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def processor_of(tokenizer: Tokenizer, template: Any, **options: Any) -> InputProcessor:
+    tokenizer = Tokenizer(tokenizer._backend, chat_template=template)
+    return InputProcessor(tokenizer, vocab_size=257, max_model_len=4000, seed=5, **options)
+
+
+def found(prompt: Any, text: str) -> list[str | None]:
+    parser = prompt.make_tool_parser()
+    return [call.name for call in parser.feed(text).calls]
+
+
+def test_tools_are_described_in_words_where_the_template_knows_none(tokenizer: Tokenizer) -> None:
+    call = {"function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *USER,
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "1"},
+        {"role": "tool", "content": "warm", "tool_call_id": "2"},
+    ]
+    chat = ChatInput(messages=messages, tools=TOOLS, tool_choice="auto")
+    prompt = processor_of(tokenizer, PLAIN).process_chat(chat, PARAMS, "id")
+    system, said = (prompt.text or "").split("<user>", 1)
+    assert system.startswith("<system>Be brief.\n\n") and '{"name": "weather"' in system and "<tool_call>" in system
+    in_words = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
+    results = "<tool_response>\nsunny\n</tool_response>\n<tool_response>\nwarm\n</tool_response>"
+    assert said == f"Hi<assistant>I look.\n{in_words}<user>{results}<assistant>"
+    assert found(prompt, in_words) == ["weather"]
+
+
+def test_the_description_goes_to_the_user_where_the_template_refuses_a_system_message(tokenizer: Tokenizer) -> None:
+    chat = ChatInput(messages=USER, tools=TOOLS, tool_choice="auto")
+    text = processor_of(tokenizer, NO_SYSTEM).process_chat(chat, PARAMS, "id").text or ""
+    assert text.startswith("<user>You can call") and text.endswith("\n\nHi<assistant>")
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_forced_calls_are_described_without_a_form(tokenizer: Tokenizer, choice: Any) -> None:
+    chat = ChatInput(messages=USER, tools=TOOLS, tool_choice=choice)
+    prompt = processor_of(tokenizer, PLAIN).process_chat(chat, PARAMS, "id")
+    assert '{"name": "weather"' in (prompt.text or "") and "<tool_call>" not in (prompt.text or "")
+    assert prompt.requests[0].params.structured_outputs is not None
+
+
+def test_the_templates_variant_for_tools_is_used_with_tools(tokenizer: Tokenizer) -> None:
+    processor = processor_of(tokenizer, {"default": PLAIN, "tool_use": "{{ tools | length }} [TOOL_CALLS]"})
+    chat = ChatInput(messages=USER, tools=TOOLS, tool_choice="auto")
+    prompt = processor.process_chat(chat, PARAMS, "id")
+    assert prompt.text == "1 [TOOL_CALLS]" and found(prompt, '[TOOL_CALLS]weather{"city": 1}') == ["weather"]
+    assert "[TOOL_CALLS]" in prompt.shown_special_tokens
+    assert processor.process_chat(ChatInput(messages=USER), PARAMS, "id").text == "<user>Hi<assistant>"
+
+
+def test_a_named_parser_wins_over_the_templates_format(tokenizer: Tokenizer) -> None:
+    chat = ChatInput(messages=USER, tools=TOOLS, tool_choice="auto")
+    template = "{{ tools }} <tool_call>"
+    prompt = processor_of(tokenizer, template, tool_call_parser="llama3_json").process_chat(chat, PARAMS, "id")
+    assert found(prompt, '{"name": "weather", "parameters": {"city": 1}}') == ["weather"]
+    with pytest.raises(ConfigError, match="^tool_call_parser='odd'"):
+        processor_of(tokenizer, template, tool_call_parser="odd")
+
+
+def test_allowed_tools_are_the_only_ones(processor: InputProcessor) -> None:
+    tools = [*TOOLS, {"type": "function", "function": {"name": "now"}}]
+    chat = ChatInput(messages=USER, tools=tools, tool_choice=allowed_tools("auto", "now"))
+    prompt = processor.process_chat(chat, PARAMS, "id")
+    assert prompt.text == "[now]<user>Hi<assistant>"
+    said = '<tool_call>{"name": "weather", "arguments": {"city": 1}}</tool_call><tool_call>{"name": "now"}</tool_call>'
+    assert found(prompt, said) == ["now"]
+    chat = ChatInput(messages=USER, tools=tools, tool_choice=allowed_tools("required", "now"))
+    form = processor.process_chat(chat, PARAMS, "id").requests[0].params.structured_outputs
+    assert form is not None and "now" in form.json_schema and "weather" not in form.json_schema
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        allowed_tools("auto", "odd"),
+        allowed_tools("none", "weather"),
+        allowed_tools("auto"),
+        {"type": "allowed_tools"},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [5]}},
+    ],
+)
+def test_wrong_allowed_tools_are_named(processor: InputProcessor, choice: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^tool_choice\.allowed_tools="):
+        processor.process_chat(ChatInput(messages=USER, tools=TOOLS, tool_choice=choice), PARAMS, "id")
+
+
+# ---- reasoning
+
+FORM = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(json=SCHEMA))
+
+
+@pytest.mark.parametrize(
+    ("parser", "end", "variables", "after"),
+    [
+        ("qwen3", "<think>", {}, (None, "</think>")),
+        ("qwen3", "<think></think>", {}, None),
+        ("qwen3", "", {"enable_thinking": False}, None),
+        ("qwen3", "", {}, None),  # the mark is no single token here
+        ("deepseek_r1", "", {}, (None, "</think>")),
+        (None, "<think>", {}, None),
+    ],
+)
+def test_the_form_of_an_answer_begins_behind_its_reasoning(
+    tokenizer: Tokenizer, parser: str | None, end: str, variables: Any, after: Any
+) -> None:
+    chat = ChatInput(messages=USER, template_variables=variables)
+    prompt = processor_of(tokenizer, PLAIN + end, reasoning_parser=parser).process_chat(chat, FORM, "id")
+    assert prompt.requests[0].params.structured_outputs_after == after
+
+
+def test_where_the_answer_may_open_reasoning_the_opening_token_is_named(tokenizer: Tokenizer) -> None:
+    processor = processor_of(tokenizer, PLAIN, reasoning_parser="qwen3")
+    tokenizer._backend.add_tokens(["<think>"])
+    mark = tokenizer._backend.token_to_id("<think>")
+    prompt = processor.process_chat(ChatInput(messages=USER), FORM, "id")
+    assert prompt.requests[0].params.structured_outputs_after == (mark, "</think>")

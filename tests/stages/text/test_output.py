@@ -12,17 +12,19 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.stages.messages.request import EngineRequest, LaneError, TokenDelta
 from stagemesh.stages.messages.step import TokenLogprobs
 from stagemesh.stages.text.output import LEAST_LOGPROB, OutputProcessor, TextDelta, embedding_of
+from stagemesh.stages.text.reasoning import Qwen3
 from stagemesh.stages.text.tokenizer import Tokenizer
-from stagemesh.stages.text.tool_calls import HermesParser, NamedParser, ToolCall
+from stagemesh.stages.text.tool_calls import NamedParser, OfferedTools, ToolCall
+from stagemesh.stages.text.tool_formats import Hermes
 
 
 class Answer:
     """Feeds an OutputProcessor the bytes of a text, one token each."""
 
-    def __init__(self, tokenizer: Tokenizer, parser: Any = None, **params: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer, parser: Any = None, reasoning: Any = None, **params: Any) -> None:
         self.tokenizer = tokenizer
         request = EngineRequest("r", [1], SamplingParams(**{"max_tokens": 100, **params}))
-        self.output = OutputProcessor(0, request, tokenizer, parser)
+        self.output = OutputProcessor(0, request, tokenizer, parser, reasoning_parser=reasoning)
 
     def say(self, text: str | bytes, finish_reason: str | None = None, **fields: Any) -> TextDelta:
         data = text.encode() if isinstance(text, str) else text
@@ -90,7 +92,7 @@ def test_logprobs_are_decoded_and_count_the_characters_before_them(tokenizer: To
 
 
 def test_calls_leave_the_text_and_change_the_finish_reason(tokenizer: Tokenizer) -> None:
-    answer = Answer(tokenizer, HermesParser())
+    answer = Answer(tokenizer, Hermes(OfferedTools([{"name": "f"}])))
     said = 'Look: <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
     deltas = [answer.say(said[i : i + 7]) for i in range(0, len(said), 7)]
     deltas.append(answer.output.process(TokenDelta("r", len(answer.output.token_ids), [], "stop")))
@@ -130,3 +132,26 @@ def test_a_lane_without_a_vector_is_an_error() -> None:
     assert embedding_of(TokenDelta("r", 0, [], "stop", embedding=b"1234")) == b"1234"
     with pytest.raises(LaneError, match="gave no vector"):
         embedding_of(TokenDelta("r", 0, [], "stop"))
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+@pytest.mark.parametrize("stop", [(), ("END",)])
+def test_reasoning_comes_before_text_and_calls_and_is_counted(tokenizer: Tokenizer, size: int, stop: Any) -> None:
+    answer = Answer(tokenizer, Hermes(OfferedTools([{"name": "f"}])), Qwen3(is_open=False), stop=stop)
+    thought = "<think>\nMay I <tool_call>?\n</think>"
+    said = thought + '\n\nLook: <tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    deltas = [answer.say(said[i : i + size]) for i in range(0, len(said), size)]
+    deltas.append(answer.output.process(TokenDelta("r", len(answer.output.token_ids), [], "stop")))
+    assert "".join(delta.reasoning for delta in deltas) == answer.output.reasoning == "May I <tool_call>?"
+    assert "".join(delta.text for delta in deltas) == answer.output.text == "Look:"
+    assert [call.name for call in answer.output.tool_calls] == ["f"]
+    assert answer.output.num_reasoning_tokens == len(thought)
+
+
+def test_an_answer_without_reasoning_counts_none_and_one_cut_off_is_all_reasoning(tokenizer: Tokenizer) -> None:
+    plain = Answer(tokenizer, reasoning=Qwen3(is_open=False))
+    plain.say("<thin air>", "stop")
+    assert (plain.output.text, plain.output.reasoning, plain.output.num_reasoning_tokens) == ("<thin air>", "", 0)
+    cut = Answer(tokenizer, reasoning=Qwen3(is_open=True))
+    cut.say("Hm <", "length")
+    assert (cut.output.text, cut.output.reasoning, cut.output.num_reasoning_tokens) == ("", "Hm <", 4)

@@ -116,13 +116,6 @@ def test_a_broken_settings_file_is_named(tmp_path: Path):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_decoder_that_cannot_stream_is_refused():
-    backend = byte_level()
-    backend.decoder = decoders.WordPiece()
-    with pytest.raises(ConfigError, match="WordPiece"):
-        Tokenizer(backend)
-
-
 # ---- chat templates
 
 
@@ -155,11 +148,20 @@ def test_a_template_file_wins_over_the_settings(folder: Path, tmp_path: Path):
     assert Tokenizer.from_folder(tmp_path, "given").render_chat([]) == "given"
 
 
-def test_of_several_named_templates_the_default_is_used(tmp_path: Path):
+@pytest.mark.parametrize("are_files", [False, True])
+def test_of_several_named_templates_one_is_for_conversations_with_tools(tmp_path: Path, are_files: bool):
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert Tokenizer.from_folder(tmp_path).render_chat([]) == "D"
+    named = {"tool_use": "T{{ tools }}", "default": "D", "rag": "{% broken"}
+    if are_files:
+        (tmp_path / "chat_template.jinja").write_text(named["default"])
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(named["tool_use"])
+    else:
+        listed = [{"name": name, "template": template} for name, template in named.items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.render_chat([]) == tokenizer.render_chat([], {"tools": []}) == "D"
+    assert tokenizer.render_chat([], {"tools": [1]}) == "T[1]"
 
 
 def test_a_template_that_does_not_compile_is_refused():
@@ -312,3 +314,65 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
     ]
     assert matcher.hit
     assert matcher.finish() == ""
+
+
+# ---- decoders whose tokens depend on their neighbours
+
+WORDS = [
+    "un",
+    "##believ",
+    "##able",
+    "a",
+    "|",
+    "<pad>",
+    "e</w>",
+    "n</w>",
+    "t",
+    ".",
+    "n't",
+    "▁do",
+    "#",
+    "<0xE4>",
+    "ü",
+    "_x",
+]
+OTHER_DECODERS = {
+    "none": None,
+    "WordPiece": decoders.WordPiece(),
+    "WordPiece without cleanup": decoders.WordPiece(cleanup=False),
+    "BPEDecoder": decoders.BPEDecoder(),
+    "CTC": decoders.CTC(),
+    "Metaspace": decoders.Metaspace(),
+    "Sequence": decoders.Sequence([decoders.Replace("_", " "), decoders.WordPiece(), decoders.Strip(" ", 1, 0)]),
+    "Fuse": decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_DECODERS)
+@given(ids=st.lists(st.integers(0, len(WORDS) + 3)), seed=st.integers(0, 9), skip=st.booleans())
+def test_any_other_decoder_streams_what_it_decodes_at_once(kind: str, ids: list[int], seed: int, skip: bool):
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    if OTHER_DECODERS[kind] is not None:
+        backend.decoder = OTHER_DECODERS[kind]
+    backend.add_special_tokens(["[SEP]", "[CLS]"])
+    tokenizer = Tokenizer(backend)
+    whole = backend.decode(ids, skip_special_tokens=skip)
+    assert "".join(stream(tokenizer, ids, random.Random(seed), skip_special_tokens=skip)) == whole
+    assert tokenizer.decode(ids, skip_special_tokens=skip) == whole
+
+
+def test_the_text_of_another_decoder_comes_word_by_word():
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(["[SEP]"])
+    detokenizer = Tokenizer(backend).detokenizer()
+    assert [detokenizer.feed([i]) for i in (0, 1, 2, 16, 3, 9)] == ["un", "believ", "able", "", " a", "."]
+    assert detokenizer.finish() == ""
+    assert Tokenizer(backend).token_bytes(14) == "ü".encode()
+
+
+def test_a_special_token_that_a_parser_needs_is_shown():
+    tokenizer = Tokenizer(byte_level())
+    ids = tokenizer.encode("a<|end|>b<|user|>", add_special_tokens=False)
+    detokenizer = tokenizer.detokenizer(shown=["<|end|>"])
+    assert detokenizer.feed(ids) + detokenizer.finish() == "a<|end|>b"
