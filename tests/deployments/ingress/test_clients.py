@@ -24,6 +24,8 @@ from stagemesh.stages.text.tokenizer import Tokenizer
 pytestmark = pytest.mark.anyio
 
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+IN_WORDS = f"\n{CALL}<|end|><|user|><tool_response>\n2\n</tool_response>".replace(">{", ">\n{").replace("}</", "}\n</")
+"""A call and its result for a template that knows neither."""
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
     "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|end|>{% endfor %}<|assistant|>"
@@ -110,7 +112,7 @@ async def test_a_conversation_of_items_becomes_messages(gpt, lanes):
     )
     system, _, rest = prompt_of(lanes).partition("<|end|>")
     assert system.startswith("<|system|>Be brief.\nNo jokes.") and '"name": "add"' in system
-    assert rest == f"<|user|>1?<|end|><|assistant|>so{CALL}<|end|><|tool|>2<|end|><|assistant|>"
+    assert rest == f"<|user|>1?<|end|><|assistant|>so{IN_WORDS}<|end|><|assistant|>"
 
 
 async def test_openai_streams_a_response(gpt, lanes):
@@ -218,7 +220,7 @@ async def test_anthropic_uses_a_tool_and_returns_its_result(claude, lanes, strea
     await claude.messages.create(**body)
     system, _, rest = prompt_of(lanes).partition("<|end|>")
     assert system.startswith("<|system|>") and '"name": "add"' in system  # this template knows no tools
-    assert rest == f"<|user|>Hi<|end|><|assistant|>So{CALL}<|end|><|tool|>2<|end|><|user|>go on<|end|><|assistant|>"
+    assert rest == f"<|user|>Hi<|end|><|assistant|>So{IN_WORDS}<|end|><|user|>go on<|end|><|assistant|>"
 
 
 async def test_the_events_of_a_message_come_in_order(http, lanes):
