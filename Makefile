@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONFIG ?= config/demo.yaml
 PACKAGES := config deployments kernels router stages
 
-.PHONY: help install serve test check format accuracy bench chaos proto clean
+.PHONY: help install serve test check format accuracy bench chaos clients proto clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -49,6 +49,16 @@ bench: install ## throughput and latencies over HTTP, and the time of a step out
 chaos: install ## attacks on a running application, minutes each; ARGS='chaos doors' for some, --short for short ones
 	$(BIN)/python tests/chaos/run.py $(ARGS)
 
+clients: install .clients/installed ## software that others wrote, against the demo; ARGS='openai lm_eval' for some
+	$(BIN)/python tests/clients/run.py --python .clients/bin/python $(ARGS)
+
+# An environment of their own: they ask for other versions of what we use.
+.clients/installed: constraints.txt
+	$(PYTHON) -m venv .clients
+	.clients/bin/python -m pip install -q $$(grep '^torch==' constraints.txt) openai anthropic litellm langchain-openai \
+		'lm_eval[api]' guidellm
+	touch $@
+
 # Through the link, so that protoc derives the imports of the installed package from the path.
 proto: install .typing/stagemesh ## generate the gRPC code from its .proto
 	$(BIN)/python -m grpc_tools.protoc -I.typing $(foreach kind,python pyi grpc_python,--$(kind)_out=.typing) \
@@ -60,4 +70,4 @@ proto: install .typing/stagemesh ## generate the gRPC code from its .proto
 	ln -sfn .. $@
 
 clean: ## remove what the other targets made
-	rm -rf .venv .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .clients .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
