@@ -11,9 +11,9 @@ ADD = {
     "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
 }
 
-message = client.messages.create(model="demo", max_tokens=20, messages=QUESTION, temperature=0)
+message = client.messages.create(model="demo", max_tokens=20, messages=QUESTION, extra_body={"temperature": 0})
 assert message.content[0].text == "42" and message.stop_reason == "end_turn", message
-with client.messages.stream(model="demo", max_tokens=20, messages=QUESTION, temperature=0) as stream:
+with client.messages.stream(model="demo", max_tokens=20, messages=QUESTION, extra_body={"temperature": 0}) as stream:
     assert "".join(stream.text_stream) == "42"
 tool = client.messages.create(
     model="demo", max_tokens=60, messages=QUESTION, tools=[ADD], tool_choice={"type": "tool", "name": "add"}
