@@ -94,6 +94,7 @@ def main() -> int:
     parser.add_argument("--python", required=True, help="of the environment that has the clients")
     options = parser.parse_args()
     failed = []
+    (HERE / "recorded").mkdir(exist_ok=True)
     with running_cluster() as cluster:
         cluster.deploy(max_model_len=2048)
         for name in options.names or scripts:
