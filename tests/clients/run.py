@@ -99,7 +99,13 @@ def main() -> int:
         cluster.deploy(max_model_len=2048)
         for name in options.names or scripts:
             with recording(cluster.url) as (url, recorder):
-                environment = {**os.environ, "URL": url, "MODEL_FOLDER": str(DEMO), "HF_HUB_OFFLINE": "1"}
+                environment = {
+                    **os.environ,
+                    "URL": url,
+                    "MODEL_FOLDER": str(DEMO),
+                    "HF_HUB_OFFLINE": "1",
+                    "OPENAI_API_KEY": "none",
+                }
                 environment.pop("PYTHONPATH", None)
                 script = [options.python, str(HERE / f"client_{name}.py")]
                 status = subprocess.run(script, env=environment, timeout=TIMEOUT_S).returncode
