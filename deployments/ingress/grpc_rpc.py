@@ -15,11 +15,12 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.ingress.errors import BodyTooLarge, report_error
 from stagemesh.deployments.ingress.service import InferenceService
+from stagemesh.deployments.proto.inference_pb2 import Sampling
 
 MAX_MESSAGE_BYTES = 1000
 """Of an error's message. It travels three times, escaped, and clients refuse trailing metadata of more than 8 KiB."""
@@ -197,7 +198,7 @@ def _path(field: str, request: object) -> str:
         return field
     name = re.split(r"[.\[]", field, maxsplit=1)[0]
     own = request.DESCRIPTOR.fields_by_name
-    is_sampling = name not in own and "sampling" in own and name in own["sampling"].message_type.fields_by_name
+    is_sampling = name not in own and "sampling" in own and name in Sampling.DESCRIPTOR.fields_by_name
     return f"sampling.{field}" if is_sampling else field
 
 

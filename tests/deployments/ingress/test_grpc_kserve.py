@@ -279,8 +279,6 @@ def test_every_field_has_the_number_of_the_public_protos():
         "ModelInferResponse": named | {"outputs": 5, "raw_output_contents": 6},
         "ModelInferResponse.InferOutputTensor": full,
         "ModelStreamInferResponse": {"error_message": 1, "infer_response": 2},
-        "InferParameter": {
-            f"{kind}_param": i + 1 for i, kind in enumerate(("bool", "int64", "string", "double", "uint64"))
-        },
+        "InferParameter": {f"{kind}_param": i + 1 for i, kind in enumerate(parameters)},
         "InferTensorContents": {f"{kind}_contents": i + 1 for i, kind in enumerate(contents)},
     }

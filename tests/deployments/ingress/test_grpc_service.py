@@ -61,7 +61,7 @@ def violation(error: grpc.aio.AioRpcError) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("rpc", "request_", "field", "description"),
     [
-        ("Generate", prompt(sampling=pb.Sampling(top_p=2)), "sampling.top_p", "(0, 1]"),
+        ("Generate", prompt(sampling=pb.Sampling(top_p=2)), "sampling.top_p", "[0, 1]"),
         ("Generate", prompt(model="gpt-4"), "model", "is not served here"),
         ("Chat", pb.ChatRequest(), "messages", "at least one"),
         ("Generate", prompt(request_id="x" * 129), "request_id", "128 characters"),
