@@ -56,7 +56,7 @@ _FOREIGN = ("sequence_id", "sequence_start", "sequence_end", "binary_data_output
 _NUMBERS = {
     name
     for name, field in CompletionRequest.model_fields.items()
-    if {*get_args(field.annotation)} <= {int, float, bool, NoneType}
+    if NoneType in get_args(field.annotation) and {*get_args(field.annotation)} <= {int, float, bool, NoneType}
 }
 
 
