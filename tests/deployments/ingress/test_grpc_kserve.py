@@ -186,13 +186,13 @@ async def test_a_stream_brings_new_text_and_says_which_is_last(stub, lanes):
     assert {one.id for one in responses} == {"a"}
 
 
-async def test_requests_of_a_stream_run_side_by_side_and_fail_alone(stub, lanes):
+async def test_requests_of_a_stream_run_side_by_side_and_fail_alone(stub, service, lanes):
     lanes.pause_after = 1
 
     async def requests() -> AsyncIterator[pb.ModelInferRequest]:
         yield request(id="slow", stream=True)
         yield request(id="bad", stream=True, exclude_input_in_output=False)
-        yield request(id="big", text="x" * 1_100_000)
+        yield request(id="big", text="x" * service.max_body_bytes)
         yield request(id="whole", sampling_parameters={"n": 2})
 
     call = stub.ModelStreamInfer(requests())
