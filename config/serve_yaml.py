@@ -28,6 +28,7 @@ SERVE_ENVIRONMENT = {
 }
 GRPC_SERVICERS = [
     "stagemesh.deployments.proto.inference_pb2_grpc:add_InferenceServicer_to_server",
+    "stagemesh.deployments.proto.grpc_predict_v2_pb2_grpc:add_GRPCInferenceServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
 

@@ -1,26 +1,24 @@
-"""The gRPC frontend: `stagemesh.v1.Inference` and `grpc.health.v1.Health` around an InferenceService.
-
-Serve calls the method named like the rpc, with the context as `grpc_context`. Errors are set on the context, because
-Serve would log an exception with its traceback for every mistyped request.
-"""
+"""The gRPC frontend around an InferenceService: text by `stagemesh.v1.Inference`, and `grpc.health.v1.Health`."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
-from google.protobuf import json_format
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
-from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.ingress.auth import ApiKeys, guarded
-from stagemesh.deployments.ingress.errors import BodyTooLarge, report_error
-from stagemesh.deployments.ingress.service import GenerationStream, InferenceService
+from stagemesh.deployments.ingress.grpc_kserve import KServeRpcs
+from stagemesh.deployments.ingress.grpc_requests import chat_fields, generate_fields
+from stagemesh.deployments.ingress.grpc_rpc import Call, GrpcContext, streamed, unary
+from stagemesh.deployments.ingress.grpc_service import ServiceRpcs
+from stagemesh.deployments.ingress.service import GenerationStream
 from stagemesh.deployments.openai.requests import ChatRequest, CompletionRequest
+from stagemesh.deployments.proto import grpc_predict_v2_pb2 as kserve
 from stagemesh.deployments.proto import inference_pb2 as pb
 from stagemesh.stages.text.output import DecodedLogprob, OutputProcessor, TextDelta
 
@@ -29,59 +27,56 @@ HEALTH_POLL_S = 0.5
 ResponseT = TypeVar("ResponseT", pb.GenerateResponse, pb.ChatResponse)
 ChunkT = TypeVar("ChunkT", pb.GenerateChunk, pb.ChatChunk)
 
-_SERVICES = ("", pb.DESCRIPTOR.services_by_name["Inference"].full_name)
-
-
-class GrpcContext(Protocol):
-    """What RayServegRPCContext and grpc.aio.ServicerContext share."""
-
-    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
-
-    def set_code(self, code: grpc.StatusCode) -> None: ...
-
-    def set_details(self, details: str) -> None: ...
+_SERVICES = (
+    "",
+    pb.DESCRIPTOR.services_by_name["Inference"].full_name,
+    kserve.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+)
 
 
 @guarded
-class GrpcApi:
+class GrpcApi(ServiceRpcs, KServeRpcs):
     """A mixin for the ingress deployment, which sets `inference_service` and `api_keys`.
 
     Every rpc of a subclass asks for a key, unless it is one of health's.
     """
 
-    inference_service: InferenceService
     api_keys = ApiKeys()
 
     def __init_subclass__(cls) -> None:
         guarded(cls)
 
+    @unary(pb.GenerateResponse)
     async def Generate(self, request: pb.GenerateRequest, grpc_context: GrpcContext) -> pb.GenerateResponse:
-        accepting = self._accept_generate(request, stream=False)
-        return await _whole(accepting, pb.GenerateResponse, pb.GenerateChoice, _text, grpc_context)
+        with self.calls.enter(request.request_id) as call:
+            accept = partial(self._accept_generate, request, stream=False)
+            return await _whole(call, accept, pb.GenerateResponse, pb.GenerateChoice, _text, request.request_id)
 
+    @streamed
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
-        accepting = self._accept_generate(request, stream=True)
-        async with aclosing(_chunks(accepting, pb.GenerateChunk, _text, grpc_context)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self.calls.enter(request.request_id) as call:
+            accept = partial(self._accept_generate, request, stream=True)
+            async with aclosing(_chunks(call, accept, pb.GenerateChunk, _text, request.request_id)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
+    @unary(pb.ChatResponse)
     async def Chat(self, request: pb.ChatRequest, grpc_context: GrpcContext) -> pb.ChatResponse:
-        accepting = self._accept_chat(request, stream=False)
-        return await _whole(accepting, pb.ChatResponse, pb.ChatChoice, _message_of_choice, grpc_context)
+        with self.calls.enter(request.request_id) as call:
+            accept = partial(self._accept_chat, request, stream=False)
+            return await _whole(call, accept, pb.ChatResponse, pb.ChatChoice, _message_of_choice, request.request_id)
 
+    @streamed
     async def ChatStream(
         self, request: pb.ChatRequest, grpc_context: GrpcContext
     ) -> AsyncGenerator[pb.ChatChunk, None]:
-        accepting = self._accept_chat(request, stream=True)
-        async with aclosing(_chunks(accepting, pb.ChatChunk, _message_of_delta, grpc_context)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
-    async def Models(self, request: pb.ModelsRequest, grpc_context: GrpcContext) -> pb.ModelsResponse:
-        cards = self.inference_service.models()
-        return pb.ModelsResponse(models=[pb.Model(id=card.id, max_model_len=card.max_model_len) for card in cards])
+        with self.calls.enter(request.request_id) as call:
+            accept = partial(self._accept_chat, request, stream=True)
+            async with aclosing(_chunks(call, accept, pb.ChatChunk, _message_of_delta, request.request_id)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def Check(self, request: HealthCheckRequest, grpc_context: GrpcContext) -> HealthCheckResponse:
         """SERVING while some lane can generate."""
@@ -113,107 +108,27 @@ class GrpcApi:
         ready = self.inference_service.ready()
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
-    def _check(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
-        """Raises what HTTP does before it parses a body: Overloaded, BodyTooLarge."""
-        self.inference_service.check_room()
-        size, most = request.ByteSize(), self.inference_service.max_body_bytes
-        if size > most:
-            raise BodyTooLarge("", None, f"the request has {size} bytes, which is more than the limit of {most}")
-
     async def _accept_generate(self, request: pb.GenerateRequest, *, stream: bool) -> GenerationStream:
-        self._check(request)
         # Through the HTTP schema, so that both frontends accept and refuse the same.
-        fields = _shared_fields(request, stream)
-        kind = request.WhichOneof("prompt")
-        if kind is not None:
-            fields["prompt"] = request.text if kind == "text" else list(request.token_ids.ids)
-        return await self.inference_service.complete(CompletionRequest.parse(fields))
+        self.inference_service.check_room()
+        return await self.inference_service.complete(CompletionRequest.parse(generate_fields(request, stream)))
 
     async def _accept_chat(self, request: pb.ChatRequest, *, stream: bool) -> GenerationStream:
-        self._check(request)
-        fields = _shared_fields(request, stream)
-        fields["messages"] = [_message(message) for message in request.messages]
-        if (count := fields.pop("logprobs", None)) is not None:
-            fields["logprobs"], fields["top_logprobs"] = True, count
-        if request.tools:
-            fields["tools"] = [_tool(i, tool) for i, tool in enumerate(request.tools)]
-        if request.tool_choice in ("auto", "none", "required"):
-            fields["tool_choice"] = request.tool_choice
-        elif request.tool_choice:
-            fields["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}
-        if request.HasField("parallel_tool_calls"):
-            fields["parallel_tool_calls"] = request.parallel_tool_calls
-        if request.HasField("chat_template_kwargs"):
-            fields["chat_template_kwargs"] = json_format.MessageToDict(request.chat_template_kwargs)
-        return await self.inference_service.chat(ChatRequest.parse(fields))
-
-
-# ---- requests
-
-
-def _shared_fields(request: pb.GenerateRequest | pb.ChatRequest, stream: bool) -> dict[str, Any]:
-    """The fields that are set; HTTP has the same names."""
-    fields: dict[str, Any] = {"stream": stream}
-    if request.model:
-        fields["model"] = request.model
-    for name in ("timeout", "priority"):
-        if request.HasField(name):
-            fields[name] = getattr(request, name)
-    for descriptor, value in request.sampling.ListFields():
-        if descriptor.name == "logit_bias":
-            fields["logit_bias"] = {str(token_id): bias for token_id, bias in value.items()}
-        elif descriptor.name == "structured_outputs":
-            constraint = value.WhichOneof("form")
-            content = list(value.choice.texts) if constraint == "choice" else getattr(value, constraint or "json")
-            fields["structured_outputs"] = {constraint: content} if constraint else {}
-        else:
-            fields[descriptor.name] = value if isinstance(value, (bool, int, float)) else list(value)
-    return fields
-
-
-def _message(message: pb.ChatMessage) -> dict[str, Any]:
-    fields: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        fields["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
-    if message.reasoning:
-        fields["reasoning"] = message.reasoning
-    if message.tool_call_id:
-        fields["tool_call_id"] = message.tool_call_id
-    return fields
-
-
-def _tool(i: int, tool: pb.Tool) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": tool.name}
-    if tool.description:
-        function["description"] = tool.description
-    if tool.parameters:
-        try:
-            function["parameters"] = json.loads(tool.parameters)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"tools[{i}].parameters", tool.parameters, f"is not valid JSON: {error}") from error
-    return {"type": "function", "function": function}
-
-
-# ---- responses
+        self.inference_service.check_room()
+        return await self.inference_service.chat(ChatRequest.parse(chat_fields(request, stream)))
 
 
 async def _whole(
-    accepting: Awaitable[GenerationStream],
+    call: Call,
+    accept: Callable[[], Awaitable[GenerationStream]],
     response: type[ResponseT],
     choice: Callable[..., Any],
     content: Callable[[OutputProcessor], dict[str, Any]],
-    grpc_context: GrpcContext,
+    request_id: str,
 ) -> ResponseT:
     """choice: the type of a choice. content: its text or message field."""
-    try:
-        stream = await accepting
-        await stream.collect()
-    except Exception as error:
-        _fail(grpc_context, error)
-        return response()
+    stream = await call.wait(accept)
+    await call.wait(stream.collect)
     choices = [
         choice(
             index=one.index,
@@ -227,7 +142,7 @@ async def _whole(
         for one in stream.choices
     ]
     return response(
-        id=stream.id,
+        id=request_id or stream.id,
         model=stream.model,
         created=stream.created,
         choices=choices,
@@ -237,28 +152,27 @@ async def _whole(
 
 
 async def _chunks(
-    accepting: Awaitable[GenerationStream],
+    call: Call,
+    accept: Callable[[], Awaitable[GenerationStream]],
     chunk: type[ChunkT],
     content: Callable[[TextDelta], dict[str, Any]],
-    grpc_context: GrpcContext,
+    request_id: str,
 ) -> AsyncGenerator[ChunkT, None]:
     """Deltas, then the usage. content: the text or message fields of a chunk."""
-    try:
-        stream = await accepting
-        async with aclosing(stream.deltas()) as deltas:
-            async for delta in deltas:
-                yield chunk(
-                    id=stream.id,
-                    index=delta.index,
-                    finish_reason=delta.finish_reason or "",
-                    logprobs=_logprobs(delta.logprobs),
-                    token_ids=delta.token_ids,
-                    seed=stream.choices[delta.index].seed if delta.finish_reason else 0,
-                    **content(delta),
-                )
-        yield chunk(id=stream.id, usage=_usage(stream), system_fingerprint=stream.system_fingerprint)
-    except Exception as error:
-        _fail(grpc_context, error)
+    stream = await call.wait(accept)
+    id = request_id or stream.id
+    async with aclosing(stream.deltas()) as deltas:
+        while (delta := await call.wait(partial(anext, deltas, None))) is not None:
+            yield chunk(
+                id=id,
+                index=delta.index,
+                finish_reason=delta.finish_reason or "",
+                logprobs=_logprobs(delta.logprobs),
+                token_ids=delta.token_ids,
+                seed=stream.choices[delta.index].seed if delta.finish_reason else 0,
+                **content(delta),
+            )
+    yield chunk(id=id, usage=_usage(stream), system_fingerprint=stream.system_fingerprint)
 
 
 def _text(output: OutputProcessor | TextDelta) -> dict[str, Any]:
@@ -299,9 +213,3 @@ def _usage(stream: GenerationStream) -> pb.Usage:
         cached_tokens=usage.prompt_tokens_details.cached_tokens,
         reasoning_tokens=usage.completion_tokens_details.reasoning_tokens,
     )
-
-
-def _fail(grpc_context: GrpcContext, error: Exception) -> None:
-    report = report_error(error)
-    grpc_context.set_code(report.kind.grpc_code)
-    grpc_context.set_details(report.message)

@@ -27,8 +27,9 @@ if _version_not_supported:
 
 class InferenceStub:
     """Text generation. A request that is refused ends with INVALID_ARGUMENT (the details name the field), an unknown
-    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues with RESOURCE_EXHAUSTED. Cancelling a call, or its
-    deadline, aborts its sequences and frees their memory.
+    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues and too large messages with RESOURCE_EXHAUSTED.
+    The trailing metadata `grpc-status-details-bin` holds a google.rpc.Status, with a google.rpc.BadRequest that names the
+    field, or a google.rpc.RetryInfo. Cancelling a call, or its deadline, aborts its sequences and frees their memory.
     """
 
     def __init__(self, channel):
@@ -62,12 +63,43 @@ class InferenceStub:
                 request_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelsRequest.SerializeToString,
                 response_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelsResponse.FromString,
                 _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/stagemesh.v1.Inference/Abort',
+                request_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.AbortRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.AbortResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/stagemesh.v1.Inference/Embed',
+                request_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/stagemesh.v1.Inference/Tokenize',
+                request_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/stagemesh.v1.Inference/Detokenize',
+                request_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.ModelInfo = channel.unary_unary(
+                '/stagemesh.v1.Inference/ModelInfo',
+                request_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelInfoRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelInfoResponse.FromString,
+                _registered_method=True)
+        self.ServerInfo = channel.unary_unary(
+                '/stagemesh.v1.Inference/ServerInfo',
+                request_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ServerInfoRequest.SerializeToString,
+                response_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ServerInfoResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
     """Text generation. A request that is refused ends with INVALID_ARGUMENT (the details name the field), an unknown
-    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues with RESOURCE_EXHAUSTED. Cancelling a call, or its
-    deadline, aborts its sequences and frees their memory.
+    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues and too large messages with RESOURCE_EXHAUSTED.
+    The trailing metadata `grpc-status-details-bin` holds a google.rpc.Status, with a google.rpc.BadRequest that names the
+    field, or a google.rpc.RetryInfo. Cancelling a call, or its deadline, aborts its sequences and frees their memory.
     """
 
     def Generate(self, request, context):
@@ -105,6 +137,48 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Abort(self, request, context):
+        """Ends running calls by their request_id; they end with CANCELLED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Turns texts into vectors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Turns a text or a conversation into the tokens that the model would see.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Turns tokens into their text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelInfo(self, request, context):
+        """Tells what a model takes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ServerInfo(self, request, context):
+        """Tells what the server is and how busy it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -133,6 +207,36 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelsRequest.FromString,
                     response_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelsResponse.SerializeToString,
             ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.AbortRequest.FromString,
+                    response_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.AbortResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'ModelInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelInfo,
+                    request_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelInfoRequest.FromString,
+                    response_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelInfoResponse.SerializeToString,
+            ),
+            'ServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.ServerInfo,
+                    request_deserializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ServerInfoRequest.FromString,
+                    response_serializer=stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ServerInfoResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'stagemesh.v1.Inference', rpc_method_handlers)
@@ -143,8 +247,9 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference:
     """Text generation. A request that is refused ends with INVALID_ARGUMENT (the details name the field), an unknown
-    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues with RESOURCE_EXHAUSTED. Cancelling a call, or its
-    deadline, aborts its sequences and frees their memory.
+    model with NOT_FOUND, a missing lane with UNAVAILABLE, full queues and too large messages with RESOURCE_EXHAUSTED.
+    The trailing metadata `grpc-status-details-bin` holds a google.rpc.Status, with a google.rpc.BadRequest that names the
+    field, or a google.rpc.RetryInfo. Cancelling a call, or its deadline, aborts its sequences and frees their memory.
     """
 
     @staticmethod
@@ -272,6 +377,168 @@ class Inference:
             '/stagemesh.v1.Inference/Models',
             stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelsRequest.SerializeToString,
             stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Inference/Abort',
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.AbortRequest.SerializeToString,
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Inference/Embed',
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Inference/Tokenize',
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Inference/Detokenize',
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Inference/ModelInfo',
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelInfoRequest.SerializeToString,
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Inference/ServerInfo',
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ServerInfoRequest.SerializeToString,
+            stagemesh_dot_deployments_dot_proto_dot_inference__pb2.ServerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

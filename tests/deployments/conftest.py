@@ -15,7 +15,7 @@ from stagemesh.config.sampling import SamplingParams
 from stagemesh.deployments.ingress.grpc import GrpcApi
 from stagemesh.deployments.ingress.lanes import LaneClientCounts
 from stagemesh.deployments.ingress.service import InferenceService
-from stagemesh.deployments.proto import inference_pb2_grpc
+from stagemesh.deployments.proto import grpc_predict_v2_pb2_grpc, inference_pb2_grpc
 from stagemesh.stages.messages.request import EngineRequest, LaneError, LaneStats, TokenDelta
 from stagemesh.stages.text.tokenizer import Tokenizer
 
@@ -143,6 +143,7 @@ async def channel(service: InferenceService, one_loop: None) -> AsyncGenerator[g
     api.inference_service = service
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServicer_to_server(api, server)
+    grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(api, server)
     health_pb2_grpc.add_HealthServicer_to_server(api, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -156,7 +156,7 @@ def rpcs() -> list[tuple[str, Any]]:
     for servicer in GRPC_SERVICERS:
         import_module(servicer.partition(":")[0])
     pool = symbol_database.Default().pool
-    names = ("stagemesh.v1.Inference", "grpc.health.v1.Health")
+    names = ("stagemesh.v1.Inference", "inference.GRPCInferenceService", "grpc.health.v1.Health")
     assert len(names) == len(GRPC_SERVICERS)
     return [(name, method) for name in names for method in pool.FindServiceByName(name).methods]
 

@@ -10,8 +10,8 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stagemesh.deployments.ingress import grpc as grpc_api
+from stagemesh.deployments.proto import grpc_predict_v2_pb2, inference_pb2_grpc
 from stagemesh.deployments.proto import inference_pb2 as pb
-from stagemesh.deployments.proto import inference_pb2_grpc
 from stagemesh.stages.messages.request import LaneError, TokenDelta
 
 pytestmark = pytest.mark.anyio
@@ -221,10 +221,11 @@ async def test_cancelling_a_call_releases_its_lane(stub, lanes, rpc, n):
 
 
 async def test_health_follows_the_lanes(health, lanes):
-    for service in ("", "stagemesh.v1.Inference"):
+    services = {"", "stagemesh.v1.Inference", "inference.GRPCInferenceService"}
+    for service in services:
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    assert set((await health.List(health_pb2.HealthListRequest())).statuses) == {"", "stagemesh.v1.Inference"}
+    assert set((await health.List(health_pb2.HealthListRequest())).statuses) == services
     lanes.is_ready = False
     answer = await health.Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -250,22 +251,23 @@ async def test_watch_of_an_unknown_service_says_so(health):
     watch.cancel()
 
 
-async def test_the_generated_code_is_that_of_the_proto_file(tmp_path):
+@pytest.mark.parametrize("generated", [pb, grpc_predict_v2_pb2])
+def test_the_generated_code_is_that_of_the_proto_file(tmp_path, generated):
     protoc = pytest.importorskip("grpc_tools.protoc")
-    path = Path(pb.__file__).parent
+    path = Path(generated.__file__).parent
     package = "stagemesh/deployments/proto"
     includes = [f"-I{package}={path}", f"-I{Path(protoc.__file__).parent / '_proto'}"]
-    arguments = [
-        "protoc",
-        *includes,
-        f"--descriptor_set_out={tmp_path / 'out'}",
-        f"{package}/inference.proto",
-    ]
+    arguments = ["protoc", *includes, f"--descriptor_set_out={tmp_path / 'out'}", generated.DESCRIPTOR.name]
     assert protoc.main(arguments) == 0
     [current] = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "out").read_bytes()).file
-    generated = descriptor_pb2.FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
-    for file in (current, generated):
-        messages = [inner for message in file.message_type for inner in (message, *message.nested_type)]
-        for field in [field for message in messages for field in message.field]:
-            field.ClearField("json_name")  # only one of the two outputs writes it
-    assert generated == current, "run `make proto`"
+    written = descriptor_pb2.FileDescriptorProto.FromString(generated.DESCRIPTOR.serialized_pb)
+    for file in (current, written):
+        forget_json_names(file.message_type)  # only one of the two outputs writes them
+    assert written == current, "run `make proto`"
+
+
+def forget_json_names(messages: Any) -> None:
+    for message in messages:
+        for field in message.field:
+            field.ClearField("json_name")
+        forget_json_names(message.nested_type)

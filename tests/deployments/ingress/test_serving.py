@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,10 +11,16 @@ import grpc
 import httpx
 import openai
 import pytest
+from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.harness import Cluster, chat, eventually, num_right
 
-from stagemesh.deployments.proto import inference_pb2, inference_pb2_grpc
+from stagemesh.deployments.proto import (
+    grpc_predict_v2_pb2,
+    grpc_predict_v2_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +108,86 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_second(served: Cluster) 
     eventually(lambda: served.metrics()["stagemesh:kv_blocks_free"] == free, 1, "blocks are free again")
 
 
-def test_a_grpc_client_that_cancels_frees_its_blocks(served: Cluster) -> None:
+@pytest.mark.parametrize("way", ["cancel", "deadline", "abort"])
+@pytest.mark.parametrize("rpc", ["GenerateStream", "ModelStreamInfer"])
+def test_a_grpc_call_that_ends_early_frees_its_blocks(served: Cluster, rpc: str, way: str) -> None:
     eventually(lambda: served.metrics()["vllm:num_requests_running"] == 0, 10, "the lane is idle")
+    free = served.metrics()["stagemesh:kv_blocks_free"]
+    timeout = 2 if way == "deadline" else 60
     with grpc.insecure_channel(served.grpc_address) as channel:
-        sampling = inference_pb2.Sampling(max_tokens=1500, ignore_eos=True)
-        call = inference_pb2_grpc.InferenceStub(channel).GenerateStream(
-            inference_pb2.GenerateRequest(model="demo", text="The king", sampling=sampling), timeout=60
-        )
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        if rpc == "GenerateStream":
+            sampling = inference_pb2.Sampling(max_tokens=1500, ignore_eos=True)
+            request = inference_pb2.GenerateRequest(model="demo", text="The king", sampling=sampling, request_id="long")
+            call = stub.GenerateStream(request, timeout=timeout)
+        else:
+            parameters = {"max_tokens": 1500, "ignore_eos": True}
+            request = infer_request("The king", id="long", stream=True, sampling_parameters=parameters)
+            streams = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
+            call = streams.ModelStreamInfer(iter([request]), timeout=timeout)
         next(call)
-        eventually(lambda: served.metrics()["vllm:num_requests_running"] == 1, 5, "it runs")
-        call.cancel()
-    eventually(lambda: served.metrics()["vllm:num_requests_running"] == 0, 1, "it was aborted")
+        eventually(lambda: served.metrics()["stagemesh:kv_blocks_free"] < free, 5, "blocks are in use")
+        if way == "cancel":
+            call.cancel()
+        elif way == "abort":
+            assert stub.Abort(inference_pb2.AbortRequest(request_id="long"), timeout=30).aborted == 1
+        else:
+            assert call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        eventually(lambda: served.metrics()["stagemesh:kv_blocks_free"] == free, 1, "blocks are free again")
+
+
+def infer_request(text: str, *, id: str = "", **tensors: Any) -> grpc_predict_v2_pb2.ModelInferRequest:
+    """With raw contents, as Triton's client sends them."""
+    request = grpc_predict_v2_pb2.ModelInferRequest(model_name="demo", id=id)
+    for name, value in {"text_input": text, **tensors}.items():
+        is_flag = isinstance(value, bool)
+        request.inputs.add(name=name, shape=[1], datatype="BOOL" if is_flag else "BYTES")
+        data = (value if isinstance(value, str) else json.dumps(value)).encode()
+        request.raw_input_contents.append(bytes([value]) if is_flag else len(data).to_bytes(4, "little") + data)
+    return request
+
+
+def test_kserves_protocol_works_through_serve(served: Cluster) -> None:
+    with served.client() as client:
+        body = {"model": "demo", "prompt": "The king", "max_tokens": 12, "temperature": 0}
+        text = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    parameters = {"max_tokens": 12, "temperature": 0}
+    with grpc.insecure_channel(served.grpc_address) as channel:
+        stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
+        assert stub.ServerReady(grpc_predict_v2_pb2.ServerReadyRequest(), timeout=30).ready
+        whole = stub.ModelInfer(infer_request("The king", sampling_parameters=parameters), timeout=30)
+        assert whole.raw_output_contents[0][4:].decode() == "The king" + text
+        requests = [infer_request("The king", id=id, stream=True, sampling_parameters=parameters) for id in "abc"]
+        texts = dict.fromkeys("abc", "")
+        for response in stub.ModelStreamInfer(iter(requests), timeout=30):
+            assert not response.error_message
+            texts[response.infer_response.id] += response.infer_response.raw_output_contents[0][4:].decode()
+        assert texts == dict.fromkeys("abc", text)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.ModelInfer(infer_request("", sampling_parameters=parameters), timeout=30)
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "grpc-status-details-bin" in dict(refused.value.trailing_metadata())
+
+
+def test_a_client_finds_everything_by_reflection(served: Cluster) -> None:
+    reflection = pytest.importorskip("grpc_reflection.v1alpha.proto_reflection_descriptor_database")
+    with grpc.insecure_channel(served.grpc_address) as channel:
+        database = reflection.ProtoReflectionDescriptorDatabase(channel)
+        services = {"stagemesh.v1.Inference", "inference.GRPCInferenceService", "grpc.health.v1.Health"}
+        assert set(database.get_services()) >= services
+        method = (
+            descriptor_pool.DescriptorPool(database)
+            .FindServiceByName("stagemesh.v1.Inference")
+            .methods_by_name["Tokenize"]
+        )
+        ask, answer = (message_factory.GetMessageClass(kind) for kind in (method.input_type, method.output_type))
+        tokenize = channel.unary_unary(
+            "/stagemesh.v1.Inference/Tokenize",
+            request_serializer=ask.SerializeToString,
+            response_deserializer=answer.FromString,
+        )
+        response: Any = tokenize(ask(text="The king"), timeout=30)
+        assert len(response.token_ids) > 1
 
 
 def test_a_repeated_prompt_comes_from_the_prefix_cache(served: Cluster) -> None:
