@@ -62,7 +62,7 @@ clients: install .clients/installed ## software that others wrote, against the d
 # Through the link, so that protoc derives the imports of the installed package from the path.
 proto: install .typing/stagemesh ## generate the gRPC code from its .proto
 	$(BIN)/python -m grpc_tools.protoc -I.typing $(foreach kind,python pyi grpc_python,--$(kind)_out=.typing) \
-		stagemesh/deployments/proto/inference.proto
+		stagemesh/deployments/proto/inference.proto stagemesh/deployments/proto/grpc_predict_v2.proto
 
 # mypy does not know editable installs; it finds the package `stagemesh` through this link to the root.
 .typing/stagemesh:
