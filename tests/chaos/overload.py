@@ -19,7 +19,6 @@ from chaos.report import Report, spread
 from support.harness import Cluster, eventually
 
 FACTOR = 10
-MAX_TOKENS = 96
 DEADLINE_S = 60.0
 """Of a request, sent as `timeout` where the server knows that field."""
 REFUSED_WITHIN_MS = 50.0
@@ -38,7 +37,6 @@ class Seen:
     refused_s: list[float] = field(default_factory=list)
     """Until the last byte of a 429."""
     no_retry_after: int = 0
-    tokens: int = 0
     broken: Counter[str] = field(default_factory=Counter)
     """What was neither refused nor finished."""
     not_sent: int = 0
@@ -52,16 +50,29 @@ def run(
     seconds: float = 60.0,
     capacity_s: float = 15.0,
     most_clients: int = LARGEST_CLIENTS,
+    max_tokens: int = 96,
+    least_requests: int = 0,
     timed: bool = True,
 ) -> Report:
-    """timed: also check what a busy machine makes slow: how soon refusals and first tokens come."""
-    return asyncio.run(_run(cluster, seconds, capacity_s, most_clients, timed))
+    """least_requests: sent however slow the machine is.
+
+    timed: also check what a busy machine makes slow: how soon refusals and first tokens come.
+    """
+    return asyncio.run(_run(cluster, seconds, capacity_s, most_clients, max_tokens, least_requests, timed))
 
 
-async def _run(cluster: Cluster, seconds: float, capacity_s: float, most_clients: int, timed: bool) -> Report:
+async def _run(
+    cluster: Cluster,
+    seconds: float,
+    capacity_s: float,
+    most_clients: int,
+    max_tokens: int,
+    least_requests: int,
+    timed: bool,
+) -> Report:
     report = Report("overload")
     knows_timeout = await _knows_timeout(cluster)
-    body = _body(knows_timeout)
+    body = _body(knows_timeout, max_tokens)
     clients, at_capacity = await _capacity(cluster, body, capacity_s, most_clients)
     rate = len(at_capacity.duration_s) / at_capacity.elapsed_s
     eventually(lambda: is_idle(cluster), 60, "the application is idle")
@@ -70,7 +81,7 @@ async def _run(cluster: Cluster, seconds: float, capacity_s: float, most_clients
     seen = Seen()
     watching = asyncio.create_task(_watch_memory(peak))
     lag: list[float] = []
-    await _open_loop(cluster, body, FACTOR * rate, seconds, seen, lag)
+    await _open_loop(cluster, body, max(FACTOR * rate, least_requests / seconds), seconds, seen, lag)
     watching.cancel()
     await asyncio.to_thread(judge_idle, report, cluster, 90)
     after = _memory()
@@ -80,7 +91,7 @@ async def _run(cluster: Cluster, seconds: float, capacity_s: float, most_clients
         "capacity": {
             "clients": clients,
             "requests_per_s": round(rate, 1),
-            "tokens_per_s": round(at_capacity.tokens / at_capacity.elapsed_s, 1),
+            "tokens_per_s": round(rate * max_tokens, 1),
             "ttft_ms": ttft_at_capacity,
         },
         "overload": {
@@ -127,11 +138,11 @@ def _judge_times(
     report.check(ttft.get("p99", 1e9) <= allowed, f"p99 TTFT of the accepted stays below {allowed:.0f} ms", ttft)
 
 
-def _body(with_timeout: bool) -> bytes:
+def _body(with_timeout: bool, max_tokens: int = 4) -> bytes:
     fields: dict[str, Any] = {
         "model": "demo",
         "prompt": "Enter the king and the queen, and all their court. The king:",
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -240,7 +251,6 @@ async def _read_stream(reader: asyncio.StreamReader, started: float, seen: Seen)
         return
     seen.ttft_s.append(first - started)
     seen.duration_s.append(time.monotonic() - started)
-    seen.tokens += MAX_TOKENS
 
 
 def _memory() -> dict[str, float]:
