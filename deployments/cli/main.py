@@ -17,6 +17,7 @@ from stagemesh.config.engine import EngineArgs, find_model, local_folder
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.hub import is_repo_id
 from stagemesh.config.serve_yaml import render
+from stagemesh.deployments.cli.doctor import doctor
 from stagemesh.deployments.cli.launch import launch
 from stagemesh.deployments.cli.quantize import quantize
 
@@ -129,3 +130,4 @@ def _with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
 cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_with_engine_options(serve))
 cli.command()(quantize)
+cli.command()(doctor)
