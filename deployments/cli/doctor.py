@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from stagemesh.config.engine import local_folder
 from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.doctor.diagnosis import diagnose
 from stagemesh.deployments.doctor.facts import Facts, Node
@@ -31,6 +32,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print facts and findings as JSON.")] = False,
 ) -> None:
     """Check this machine, or a live cluster, for what keeps models from being served. Exit status 1: an error."""
+    model = str(local_folder(model) or model) if model else None
     places = Places(model=model, http_port=port, grpc_port=grpc_port)
     facts = msgspec.structs.replace(
         _cluster(address, places, links) if address else _machine(places, links),
@@ -67,7 +69,7 @@ def _cluster(address: str, places: Places, links: bool) -> Facts:
 
     try:
         cluster.connect(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError("address", address, f"no Ray cluster to check: {error}") from None
     nodes, unreachable = cluster.gather_cluster(places)
     facts = Facts(nodes=tuple(nodes), is_cluster=True, unreachable=unreachable)

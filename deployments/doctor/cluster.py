@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +18,9 @@ from stagemesh.deployments.doctor.facts import Link, Node
 from stagemesh.deployments.doctor.gather import Places, gather_json
 from stagemesh.deployments.doctor.links import Place, measure
 
+CONNECT_TIMEOUT_S = 5.0
+INIT_TIMEOUT_S = 60.0
+"""To join the cluster; Ray itself would try for minutes."""
 GATHER_TIMEOUT_S = 150.0
 """For all nodes together: Ray starts a process on each, and torch is asked for GPUs."""
 CLOCK_TIMEOUT_S = 10.0
@@ -25,8 +32,25 @@ MEASURE_TIMEOUT_S = 240.0
 
 
 def connect(address: str) -> None:
-    """Raises ConnectionError where no cluster answers, RuntimeError where its versions differ."""
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="stagemesh-doctor")
+    """Raises OSError where nothing answers, RuntimeError where versions or tokens differ. Ends the process at the
+    deadline: inside `ray.init` nothing can be interrupted."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdecimal() and not address.startswith("ray://"):
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    watchdog = threading.Timer(INIT_TIMEOUT_S, _give_up, [address])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="stagemesh-doctor")
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(str(error)) from error
+    finally:
+        watchdog.cancel()
+
+
+def _give_up(address: str) -> None:
+    print(f"error: Ray at {address} let nobody join within {INIT_TIMEOUT_S:g} s", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def gather_cluster(places: Places) -> tuple[list[Node], dict[str, str]]:
@@ -73,10 +97,14 @@ def _with_unique_names(nodes: Sequence[Node]) -> list[Node]:
     return named
 
 
+def _now() -> float:
+    return time.time()
+
+
 def _clock(node_id: str) -> tuple[float, float]:
     """A node's clock less ours, and the error of that. Raises RayError."""
     best = (0.0, float("inf"))
-    task = ray.remote(time.time).options(num_cpus=0, scheduling_strategy=_on(node_id))
+    task = ray.remote(_now).options(num_cpus=0, scheduling_strategy=_on(node_id))
     for _ in range(CLOCK_ROUNDS):
         asked_at = time.time()
         there = ray.get(task.remote(), timeout=CLOCK_TIMEOUT_S)
@@ -85,7 +113,6 @@ def _clock(node_id: str) -> tuple[float, float]:
     return best
 
 
-@ray.remote(max_restarts=0, max_concurrency=2)
 class LinkRank:
     """One rank of the measurement."""
 
@@ -111,7 +138,7 @@ class LinkRank:
 def cluster_places(nodes: Sequence[Node]) -> list[tuple[Place, Node]]:
     """A rank on every GPU, if there are two; else one on each node, and two on a single one."""
     gpus = [
-        (Place(node.name, "cuda:0", f"{node.name} GPU {i}"), node)
+        (Place(node.address, "cuda:0", f"{node.name} GPU {i}"), node)
         for node in nodes
         if node.gpus.is_usable
         for i in range(len(node.gpus.devices))
@@ -119,7 +146,7 @@ def cluster_places(nodes: Sequence[Node]) -> list[tuple[Place, Node]]:
     if len(gpus) > 1:
         return gpus
     ranks = list(nodes) if len(nodes) > 1 else [*nodes, *nodes]
-    return [(Place(node.name, "cpu", f"{node.name} cpu {i}"), node) for i, node in enumerate(ranks)]
+    return [(Place(node.address, "cpu", f"{node.name} cpu {i}"), node) for i, node in enumerate(ranks)]
 
 
 def measure_cluster(nodes: Sequence[Node]) -> list[Link]:
@@ -127,7 +154,9 @@ def measure_cluster(nodes: Sequence[Node]) -> list[Link]:
     ranks = cluster_places(nodes)
     places = [place for place, _ in ranks]
     actors = [
-        LinkRank.options(num_cpus=0, num_gpus=int(place.device != "cpu"), scheduling_strategy=_on(node.ray_id)).remote()
+        ray.remote(LinkRank)
+        .options(num_cpus=0, num_gpus=int(place.device != "cpu"), scheduling_strategy=_on(node.ray_id))
+        .remote()
         for place, node in ranks
     ]
     try:

@@ -7,25 +7,21 @@ from typing import Any
 import msgspec
 
 
-class Fact(msgspec.Struct, frozen=True, kw_only=True):
-    """Immutable."""
-
-
-class Process(Fact):
+class Process(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     command: str
     is_orphan: bool = False
     """No Ray process is above it."""
 
 
-class Port(Fact):
+class Port(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     purpose: str
     holder: Process | None = None
     """Who listens on it; pid 0 = cannot be seen from here, another user's."""
 
 
-class Disk(Fact):
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     """The nearest folder that exists."""
     purpose: str
@@ -33,13 +29,13 @@ class Disk(Fact):
     free_bytes: int
 
 
-class Gpu(Fact):
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     name: str
     memory_bytes: int
 
 
-class Gpus(Fact):
+class Gpus(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[Gpu, ...] = ()
     driver: str = ""
     links: tuple[tuple[str, ...], ...] = ()
@@ -52,7 +48,7 @@ class Gpus(Fact):
     error: str = ""
 
 
-class Transport(Fact):
+class Transport(msgspec.Struct, frozen=True, kw_only=True):
     """How a transport reaches the other nodes."""
 
     name: str
@@ -62,7 +58,7 @@ class Transport(Fact):
     why: str
 
 
-class Memory(Fact):
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int
     """The machine's, or the container's limit where that is less."""
     available_bytes: int
@@ -70,7 +66,7 @@ class Memory(Fact):
     """By a cgroup."""
 
 
-class Model(Fact):
+class Model(msgspec.Struct, frozen=True, kw_only=True):
     folder: str = ""
     """Empty: not on this node."""
     size_bytes: int = 0
@@ -79,7 +75,7 @@ class Model(Fact):
     """Why it cannot be used."""
 
 
-class Node(Fact):
+class Node(msgspec.Struct, frozen=True, kw_only=True):
     """One machine."""
 
     name: str
@@ -114,7 +110,7 @@ class Node(Fact):
     """What could not be found out."""
 
 
-class Link(Fact):
+class Link(msgspec.Struct, frozen=True, kw_only=True):
     """One measurement between ranks."""
 
     kind: str
@@ -129,7 +125,7 @@ class Link(Fact):
     """A large message, in GB/s: one way, or an all-reduce's bus bandwidth, 2 (n-1) / n times its bytes per second."""
 
 
-class Facts(Fact):
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that the checks read."""
 
     nodes: tuple[Node, ...]
@@ -144,7 +140,7 @@ class Facts(Fact):
     links_error: str = ""
 
 
-class Finding(Fact):
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
     check: str
     level: str
     """error: something will not work; warning: it will, but badly or by chance."""

@@ -72,8 +72,8 @@ def _with_torch(gpus: Gpus) -> Gpus:
         del environment["CUDA_VISIBLE_DEVICES"]
     try:
         seen: dict[str, Any] = json.loads(_run([sys.executable, "-c", PROBE], TORCH_TIMEOUT_S, environment))
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return msgspec.structs.replace(gpus, error=f"torch cannot ask for GPUs: {error}")
+    except (OSError, ValueError, subprocess.SubprocessError) as failure:
+        return msgspec.structs.replace(gpus, error=f"torch cannot ask for GPUs: {failure}")
     error = gpus.error or ("" if seen["cuda"] else "this torch is a build for CPUs")
     peers = tuple(tuple(row) for row in seen["peers"])
     return msgspec.structs.replace(gpus, is_usable=seen["is_usable"], nccl=seen["nccl"], peers=peers, error=error)

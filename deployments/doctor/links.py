@@ -20,7 +20,7 @@ from stagemesh.deployments.doctor.facts import Link
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 SMALL_BYTES, LARGE_BYTES = 4 * 2**10, 16 * 2**20
 """The activations of one token, and of a prefill of some thousand."""
@@ -35,6 +35,7 @@ class Place(msgspec.Struct, frozen=True):
     """Where a rank is."""
 
     node: str
+    """Its address."""
     device: str
     """cpu, or cuda:0 of those that its process sees."""
     label: str

@@ -83,7 +83,7 @@ def disk(path: Path, purpose: str) -> Disk:
 
 
 def processes() -> tuple[Process, ...]:
-    """Those of Ray, its HAProxy and stagemesh; not this one, nor what is above or below it."""
+    """Those of Ray, its HAProxy and stagemesh; not this one and what it started."""
     commands: dict[int, list[str]] = {}
     parents: dict[int, int] = {}
     for pid in _pids():
@@ -93,7 +93,6 @@ def processes() -> tuple[Process, ...]:
             state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
             if state != "Z":
                 commands[pid], parents[pid] = words, int(parent)
-    own = set(_line(os.getpid(), parents))
     return tuple(
         Process(
             pid=pid,
@@ -101,9 +100,7 @@ def processes() -> tuple[Process, ...]:
             is_orphan=not any(_is_ray(commands.get(above, [])) for above in _line(pid, parents)[1:]),
         )
         for pid, words in sorted(commands.items())
-        if pid not in own
-        and not own & set(_line(pid, parents)[1:])
-        and (_is_ray(words) or is_haproxy(words) or _is_stagemesh(words))
+        if os.getpid() not in _line(pid, parents) and (_is_ray(words) or is_haproxy(words) or _is_stagemesh(words))
     )
 
 

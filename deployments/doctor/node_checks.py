@@ -23,11 +23,11 @@ RAY_KILLS_AT, MEMORY_WARNING_SHARE = 0.95, 0.10
 
 
 def check_facts_are_complete(facts: Facts) -> Iterator[Finding]:
-    for node, reason in facts.unreachable.items():
+    for name, reason in facts.unreachable.items():
         yield Finding(
             check="reach",
             level="error",
-            node=node,
+            node=name,
             what=f"gave no answer: {reason}",
             why="Stages are placed on every node that Ray shows; one that cannot run a small task runs no rank.",
             fix="See that the node lives (`ray status`), and that the same stagemesh and Python are installed there.",
