@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+    from stagemesh.stages.layers.tensor_parallel import DistGroup
+    from stagemesh.stages.worker.transport import DistTransport
+
 SMALL_BYTES, LARGE_BYTES = 4 * 2**10, 16 * 2**20
 """The activations of one token, and of a prefill of some thousand."""
 SMALL_ROUNDS, LARGE_ROUNDS, WARM_UP_ROUNDS = 30, 5, 2
@@ -75,10 +78,10 @@ def measure(places: Sequence[Place], rank: int, store: Store) -> list[Link]:
     links = []
     try:
         for number, exercise in enumerate(exercises(places)):
-            # Every rank makes every group, as torch.distributed asks for.
-            group = dist.new_group(list(exercise.ranks)) if exercise.kind == "all_reduce" else None
+            # A send may still be under way, and ends with its transport: kept until all have what was sent.
+            over = _connection(exercise, rank)
             if rank in exercise.ranks:
-                small_s, large_s = _times(exercise, rank, group, device)
+                small_s, large_s = _times(exercise, rank, over, device)
                 if rank == exercise.ranks[0]:
                     links.append(_link(exercise, places, backend, small_s, large_s))
             store.set(f"exercise-{number}-{rank}", "done")
@@ -88,14 +91,25 @@ def measure(places: Sequence[Place], rank: int, store: Store) -> list[Link]:
     return links
 
 
-def _times(
-    exercise: Exercise, rank: int, group: torch.distributed.ProcessGroup | None, device: torch.device
-) -> tuple[float, float]:
+def _connection(exercise: Exercise, rank: int) -> DistGroup | DistTransport:
+    """Every rank calls it, as torch.distributed asks for when it makes a group."""
+    import torch.distributed as dist
+
+    from stagemesh.stages.layers.tensor_parallel import DistGroup
+    from stagemesh.stages.worker.transport import DistTransport
+
+    if exercise.kind == "p2p":
+        peer = next(other for other in exercise.ranks if other != rank)
+        return DistTransport(peer, peer)
+    group = dist.new_group(list(exercise.ranks))
+    return DistGroup(group) if rank in exercise.ranks else DistTransport(None, None)
+
+
+def _times(exercise: Exercise, rank: int, over: DistGroup | DistTransport, device: torch.device) -> tuple[float, float]:
     """Seconds of a small and of a large message."""
     import torch
 
     from stagemesh.stages.layers.tensor_parallel import DistGroup
-    from stagemesh.stages.worker.transport import DistTransport
 
     def sync() -> None:
         if device.type == "cuda":
@@ -103,18 +117,16 @@ def _times(
 
     def times(num_bytes: int, rounds: int) -> float:
         x = torch.zeros(num_bytes // 4, device=device)
-        if exercise.kind == "all_reduce":
-            shared = DistGroup(group)
-            return _median_s(lambda: shared.all_reduce(x), rounds, sync)
-        peer = exercise.ranks[1 - exercise.ranks.index(rank)]
-        transport, into = DistTransport(peer, peer), torch.empty_like(x)
+        if isinstance(over, DistGroup):
+            return _median_s(lambda: over.all_reduce(x), rounds, sync)
+        into = torch.empty_like(x)
 
         def there_and_back() -> None:
             if rank == exercise.ranks[0]:
-                transport.send(0, x)
-                transport.receive(0, into)
+                over.send(0, x)
+                over.receive(0, into)
             else:
-                transport.send(0, transport.receive(0, into))
+                over.send(0, over.receive(0, into))
 
         return _median_s(there_and_back, rounds, sync) / 2
 

@@ -27,6 +27,7 @@ from stagemesh.deployments.doctor.facts import (
 FULL = Disk(path="/tmp/ray", purpose="Ray's temporary files", total_bytes=500 * GIB, free_bytes=9 * GIB)
 DOCKER_SHM = Disk(path="/dev/shm", purpose="shared memory", total_bytes=GIB // 16, free_bytes=GIB // 16)
 SMALL_SHM = Disk(path="/dev/shm", purpose="shared memory", total_bytes=8 * GIB, free_bytes=8 * GIB)
+CONTAINER = Memory(total_bytes=2 * GIB, available_bytes=GIB, is_limited=True)
 STRANGER = Port(number=8000, purpose="HTTP", holder=Process(pid=41, command="python -m http.server"))
 HAPROXY = Process(pid=42, command="/opt/haproxy -db -f /tmp/haproxy-serve/haproxy.cfg", is_orphan=True)
 HELD = Port(number=8000, purpose="HTTP", holder=HAPROXY)
@@ -57,6 +58,9 @@ def link(**changes: Any) -> Link:
         bandwidth_gbps=40.0,
     )
     return msgspec.structs.replace(good, **changes)
+
+
+GIGABIT = link(bandwidth_gbps=0.12, is_inside_node=False)
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1, 8])
@@ -91,7 +95,7 @@ def test_good_machines_are_clean(num_gpus: int, is_cluster: bool) -> None:
         ("auth", "error", "off, on public 8.8.4.4", {"has_token_auth": False, "address": "8.8.4.4"}),
         ("shm", "error", "64 MiB free of 64 MiB", {"shm": DOCKER_SHM}),
         ("shm", "warning", "8.0 GiB free", {"shm": SMALL_SHM}),
-        ("memory", "error", "container may use 2.0 GiB", {"memory": Memory(total_bytes=2 * GIB, available_bytes=GIB, is_limited=True)}),
+        ("memory", "error", "container may use 2.0 GiB", {"memory": CONTAINER}),
         ("memory", "warning", "5.0 GiB are free", {"memory": Memory(total_bytes=128 * GIB, available_bytes=5 * GIB)}),
         ("cpus", "warning", "0.5 CPUs for 2 ranks", {"num_cpus": 0.5}),
         ("disk", "error", "9.0 GiB free", {"disks": (FULL,)}),
@@ -115,7 +119,7 @@ def test_a_planted_fault_is_the_only_finding(check: str, level: str, says: str, 
         ("timed out", Facts(nodes=two_nodes(), links_error="timed out")),
         ("its like have 40.00", Facts(nodes=two_nodes(), links=(link(), link(), link(bandwidth_gbps=12.0)))),
         ("900 µs for a small message", Facts(nodes=two_nodes(), links=(link(latency_us=900.0),))),
-        ("0.12 GB/s, less than 0.5", Facts(nodes=two_nodes(), links=(link(bandwidth_gbps=0.12, is_inside_node=False),))),
+        ("0.12 GB/s, less than 0.5", Facts(nodes=two_nodes(), links=(GIGABIT,))),
     ],
 )  # fmt: skip
 def test_a_fault_between_nodes_is_the_only_finding(says: str, facts: Facts) -> None:
