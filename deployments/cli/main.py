@@ -22,6 +22,7 @@ from stagemesh.config.hub import is_repo_id
 from stagemesh.config.serve_yaml import render
 from stagemesh.deployments.cli.batch import run_batch
 from stagemesh.deployments.cli.client import ServerError
+from stagemesh.deployments.cli.doctor import doctor
 from stagemesh.deployments.cli.flags import ServeCommand
 from stagemesh.deployments.cli.launch import launch
 from stagemesh.deployments.cli.plan import plan
@@ -185,3 +186,4 @@ cli.command()(chat)
 cli.command()(complete)
 cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run_batch)
 cli.command()(status)
+cli.command()(doctor)

@@ -30,7 +30,6 @@ from support.harness import DEMO, free_port, running_cluster  # noqa: E402
 
 TIMEOUT_S = 300
 DROPPED_HEADERS = {"content-length", "transfer-encoding", "connection", "host", "accept-encoding", "content-encoding"}
-MAX_KEPT_TEXT = 400
 
 
 class Recorder:
@@ -43,9 +42,10 @@ class Recorder:
     async def __call__(self, request: Request) -> Response:
         body = await request.body()
         headers = {name: value for name, value in request.headers.items() if name not in DROPPED_HEADERS}
-        self._keep(request.method, request.url.path, headers, body)
         sent = self._client.build_request(request.method, request.url.path, content=body, headers=headers)
         answer = await self._client.send(sent, stream=True)
+        if answer.status_code == 200:
+            self._keep(request.method, request.url.path, headers, body)
 
         async def parts() -> AsyncIterator[bytes]:
             async for part in answer.aiter_raw():
@@ -57,8 +57,6 @@ class Recorder:
 
     def _keep(self, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
         fields = json.loads(body) if body else None
-        if len(body) > MAX_KEPT_TEXT * 10:
-            return  # one that is too long on purpose
         kind = f"{method} {path} {json.dumps(_shape(fields), sort_keys=True)}"
         version = {name: value for name, value in headers.items() if name in ("content-type", "anthropic-version")}
         self.kept.setdefault(kind, {"method": method, "path": path, "headers": version, "body": fields})
