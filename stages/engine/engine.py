@@ -280,6 +280,9 @@ class Engine:
     def stats(self) -> Future[LaneStats]:
         return self.call(self._make_stats)
 
+    def reset_prefix_cache(self) -> Future[bool]:
+        return self.call(lambda: self._scheduler is None or self._scheduler.reset_prefix_cache())
+
     def _abort(self, request_id: str) -> None:
         sequence = None if self._scheduler is None else self._scheduler.abort_request(request_id)
         if sequence is not None:

@@ -53,6 +53,10 @@ class ChatInput:
     calls stay text."""
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """Leave the last message open: the answer goes on behind its content. Not with add_generation_prompt."""
+    chat_template: str | None = None
+    """Jinja, in place of the model's. It may compute without end: only from clients that are trusted."""
     template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -109,8 +113,6 @@ class InputProcessor:
         priority: int = 0,
     ) -> ProcessedPrompt:
         _check_priority(priority)
-        if not chat.messages:
-            raise ConfigError("messages", [], "must hold at least one message")
         tools, schema, make_tool_parser = self._tool_use(chat)
         if schema is not None:
             if params.structured_outputs is not None:
@@ -118,11 +120,7 @@ class InputProcessor:
             params = msgspec.structs.replace(params, structured_outputs=StructuredOutputsParams(json=schema))
             structured_outputs_name = "tools"
         params = self._resolve(params, structured_outputs_name)
-        variables: dict[str, Any] = {"add_generation_prompt": chat.add_generation_prompt, **chat.template_variables}
-        if tools:
-            variables["tools"] = tools
-        messages = [_normalized(i, message) for i, message in enumerate(chat.messages)]
-        text = self._tokenizer.render_chat(messages, variables)
+        text = self.render(chat, tools)
         # The template wrote the special tokens.
         (token_ids,) = self._tokenize([text], "messages", False, room_for_answer=1)
         return ProcessedPrompt(
@@ -131,6 +129,19 @@ class InputProcessor:
             requests=self._requests(token_ids, params, request_id, 0, priority),
             make_tool_parser=make_tool_parser,
         )
+
+    def render(self, chat: ChatInput, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The conversation as the template writes it. tools: those that the model sees."""
+        if not chat.messages:
+            raise ConfigError("messages", [], "must hold at least one message")
+        if chat.continue_final_message and chat.add_generation_prompt:
+            raise ConfigError("continue_final_message", True, "must not be given together with add_generation_prompt")
+        variables: dict[str, Any] = {"add_generation_prompt": chat.add_generation_prompt, **chat.template_variables}
+        if tools:
+            variables["tools"] = tools
+        messages = [_normalized(i, message) for i, message in enumerate(chat.messages)]
+        text = self._tokenizer.render_chat(messages, variables, chat.chat_template)
+        return _cut_behind(text, messages[-1]["content"]) if chat.continue_final_message else text
 
     def process_embeddings(
         self,
@@ -283,6 +294,17 @@ def _normalized(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"messages[{i}].tool_calls", calls, "must be a list of tool calls")
         normalized["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     return normalized
+
+
+def _cut_behind(text: str, content: str) -> str:
+    """`text` up to the end of its last `content`: without what the template writes behind a message."""
+    start = text.rfind(content.strip())
+    if start < 0 or not content.strip():
+        reason = "the chat template does not write the last message's content as it is"
+        raise ConfigError("continue_final_message", True, reason)
+    end = start + len(content.strip())
+    trailing = content[len(content.rstrip()) :]
+    return text[:end] + trailing if text.startswith(trailing, end) else text[:end]
 
 
 def _text_of_part(name: str, part: Any) -> str:

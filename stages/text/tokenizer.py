@@ -29,6 +29,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._special_tokens = dict(special_tokens or {})
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, special_tokens or {})
         # Its pickled state is that section of tokenizer.json; `to_str` would write the whole vocabulary.
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
@@ -58,8 +59,18 @@ class Tokenizer:
         # `encode` of one text holds the GIL (tokenizers 0.23), `encode_batch` does not.
         return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
-        """The prompt text; encode it without special tokens, the template wrote them."""
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> str:
+        """The prompt text; encode it without special tokens, the template wrote them.
+
+        chat_template: in place of the model's.
+        """
+        if chat_template is not None:
+            return ChatTemplate(chat_template, self._special_tokens).render(messages, variables or {})
         if self.chat_template is None:
             raise ConfigError("messages", messages, "this model has no chat template; use completions instead")
         return self.chat_template.render(messages, variables or {})

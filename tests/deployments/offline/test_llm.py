@@ -84,7 +84,7 @@ def test_answers_come_in_the_order_of_the_prompts_with_all_that_belongs_to_them(
         answer = output.outputs[0]
         assert output.finished and answer.finished() and output.metrics is not None
         assert output.prompt_token_ids == tokenizer.encode(output.prompt or "")
-        assert answer.text == tokenizer.decode(answer.token_ids)
+        assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         assert answer.finish_reason == ("length" if len(answer.token_ids) == 20 else "stop")
         assert (answer.index, answer.cumulative_logprob, answer.stop_reason) == (0, None, None)
 
