@@ -63,8 +63,8 @@ def ask(prompt, form, **params):
 assert ask("Is it good?", StructuredOutputsParams(choice=["Positive", "Negative"])) in ("Positive", "Negative")
 regex = StructuredOutputsParams(regex=r"[a-z]{1,8}@[a-z]{1,8}\\.com\\n")
 assert ask("An address", regex, stop=["\\n"], max_tokens=50).endswith(".com")
-schema = {"type": "object", "properties": {"brand": {"type": "string", "maxLength": 8}, "car": {"enum": ["SUV", "Truck"]}},
-          "required": ["brand", "car"], "additionalProperties": False}
+schema = {"type": "object", "required": ["brand", "car"], "additionalProperties": False,
+          "properties": {"brand": {"type": "string", "maxLength": 8}, "car": {"enum": ["SUV", "Truck"]}}}
 car = json.loads(ask("A car", StructuredOutputsParams(json=schema), max_tokens=100))
 assert car["car"] in ("SUV", "Truck")
 grammar = 'root ::= "SELECT " column " from " table\\ncolumn ::= "col_1" | "col_2"\\ntable ::= "table_1" | "table_2"'
