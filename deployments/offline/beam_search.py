@@ -119,12 +119,11 @@ def search(
     # Twice as many candidates as beams: even if half of them end, all beams go on.
     step = SamplingParams(max_tokens=1, temperature=0.0, seed=0, logprobs=min(2 * params.beam_width, vocab_size))
     for _ in range(params.max_tokens):
-        for one in searches:
-            one.end([beam for beam in one.beams if len(beam.tokens) >= max_model_len])
         prompts = [beam.tokens for one in searches for beam in one.beams]
         if not prompts:
             break
         outputs = iter(generate(prompts, step))
         for one in searches:
             one.extend([next(outputs) for _ in one.beams])
+            one.end([beam for beam in one.beams if len(beam.tokens) >= max_model_len])
     return [one.output() for one in searches]

@@ -103,6 +103,8 @@ def test_a_beam_ends_at_eos_and_at_the_end_of_the_model(llm: LLM) -> None:
     assert (best.finish_reason, best.stop_reason) == ("stop", llm.get_tokenizer().eos_token_id)
     (output,) = llm.beam_search([[5] * 255], BeamSearchParams(beam_width=2, max_tokens=24, ignore_eos=True))
     assert {len(sequence.tokens) for sequence in output.sequences} == {256}
+    with pytest.raises(ConfigError, match=r"prompts\[1\]"):
+        llm.beam_search([[5], [5] * 256], BeamSearchParams(beam_width=2, max_tokens=24))
 
 
 @pytest.mark.parametrize("params", [{"beam_width": 0}, {"max_tokens": 0}, {"structured_outputs": {"regex": "a"}}])
