@@ -358,7 +358,7 @@ def test_data_parallel_lanes_share_the_prompts_and_answer_as_one_does(llm: LLM, 
         metrics: list[Any] = several.get_metrics()
         generated = {m.labels["engine"]: m.value for m in metrics if m.name == "vllm:generation_tokens"}
         assert generated.keys() == {"0", "1"} and min(generated.values()) > 0
-        assert sum(generated.values()) == sum(map(len, expected))
+        assert sum(generated.values()) >= sum(map(len, expected))
         assert several.reset_prefix_cache()
 
 
