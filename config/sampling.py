@@ -10,6 +10,7 @@ import msgspec
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import PoolingParams
+from stagemesh.config.vllm_params import VllmNames, by_position
 
 NO_LIMIT = 2**31 - 1
 """Of max_tokens: longer than any context."""
@@ -40,7 +41,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.01, 100),
 }
 _WORDS = {str | dict: "a text or an object", str: "a text", bool: "true or false"}
-_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,8 +78,11 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.json if isinstance(self.json, str) else json.dumps(self.json)
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of one request. Raises ConfigError. Randomness is a pure function of (seed, position)."""
+class SamplingParams(msgspec.Struct, kw_only=True, metaclass=VllmNames):
+    """Settings of one request. Raises ConfigError. Randomness is a pure function of (seed, position).
+
+    Fields may be assigned later; they are checked when the parameters are used (`clone`). Lists are kept as tuples.
+    """
 
     n: int = 1
     """Answers per prompt, in [1, 128]; choice i has seed + i."""
@@ -105,6 +109,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool = False
     """Keep the stop string, or stop token's text, in the answer."""
     skip_special_tokens: bool = True
+    detokenize: bool = True
+    """False leaves the text empty, for who wants token ids alone; not with `stop`."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of the answer's tokens, in [-2, 2]."""
     frequency_penalty: float = 0.0
@@ -133,6 +139,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     pooling: PoolingParams | None = None
     """Set to get the prompt's vector; no token is generated."""
 
+    @classmethod
+    def from_optional(cls, *args: Any, **values: Any) -> SamplingParams:
+        """None is a field's default (of max_tokens: no limit), and keys of logit_bias may be texts."""
+        values = by_position(args, values)
+        bias = values.get("logit_bias")
+        if isinstance(bias, dict):
+            values["logit_bias"] = {int(key) if str(key).isdecimal() else key: value for key, value in bias.items()}
+        return cls(**{name: value for name, value in values.items() if value is not None or name == "max_tokens"})
+
+    def clone(self) -> SamplingParams:
+        """A copy that shares nothing that can change. Raises ConfigError where a field was assigned a wrong value."""
+        return msgspec.structs.replace(self)
+
     def seed_of_choice(self, i: int) -> int | None:
         """Within [0, 2**63), so that it can be sent as a seed again."""
         return None if self.seed is None else (self.seed + i) % 2**63
@@ -150,6 +169,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             self._check(name, _is_number(getattr(self, name), *bounds), f"must be a number within {list(bounds)}")
         self._check("top_p", self.top_p > 0.0, "must be within (0, 1]")
         self._check_texts("stop", MAX_STOPS)
+        self._check("detokenize", self.detokenize or not self.stop, "must be true where stop strings are looked for")
         self._check_texts("bad_words", MAX_BAD_WORDS)
         self._check_token_ids()
         self._bound_logit_bias()

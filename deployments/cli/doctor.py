@@ -8,8 +8,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from stagemesh.config.folders import local_folder
 from stagemesh.config.errors import ConfigError
+from stagemesh.config.folders import local_folder
 from stagemesh.deployments.doctor.diagnosis import diagnose
 from stagemesh.deployments.doctor.facts import Facts, Node
 from stagemesh.deployments.doctor.gather import Places, gather

@@ -17,9 +17,9 @@ import msgspec
 from stagemesh import __version__
 from stagemesh.config import hub
 from stagemesh.config.checkpoint import checkpoint_files
-from stagemesh.config.folders import local_folder
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.fingerprint import checkpoint_digest, code_digest
+from stagemesh.config.folders import local_folder
 from stagemesh.deployments.doctor import machine, network
 from stagemesh.deployments.doctor.facts import Disk, Memory, Model, Node
 from stagemesh.deployments.doctor.gpus import find_gpus

@@ -24,8 +24,15 @@ JOIN_TIMEOUT_S = 30.0
 class LocalLane(Lane):
     """Calls `on_failure(reason)` from one of its own threads."""
 
-    def __init__(self, config: EngineConfig, sink: TokenSink, on_failure: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        sink: TokenSink,
+        on_failure: Callable[[str], None],
+        on_phase: Callable[[str], None] = lambda _: None,
+    ) -> None:
         assert config.plan.tp_size * config.plan.pp_size == 1
+        self._on_phase = on_phase
         self.num_blocks = 0
         self._epoch = new_epoch()
         """The only one: wired again, the same process would fail again."""
@@ -41,7 +48,9 @@ class LocalLane(Lane):
     def start(self) -> None:
         """Raises ConfigError if the checkpoint or the memory does not fit."""
         try:
+            self._on_phase("weights")
             self._worker.load()
+            self._on_phase("KV cache")
             self.num_blocks = self._worker.profile()
             endpoints = self._worker.open(self._epoch)
             self._worker.connect(make_wiring(self._epoch, {(0, 0): endpoints}, self._channel.address, self.num_blocks))

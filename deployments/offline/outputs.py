@@ -103,10 +103,20 @@ class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
     """One text and its vector."""
 
 
+@dataclass
+class ScoringOutput:
+    score: float
+
+
+class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
+    """Two texts and their likeness."""
+
+
 class RequestState:
     """One prompt on its way to a RequestOutput."""
 
     def __init__(self, request_id: str, prompt: str | None, processed: ProcessedPrompt, tokenizer: Tokenizer) -> None:
+        """tokenizer: makes the answers' text."""
         self._request_id = request_id
         self._prompt = prompt
         self._prompt_token_ids = processed.token_ids
@@ -116,6 +126,14 @@ class RequestState:
     @property
     def is_finished(self) -> bool:
         return all(choice.finish_reason is not None for choice in self.choices)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(len(choice.token_ids) for choice in self.choices)
 
     def tick(self) -> None:
         """Note that a token came."""

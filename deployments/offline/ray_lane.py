@@ -30,11 +30,19 @@ Result = TypeVar("Result")
 
 
 class RayLane(Lane):
-    """Uses the caller's Ray instance, else its own. Calls `on_failure(reason)` from one of its own threads."""
+    """Uses the caller's Ray instance, else its own. Calls `on_failure(reason)` from one of its own threads, and
+    `on_phase(name)` as `start` begins each phase."""
 
-    def __init__(self, config: EngineConfig, sink: TokenSink, on_failure: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        sink: TokenSink,
+        on_failure: Callable[[str], None],
+        on_phase: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._config = config
         self._on_failure = on_failure
+        self._on_phase = on_phase
         self._owns_ray = False
         self._closed = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -91,7 +99,9 @@ class RayLane(Lane):
             bundles = [rank_resources(self._config)] * plan.tp_size
             self._placements.append(placement_group(bundles, strategy="STRICT_PACK"))
             self._groups.append(WorkerGroup(self._config, stage, self._placements[-1]))
+        self._on_phase("weights")
         await asyncio.gather(*(group.start() for group in self._groups))
+        self._on_phase("KV cache")
         states = [await anext(group.states()) for group in self._groups]
         if down := [state.reason for state in states if not state.is_up]:
             raise RuntimeError("; ".join(down))

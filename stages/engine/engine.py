@@ -14,9 +14,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -25,12 +24,11 @@ import zmq
 from stagemesh.config.engine import EngineConfig
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import SamplingParams
-from stagemesh.stages.engine.epoch import Epoch, StepRaised
+from stagemesh.stages.engine.epoch import Epoch, StepRaised, blaming
 from stagemesh.stages.engine.grammar import Grammar, GrammarFactory
 from stagemesh.stages.engine.lane import StepTimeout
 from stagemesh.stages.engine.scheduler import Scheduler
 from stagemesh.stages.engine.stats import SchedulerStats, StatsCollector
-from stagemesh.stages.engine.step import ScheduledStep
 from stagemesh.stages.messages.channel import ChannelClosed, LeaderChannel
 from stagemesh.stages.messages.request import EngineRequest, LaneStats, RequestSummary, TokenDelta
 from stagemesh.stages.messages.step import WorkerStats
@@ -120,7 +118,7 @@ class Engine:
                 continue
             started = time.monotonic()
             step = epoch.finish_step(message)
-            with _blaming(step):
+            with blaming(step):
                 self._outputs += scheduler.process_result(step, message)
             self._last_result_at = time.monotonic()
             self._stats.add_step(self._last_result_at - started)
@@ -142,7 +140,7 @@ class Engine:
             step = scheduler.schedule()
             if step is None:
                 return
-            with _blaming(step):
+            with blaming(step):
                 epoch.send(step, started_at)
             self._stats.schedule_s += time.monotonic() - started
 
@@ -283,6 +281,9 @@ class Engine:
     def stats(self) -> Future[LaneStats]:
         return self.call(self._make_stats)
 
+    def reset_prefix_cache(self) -> Future[bool]:
+        return self.call(lambda: self._scheduler is None or self._scheduler.reset_prefix_cache())
+
     def _abort(self, request_id: str) -> None:
         sequence = None if self._scheduler is None else self._scheduler.abort_request(request_id)
         if sequence is not None:
@@ -379,17 +380,6 @@ class Engine:
             self._outputs += scheduler.blame(error.step, str(error))
         elif isinstance(error, StepTimeout) and epoch.oldest_step is not None:
             self._outputs += scheduler.blame(epoch.oldest_step, str(error), is_hang=True)
-
-
-@contextmanager
-def _blaming(step: ScheduledStep) -> Iterator[None]:
-    try:
-        yield
-    except ChannelClosed:
-        raise
-    except Exception as error:
-        logger.exception("a step raised")
-        raise StepRaised(step, f"{type(error).__name__}: {error}") from error
 
 
 def _started() -> Future[Any]:

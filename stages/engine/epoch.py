@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stagemesh.stages.engine.lane import StepTimeout
 from stagemesh.stages.engine.step import ScheduledStep
 from stagemesh.stages.engine.step_timing import StepTimes
-from stagemesh.stages.messages.channel import LeaderChannel
+from stagemesh.stages.messages.channel import ChannelClosed, LeaderChannel
 from stagemesh.stages.messages.step import StepFailure, StepResult, StopRun, WorkerStats
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,3 +99,15 @@ class Epoch:
             self.channel.send(StopRun(self.number))
         finally:
             self.channel.close()
+
+
+@contextmanager
+def blaming(step: ScheduledStep) -> Iterator[None]:
+    """What is raised within is the fault of `step`: StepRaised. A lost channel is not."""
+    try:
+        yield
+    except ChannelClosed:
+        raise
+    except Exception as error:
+        logger.exception("a step raised")
+        raise StepRaised(step, f"{type(error).__name__}: {error}") from error

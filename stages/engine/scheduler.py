@@ -149,6 +149,13 @@ class Scheduler:
         self._in_flight.clear()
         self.queues.preempt_all()
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget what is cached. False, and nothing done, while a sequence holds KV."""
+        is_idle = self.blocks.num_free_blocks == self.blocks.num_blocks
+        if is_idle:
+            self.blocks.reset_prefix_cache()
+        return is_idle
+
     def blame(self, step: ScheduledStep, reason: str, *, is_hang: bool = False) -> list[TokenDelta]:
         """After `preempt_all`: `step` failed. Its sequences are tried alone; one that failed alone ends with an error.
 

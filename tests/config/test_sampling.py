@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import msgspec
@@ -57,6 +59,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "ignore_eos": ([True], [1, None, "true"]),
     "skip_special_tokens": ([False], [0]),
     "include_stop_str_in_output": ([True], ["x"]),
+    "detokenize": ([False], [0, None]),
     "structured_outputs": ([None, StructuredOutputsParams(regex="a")], [{"regex": "a"}, "a"]),
     "structured_outputs_after": ([None, (None, "</think>"), (7, "end")], ["</think>", (1.5, "x"), (1, 2), ()]),
     "pooling": ([None], ["mean"]),
@@ -99,3 +102,60 @@ def test_what_is_accepted_can_be_sent() -> None:
 def test_a_form_of_the_wrong_type_is_refused(form: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"^structured_outputs\.{next(iter(form))}="):
         StructuredOutputsParams(**form)
+
+
+def test_parameters_may_be_changed_and_are_checked_when_they_are_used() -> None:
+    params = SamplingParams(temperature=0.5, logit_bias={3: 1.0})
+    params.temperature, params.max_tokens, params.stop = 0.0, None, ["a"]  # type: ignore[assignment]
+    used = params.clone()
+    assert (used.temperature, used.max_tokens, used.stop) == (0.0, 2**31 - 1, ("a",))
+    used.logit_bias[4] = 1.0
+    assert params.logit_bias == {3: 1.0}, "a copy shares nothing that can change"
+    params.top_p = 1.5
+    with pytest.raises(ConfigError, match=r"^top_p=1.5: must be a number within \[0, 1\]"):
+        params.clone()
+
+
+def test_none_is_the_default_of_from_optional() -> None:
+    empty = SamplingParams.from_optional(n=None, temperature=None, top_p=None, repetition_penalty=None, stop=None)
+    assert empty == SamplingParams()
+    params = SamplingParams.from_optional(2, temperature=0.5, logit_bias={"7": 200.0}, max_tokens=None)
+    assert params == SamplingParams(n=2, temperature=0.5, logit_bias={7: 100.0}, max_tokens=2**31 - 1)
+    with pytest.raises(ConfigError, match="logit_bias"):
+        SamplingParams.from_optional(logit_bias={"seven": 1.0})
+
+
+def test_vllms_parameters_are_taken_by_position_and_by_older_names() -> None:
+    form = StructuredOutputsParams(regex="a")
+    assert SamplingParams(2, 0.5, guided_decoding=form) == SamplingParams(
+        n=2, presence_penalty=0.5, structured_outputs=form
+    )
+    with pytest.raises(TypeError, match="several values for n"):
+        SamplingParams(2, n=2)
+
+
+def test_parameters_without_a_meaning_here_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert SamplingParams(spaces_between_special_tokens=False, best_of=1, skip_clone=True) == SamplingParams()
+    assert [record.getMessage() for record in caplog.records] == [
+        "spaces_between_special_tokens=False has no effect here"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"best_of": 3}, "best_of=3: is a sampling parameter of vLLM that does not exist here"),
+        ({"repetition_detection": {"min_count": 2}}, "repetition_detection"),
+        ({"temprature": 1}, "temprature=1: is not a sampling parameter; did you mean 'temperature'?"),
+        ({"stop": ["a"], "detokenize": False}, "detokenize=False: must be true"),
+    ],
+)
+def test_parameters_that_would_change_the_answer_are_refused_by_name(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said.replace('?', '[?]')}"):
+        SamplingParams(**given)
+
+
+def test_parameters_survive_pickling() -> None:
+    params = SamplingParams(n=2, logit_bias={3: 1.0}, structured_outputs=StructuredOutputsParams(regex="a"))
+    assert pickle.loads(pickle.dumps(params)) == params == copy.deepcopy(params)

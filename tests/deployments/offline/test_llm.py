@@ -84,7 +84,7 @@ def test_answers_come_in_the_order_of_the_prompts_with_all_that_belongs_to_them(
         answer = output.outputs[0]
         assert output.finished and answer.finished() and output.metrics is not None
         assert output.prompt_token_ids == tokenizer.encode(output.prompt or "")
-        assert answer.text == tokenizer.decode(answer.token_ids)
+        assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         assert answer.finish_reason == ("length" if len(answer.token_ids) == 20 else "stop")
         assert (answer.index, answer.cumulative_logprob, answer.stop_reason) == (0, None, None)
 
@@ -345,6 +345,21 @@ def test_a_lane_of_actors_answers_as_one_process_does_and_names_the_rank_that_di
         assert "stage 0" not in str(failure.value), "the cause, not its effects"
     resources = ray.cluster_resources()["CPU"]
     eventually(lambda: ray.available_resources().get("CPU") == resources, 20, "the placement groups are given back")
+
+
+@pytest.mark.own_ray
+@pytest.mark.slow
+def test_data_parallel_lanes_share_the_prompts_and_answer_as_one_does(llm: LLM, own_ray: None) -> None:
+    params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=24, seed=42)
+    expected = [output.outputs[0].token_ids for output in llm.generate(QUESTIONS * 2, params, use_tqdm=False)]
+    with load(data_parallel_size=2, startup_timeout_s=120.0) as several:
+        outputs = several.generate(QUESTIONS * 2, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+        metrics: list[Any] = several.get_metrics()
+        generated = {m.labels["engine"]: m.value for m in metrics if m.name == "vllm:generation_tokens"}
+        assert generated.keys() == {"0", "1"} and min(generated.values()) > 0
+        assert sum(generated.values()) >= sum(map(len, expected))
+        assert several.reset_prefix_cache()
 
 
 @pytest.fixture(scope="module")
