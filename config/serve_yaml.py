@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from stagemesh.config.api_keys import PREFIX, key_hashes
 from stagemesh.config.errors import ConfigError
 
 IMPORT_PATH = "stagemesh.deployments.app:build"
@@ -44,6 +45,22 @@ def render(args: Mapping[str, Any], *, host: str, port: int, grpc_port: int) -> 
         "grpc_options": {"port": grpc_port, "grpc_servicer_functions": GRPC_SERVICERS},
         "applications": [{"name": "stagemesh", "route_prefix": "/", "import_path": IMPORT_PATH, "args": dict(args)}],
     }
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def with_keys_of_environment(path: Path) -> str | None:
+    """The file with the API keys of this process's environment, as hashes; None where it has none.
+
+    On a cluster that runs already, the application is built in a process that does not have the variable.
+    """
+    if not key_hashes(None, None):
+        return None
+    ServeFile.read(path)  # for its errors
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for application in content["applications"]:
+        if application["import_path"] == IMPORT_PATH:
+            args = application["args"] = dict(application.get("args") or {})
+            args["api_key"] = [PREFIX + hash for hash in key_hashes(args.get("api_key"), None)]
     return yaml.safe_dump(content, sort_keys=False)
 
 

@@ -19,7 +19,7 @@ from stagemesh.config.engine import LAYOUT_SIZES, WITH_UNIT, EngineArgs, EngineC
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.folders import find_model, local_folder, read_chat_template
 from stagemesh.config.hub import is_repo_id
-from stagemesh.config.serve_yaml import render
+from stagemesh.config.serve_yaml import render, with_keys_of_environment
 from stagemesh.deployments.cli.batch import run_batch
 from stagemesh.deployments.cli.client import ServerError
 from stagemesh.deployments.cli.doctor import doctor
@@ -74,7 +74,8 @@ def _top(
 @cli.command()
 def run(config: Annotated[Path, typer.Argument(help="A Serve config file, e.g. config/demo.yaml.")]) -> None:
     """Run a Serve config file as `serve run` does; say when it is ready, and leave nothing behind."""
-    raise typer.Exit(launch(config))
+    content = with_keys_of_environment(config)
+    raise typer.Exit(launch(config) if content is None else _launch_written(content))
 
 
 def serve(
@@ -101,10 +102,14 @@ def serve(
         print(content, end="")
         return
     content = render(args | chosen_sizes(args), host=host, port=port, grpc_port=grpc_port)
+    raise typer.Exit(_launch_written(content))
+
+
+def _launch_written(content: str) -> int:
     with tempfile.NamedTemporaryFile("w", prefix="stagemesh-", suffix=".yaml") as file:
         file.write(content)
         file.flush()
-        raise typer.Exit(launch(Path(file.name)))
+        return launch(Path(file.name))
 
 
 def engine_args(model: str, flags: dict[str, Any]) -> dict[str, Any]:

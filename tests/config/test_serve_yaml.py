@@ -9,7 +9,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from stagemesh.config.engine import EngineArgs
 from stagemesh.config.errors import ConfigError
-from stagemesh.config.serve_yaml import SERVE_ENVIRONMENT, ServeFile, render
+from stagemesh.config.serve_yaml import SERVE_ENVIRONMENT, ServeFile, render, with_keys_of_environment
 
 CONFIG = Path(__file__).parents[2] / "config"
 EXAMPLES = sorted(CONFIG.glob("*.yaml"))
@@ -66,3 +66,17 @@ def test_haproxy_takes_what_switches_splicing_off(tmp_path: Path) -> None:
     config.write_text(f"defaults\n    mode http\n{defaults}{retry_on}{frontend}")
     done = subprocess.run([get_haproxy_binary(), "-c", "-f", str(config)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_keys_of_the_environment_are_written_as_hashes(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "app.yaml"
+    path.write_text(render({"model": "m", "api_key": "first"}, host="::", port=1, grpc_port=2))
+    for name in ("STAGEMESH_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert with_keys_of_environment(path) is None
+    monkeypatch.setenv("VLLM_API_KEY", "second")
+    content = with_keys_of_environment(path)
+    assert content is not None and "second" not in content and "first" not in content
+    path.write_text(content)
+    keys = ServeFile.read(path).args["api_key"]
+    assert len(keys) == 2 and all(key.startswith("sha256:") for key in keys)
