@@ -19,6 +19,7 @@ from stagemesh.config.sampling import StructuredOutputsParams
 from stagemesh.deployments.offline.outputs import CompletionOutput
 from stagemesh.deployments.proto import inference_pb2 as pb
 from stagemesh.deployments.proto import inference_pb2_grpc
+from stagemesh.stages.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -412,7 +413,7 @@ def offline_logprobs(llm: LLM, choice: CompletionOutput, is_chat: bool, count: i
         own = by_id[token_id]
         top = sorted(by_id.items(), key=lambda item: item[1].rank or 0)[:count]
         if is_chat:
-            token_bytes = llm.get_tokenizer().token_bytes
+            token_bytes = Tokenizer.from_folder(llm.config.model_path).token_bytes
             tops = [(token_bytes(top_id), entry.logprob) for top_id, entry in top]
             logprobs.append((token_bytes(token_id), own.logprob, tops))
         else:
