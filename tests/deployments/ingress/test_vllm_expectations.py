@@ -488,7 +488,7 @@ async def test_a_long_prompt_streams_usage_and_logprobs(http, path):
     body = {"prompt": long, "logprobs": 5} if path == TEXT else {"logprobs": True, "top_logprobs": 5}
     messages = {} if path == TEXT else {"messages": [TALK[0], {"role": "user", "content": long}]}
     options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    chunks = await stream(http, path, FIVE | {"min_tokens": 5} | body | messages | options)
+    chunks = await stream(http, path, FIVE | {"logit_bias": {"77": 100}} | body | messages | options)
     seen = empty = 0
     for chunk in chunks[:-1]:
         choice = chunk["choices"][0]
@@ -664,3 +664,11 @@ async def test_reasoning_and_calls(lanes, tokenizer, thinks, is_shown):
             assert message["tool_calls"][0]["function"]["name"] == calls[0]["function"]["name"] == "hire"
         else:
             assert message["content"].strip() == streamed_text(chunks).strip() == script and not calls
+
+
+async def test_a_server_without_a_limit_reports_the_whole_vocabulary(engine, demo_tokenizer):
+    async with client_of(engine, demo_tokenizer, max_logprobs=VOCAB) as http:
+        assert len((await ask(http, CHAT, ASK | {"max_tokens": 1, "prompt_logprobs": -1}))["prompt_logprobs"]) > 0
+        answer = await ask(http, CHAT, ASK | {"max_tokens": 1, "top_logprobs": -1, "logprobs": "true"})
+        assert len(reports(answer)[0][1]) == VOCAB
+        assert len(reports(await ask(http, TEXT, IDS | {"max_tokens": 1, "logprobs": -1}))[0][1]) > 1000
