@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from stagemesh.deployments.ingress.service import GenerationStream
+from stagemesh.deployments.openai.conversation import NamedTool
 from stagemesh.deployments.openai.logprobs import (
     chat_logprobs,
     completion_logprobs,
@@ -51,7 +52,7 @@ def chat_response(stream: GenerationStream, body: ChatRequest) -> ChatResponse:
     choices = [
         ChatChoice(
             choice.index,
-            _assistant_message(choice, body.echoed_message),
+            _assistant_message(choice, body),
             choice.finish_reason,
             choice.seed,
             choice.stop_reason,
@@ -101,14 +102,28 @@ class Echo:
         return joined(echoed_logprobs(token_ids, before, text, self._stream.tokenizer, as_ids=self._as_ids), own)
 
 
-def _assistant_message(choice: OutputProcessor, echoed: str) -> AssistantMessage:
-    calls = [ToolCall(call.id, FunctionCall(call.name, call.arguments)) for call in choice.tool_calls]
+def _assistant_message(choice: OutputProcessor, body: ChatRequest) -> AssistantMessage:
+    calls = [
+        ToolCall(call.id, FunctionCall(call.name, call.arguments))
+        for call in choice.tool_calls
+        if choice.finish_reason != "length" or _is_json(call.arguments)  # cut off, it cannot be called
+    ]
+    is_called_for = isinstance(body.tool_choice, NamedTool)  # vLLM's content is empty then, and no null
+    has_other = bool(calls or choice.reasoning) and not is_called_for
     return AssistantMessage(
-        echoed + choice.text or (None if calls or choice.reasoning else ""),
+        body.echoed_message + choice.text or (None if has_other else ""),
         reasoning=choice.reasoning or None,
         reasoning_content=choice.reasoning or None,
         tool_calls=calls or msgspec.UNSET,
     )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return False
+    return True
 
 
 def _prompt_logprobs(choice: OutputProcessor) -> PromptLogprobs | None:

@@ -106,7 +106,7 @@ class ServiceRoutes(HttpApi):
         streams: list[GenerationStream] = []
         for i, chat in enumerate(chats):  # where one is refused, the others give their places back and none runs
             try:
-                streams.append(await self._service.chat(chat))
+                streams.append(await self._service.chat(chat, i))
             except ConfigError as error:
                 raise conversation_error(i, error) from None
 

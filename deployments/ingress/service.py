@@ -242,11 +242,13 @@ class InferenceService:
         _salt(prompts, request)
         return GenerationStream(id, model.id, prompts, self, deadline)
 
-    async def chat(self, request: ChatRequest) -> GenerationStream:
-        """Raises ConfigError naming the wrong field, Overloaded."""
+    async def chat(self, request: ChatRequest, conversation: int | None = None) -> GenerationStream:
+        """conversation: which of an HTTP request's. Raises ConfigError naming the wrong field, Overloaded."""
         deadline = self._deadline(request)
         model = self.model(request.model)
         id, lane_id = _ids("chatcmpl-", request)
+        if conversation is not None:
+            lane_id += f"-{conversation}"
         params = request.sampling_params(self._sampling_defaults, self._max_logprobs)
         chat = self._trusted(request.chat_input())
         process = partial(
@@ -296,7 +298,10 @@ class InferenceService:
             raise errors.exceptions[0] from None
         num_tokens = sum(len(one.prompt_token_ids) for one in requests)
         vectors = [task.result() for task in tasks]
-        return EmbeddingResponse.of(vectors, model.id, num_tokens, request.encoding_format, id=id)
+        is_big_endian = request.endianness == "big"
+        return EmbeddingResponse.of(
+            vectors, model.id, num_tokens, request.encoding_format, is_big_endian=is_big_endian, id=id
+        )
 
     def _embedding_requests(self, request: EmbeddingRequest, id: str) -> list[EngineRequest]:
         inputs: Sequence[str | list[int]]

@@ -104,7 +104,7 @@ class ChunkWriter:
         return b',"token_ids":' + (_json(delta.token_ids) if self._return_token_ids else b"null")
 
     def error(self, report: ErrorReport) -> bytes:
-        return event(report.body())
+        return event(report.body()) + DONE
 
     def _opening(self, index: int) -> bytes:
         return b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from array import array
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -26,13 +27,18 @@ class EmbeddingRequest(Conversation, OpenAIRequest):
     input: Any = None
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
-    """base64: of little-endian float32."""
+    """base64: of float32."""
+    embed_dtype: Literal["float32"] | None = None
+    endianness: Literal["native", "little", "big"] | None = None
+    """vLLM's, of base64: the order of bytes; default little."""
+    padding: Literal["do_not_pad"] | None = None
     dimensions: Int | None = None
     """Leading dimensions to keep, for models trained for it."""
     pooling: Pooling | None = None
     """Ours: "last" (the default) or "mean"."""
     normalize: bool | None = None
-    """Ours: vectors of length 1, the default."""
+    """Vectors of length 1, the default; wins over vLLM's name for it, the next one."""
+    use_activation: bool | None = None
     truncate_prompt_tokens: Int | None = None
     truncation_side: Literal["left", "right"] | None = None
     """As in InferenceRequest."""
@@ -65,9 +71,8 @@ class EmbeddingRequest(Conversation, OpenAIRequest):
         return inputs
 
     def params(self) -> PoolingParams:
-        return PoolingParams(
-            pooling=self.pooling or "last", normalize=self.normalize is not False, dimensions=self.dimensions
-        )
+        is_normal = (self.use_activation if self.normalize is None else self.normalize) is not False
+        return PoolingParams(pooling=self.pooling or "last", normalize=is_normal, dimensions=self.dimensions)
 
 
 class Embedding(msgspec.Struct, frozen=True):
@@ -98,13 +103,17 @@ class EmbeddingResponse(msgspec.Struct, frozen=True):
         num_tokens: int,
         encoding_format: Literal["float", "base64"] | None,
         *,
+        is_big_endian: bool,
         id: str,
     ) -> EmbeddingResponse:
         """vectors: little-endian float32, in the order of the inputs."""
 
         def written(vector: bytes) -> list[float] | str:
             if encoding_format == "base64":
-                return base64.b64encode(vector).decode()
+                numbers = array("f", vector)
+                if is_big_endian:
+                    numbers.byteswap()
+                return base64.b64encode(numbers.tobytes()).decode()
             return list(memoryview(vector).cast("f"))
 
         data = [Embedding(index, written(vector)) for index, vector in enumerate(vectors)]

@@ -24,7 +24,7 @@ def completion_logprobs(
         tokens=[_token(logprob, as_ids) for logprob in logprobs],
         token_logprobs=[logprob.logprob for logprob in logprobs],
         top_logprobs=[
-            {_token(entry, as_ids): entry.logprob for entry in (*logprob.top, logprob)} for logprob in logprobs
+            {_token(entry, as_ids): entry.logprob for entry in (logprob, *logprob.top)} for logprob in logprobs
         ],
         text_offset=[first_offset + logprob.offset for logprob in logprobs],
     )

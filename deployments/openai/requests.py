@@ -10,7 +10,7 @@ import pydantic
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import MAX_N, NO_LIMIT, SamplingParams
 from stagemesh.deployments.openai.conversation import AllowedTools, Conversation, NamedTool, Tool
-from stagemesh.deployments.openai.schema import Float, Int, OpenAIRequest, check_range, one_or_many, raise_all
+from stagemesh.deployments.openai.schema import Count, Float, Int, OpenAIRequest, check_range, one_or_many, raise_all
 from stagemesh.deployments.openai.structured import ResponseFormat, StructuredOutputs, structured_outputs_params
 from stagemesh.stages.text.input import ChatInput, Truncation
 
@@ -59,7 +59,7 @@ class InferenceRequest(OpenAIRequest):
     top_p: Float | None = None
     top_k: Int | None = None
     min_p: Float | None = None
-    seed: Int | None = None
+    seed: Int | None = pydantic.Field(default=None, ge=-(2**63), le=2**63 - 1)
     """-1: none, as in vLLM."""
     stop: str | list[str] | None = None
     stop_token_ids: list[Int] | None = None
@@ -73,7 +73,7 @@ class InferenceRequest(OpenAIRequest):
     """By token id as a string."""
     allowed_token_ids: list[Int] | None = None
     bad_words: list[str] | None = None
-    prompt_logprobs: Int | None = None
+    prompt_logprobs: Count | None = None
     logprob_token_ids: list[Int] | None = None
     """vLLM's, with logprobs: report these ids instead of the likeliest ones."""
     return_token_ids: bool | None = None
@@ -123,6 +123,8 @@ class InferenceRequest(OpenAIRequest):
             yield from _check_count("logprob_token_ids", self.logprob_token_ids, MAX_NAMED_LOGPROBS, "ids")
             if not self.logprob_token_ids or self.num_logprobs is None:
                 yield ConfigError("logprob_token_ids", self.logprob_token_ids, "needs an id, and logprobs to be set")
+            if self.echoes_alone:
+                yield ConfigError("logprob_token_ids", self.logprob_token_ids, "needs an answer: max_tokens is 0")
 
     @property
     def stops(self) -> list[str]:
@@ -197,7 +199,7 @@ class CompletionRequest(InferenceRequest):
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     add_special_tokens: bool | None = None
     """To text prompts (BOS); default true."""
-    logprobs: Int | None = None
+    logprobs: Count | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -234,7 +236,7 @@ class ChatRequest(Conversation, InferenceRequest):
     include_reasoning: bool | None = None
     """vLLM's; default true."""
     logprobs: bool | None = None
-    top_logprobs: Int | None = None
+    top_logprobs: Count | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     """Default: auto if there are tools."""

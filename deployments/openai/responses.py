@@ -31,7 +31,7 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     token_logprobs: list[float | None]
     """None for the first token of an echoed prompt."""
     top_logprobs: list[dict[str, float] | None]
-    """The likeliest tokens and the chosen one."""
+    """The chosen token first, then the likeliest ones."""
     text_offset: list[int]
     """Characters of the text before each token."""
 

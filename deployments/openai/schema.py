@@ -66,7 +66,15 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _not_text(value: Any) -> Any:
+    if isinstance(value, str):
+        raise PydanticCustomError("int_type", "must be an integer, not a text")
+    return _not_bool(value)
+
+
 Int = Annotated[int, pydantic.BeforeValidator(_not_bool)]
+Count = Annotated[int, pydantic.BeforeValidator(_not_text)]
+"""Of logprobs: the one kind of number that vLLM does not take as a text."""
 Float = Annotated[float, pydantic.BeforeValidator(_not_bool)]
 
 
@@ -194,4 +202,5 @@ def _config_error(problem: dict[str, Any]) -> ConfigError:
             field += f".{part}" if field else part
     if problem["type"] == "missing":
         return ConfigError(field, None, "is required")
-    return ConfigError(field, problem["input"], problem["msg"].lower())
+    # The kind has pydantic's name, which vLLM's clients find in its messages.
+    return ConfigError(field, problem["input"], f"{problem['msg'].lower()} ({problem['type']})")

@@ -66,7 +66,7 @@ def structured_outputs_params(
     if format.type == "json_object":
         return StructuredOutputsParams(json_object=True)
     if format.json_schema is None:
-        raise ConfigError("response_format.json_schema", None, "is required")
+        raise ConfigError("response_format.json_schema", None, "must be provided")
     schema = format.json_schema.json_schema
     return StructuredOutputsParams(json={"type": "object"} if schema is None else schema)
 

@@ -167,7 +167,9 @@ class InputProcessor:
         if not chat.messages:
             raise ConfigError("messages", [], "must hold at least one message")
         if chat.continue_final_message and chat.add_generation_prompt:
-            raise ConfigError("continue_final_message", True, "must not be given together with add_generation_prompt")
+            # vLLM's words: clients look for them.
+            reason = "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
+            raise ConfigError("continue_final_message", True, reason)
         variables: dict[str, Any] = {"add_generation_prompt": chat.add_generation_prompt, **chat.template_variables}
         if use.tools:
             variables["tools"] = use.tools

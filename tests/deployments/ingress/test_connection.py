@@ -71,8 +71,10 @@ async def test_a_failure_after_the_head_is_an_event(service, lanes):
     lanes.resume.set()
     await client.task
     assert client.written[0]["status"] == 200
-    (event,) = client.bodies
+    (body,) = client.bodies
+    event, *end = body.split(b"\n\n")
     assert json.loads(event.removeprefix(b"data: "))["error"]["message"] == "no lane came"
+    assert end == [b"data: [DONE]", b""]
 
 
 @pytest.mark.parametrize("pause_after", [0, 2])

@@ -209,8 +209,9 @@ async def test_a_stream_that_fails_before_its_first_token_has_an_error_status(ht
 async def test_a_failure_in_mid_stream_is_an_event_and_the_end(http, lanes):
     lanes.deltas, lanes.error = [TokenDelta("", 0, [70])], LaneError("lost", "the lane died")
     response = await http.post("/v1/chat/completions", json=CHAT | {"stream": True})
-    last = response.text.split("\n\n")[-2].removeprefix("data: ")
-    assert json.loads(last)["error"] == {
+    *_, last, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert json.loads(last.removeprefix("data: "))["error"] == {
         "message": "the lane died",
         "type": "server_error",
         "param": None,
@@ -303,7 +304,8 @@ async def test_a_refusal_is_an_openai_error_object(http):
     assert response.status_code == 400
     assert response.json() == {
         "error": {
-            "message": "temperature='hot': input should be a valid number, unable to parse string as a number",
+            "message": "temperature='hot': input should be a valid number, unable to parse string as a number "
+            "(float_parsing)",
             "type": "invalid_request_error",
             "param": "temperature",
             "code": None,
