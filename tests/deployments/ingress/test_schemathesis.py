@@ -29,7 +29,7 @@ PATHS = (
 )  # fmt: skip
 WRONG_SHARE = 0.25
 COSTLY = "/invocations"
-"""What none of its three forms allows is slow to find."""
+"""What none of its three forms allows is slow to find: few wrong ones."""
 
 
 @pytest.fixture
@@ -118,5 +118,5 @@ def test_answers_of_routes_without_a_body_are_what_the_document_says(service):
 @pytest.mark.parametrize("path", PATHS)
 def test_answers_to_many_are_what_the_document_says(service, path):
     (operation,) = (one for one in operations(service) if one.path == path)
-    statuses = fuzz_both(operation, -(-3000 // len(PATHS)), is_full=True)
+    statuses = fuzz_both(operation, 900 if path == COSTLY else 300, is_full=True)  # it has the fields of three
     print(f"\n{path}: {statuses.total()} requests, by status {dict(statuses)}")
