@@ -23,7 +23,7 @@ MAX_TEXT_CHARS = 1024
 MAX_CHOICES = 10_000
 
 _MAX_ID = 2**31 - 1
-_INTEGERS: dict[str, tuple[int, int]] = {
+INTEGERS: dict[str, tuple[int, int]] = {
     "n": (1, MAX_N),
     "max_tokens": (1, NO_LIMIT),
     "min_tokens": (0, NO_LIMIT),
@@ -32,7 +32,7 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "logprobs": (-1, 2**31 - 1),
     "prompt_logprobs": (-1, 2**31 - 1),
 }
-_NUMBERS: dict[str, tuple[float, float]] = {
+NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -160,12 +160,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, metaclass=VllmNames):
         self._tidy()
         for name in _SWITCHES:
             self._check(name, isinstance(getattr(self, name), bool), "must be true or false")
-        for name, (least, most) in _INTEGERS.items():
+        for name, (least, most) in INTEGERS.items():
             value = getattr(self, name)
             if value is not None or name not in ("seed", "logprobs", "prompt_logprobs"):
                 self._check(name, _is_integer(value, least, most), f"must be an integer within [{least}, {most}]")
         self._check("min_tokens", self.min_tokens <= self.max_tokens, f"must not exceed max_tokens={self.max_tokens}")
-        for name, bounds in _NUMBERS.items():
+        for name, bounds in NUMBERS.items():
             self._check(name, _is_number(getattr(self, name), *bounds), f"must be a number within {list(bounds)}")
         self._check("top_p", self.top_p > 0.0, "must be within (0, 1]")
         self._check_texts("stop", MAX_STOPS)

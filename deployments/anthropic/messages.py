@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.openai.requests import ChatRequest
 from stagemesh.deployments.openai.responses_request import add_call, string, text_of_parts, warn_of_tool
-from stagemesh.deployments.openai.schema import OpenAIRequest
+from stagemesh.deployments.openai.schema import OpenAIRequest, one_type
 
 MESSAGES_NAMES = {
     "stop": "stop_sequences",
@@ -18,23 +18,48 @@ MESSAGES_NAMES = {
     "response_format": "output_config.format",
 }
 """Of ChatRequest's fields, in error messages."""
+# What the functions below take, for /openapi.json.
+_TEXT = {"type": "string"}
+_BLOCK = {
+    "anyOf": [
+        one_type("text", text=_TEXT),
+        one_type("tool_use", id=_TEXT, name=_TEXT, input={"type": "object"}),
+        one_type("tool_result", tool_use_id=_TEXT),
+        one_type("thinking"),
+    ]
+}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["user", "assistant"]},
+        "content": {"anyOf": [_TEXT, {"type": "array", "items": _BLOCK}]},
+    },
+    "required": ["role", "content"],
+}
+_TOOL = {
+    "anyOf": [
+        one_type("custom", name=_TEXT, input_schema={"type": "object"}),
+        {"type": "object", "properties": {"type": _TEXT}, "required": ["type"]},
+    ]
+}
+_TOOL_CHOICE = {"anyOf": [*map(one_type, ("auto", "any", "none")), one_type("tool", name=_TEXT)]}
+_OUTPUT_CONFIG = {
+    "type": "object",
+    "properties": {"format": {"anyOf": [one_type("json_schema", schema={"type": "object"}), {"type": "null"}]}},
+}
 
 
 class CountTokensRequest(OpenAIRequest):
-    messages: list[dict[str, Any]]
+    model: str
+    messages: list[Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]] = Field(json_schema_extra={"minItems": 1})
     """Of user and assistant in turn, the last of the user. Thinking is skipped."""
     system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Annotated[dict[str, Any], WithJsonSchema(_TOOL)]] | None = None
     """Tools that Anthropic's servers define are not offered to the model."""
-    tool_choice: dict[str, Any] | None = None
+    tool_choice: Annotated[dict[str, Any], WithJsonSchema(_TOOL_CHOICE)] | None = None
     """{"type": "auto", "any", "tool" or "none"}"""
-    output_config: dict[str, Any] | None = None
+    output_config: Annotated[dict[str, Any], WithJsonSchema(_OUTPUT_CONFIG)] | None = None
     """{"format": {"type": "json_schema", "schema": …}}"""
-
-    def _check(self) -> None:
-        """Other fields of Anthropic do not change an answer here."""
-        if self.model is None:
-            raise ConfigError("model", None, "is required")
 
     def chat(self) -> ChatRequest:
         """Raises ConfigError naming fields of this request."""

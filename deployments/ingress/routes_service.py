@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import stagemesh
 from stagemesh.config.errors import ConfigError
@@ -59,7 +59,7 @@ class ServiceRoutes(HttpApi):
         return JSON({"server_load": sum(lane.num_running + lane.num_waiting for lane in stats)})
 
     async def ping(self, request: Request) -> Response:
-        return Response()
+        return PlainTextResponse()
 
     async def server_metadata(self, request: Request) -> Response:
         return JSON({"name": "stagemesh", "version": stagemesh.__version__, "extensions": []})

@@ -68,7 +68,7 @@ class Conversation(pydantic.BaseModel):
 
     opens_turn: ClassVar[bool] = True
     """The default of add_generation_prompt, unless the final message goes on."""
-    messages: list[ChatMessage]
+    messages: list[ChatMessage] = pydantic.Field(json_schema_extra={"minItems": 1})
     add_generation_prompt: bool | None = None
     """Whether the template opens the assistant's turn."""
     continue_final_message: bool | None = None

@@ -6,14 +6,15 @@ import base64
 import time
 from array import array
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
+import pydantic
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.pooling import Pooling, PoolingParams
 from stagemesh.deployments.openai.conversation import ChatMessage, Conversation
-from stagemesh.deployments.openai.schema import Int, OpenAIRequest, one_or_many
+from stagemesh.deployments.openai.schema import TEXTS_OR_TOKENS, Int, OpenAIRequest, one_or_many
 from stagemesh.stages.text.input import Truncation
 
 MAX_INPUTS = 2048
@@ -21,10 +22,11 @@ MAX_INPUTS = 2048
 
 
 class EmbeddingRequest(Conversation, OpenAIRequest):
+    model_config = pydantic.ConfigDict(json_schema_extra={"anyOf": [{"required": [n]} for n in ("input", "messages")]})
     opens_turn: ClassVar[bool] = False
     messages: list[ChatMessage] = []
     """vLLM's, in place of `input`: the vector of a conversation."""
-    input: Any = None
+    input: Annotated[Any, pydantic.WithJsonSchema(TEXTS_OR_TOKENS)] = None
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
     """base64: of float32."""

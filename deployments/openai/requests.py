@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.config.sampling import MAX_N, NO_LIMIT, SamplingParams
 from stagemesh.deployments.openai.conversation import AllowedTools, Conversation, NamedTool, Tool
-from stagemesh.deployments.openai.schema import Count, Float, Int, OpenAIRequest, check_range, one_or_many, raise_all
+from stagemesh.deployments.openai.schema import (
+    TEXTS_OR_TOKENS,
+    Count,
+    Float,
+    Int,
+    OpenAIRequest,
+    check_range,
+    one_or_many,
+    raise_all,
+)
 from stagemesh.deployments.openai.structured import ResponseFormat, StructuredOutputs, structured_outputs_params
 from stagemesh.stages.text.input import ChatInput, Truncation
 
@@ -195,7 +204,7 @@ class InferenceRequest(OpenAIRequest):
 
 
 class CompletionRequest(InferenceRequest):
-    prompt: Any
+    prompt: Annotated[Any, pydantic.WithJsonSchema(TEXTS_OR_TOKENS)]
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     add_special_tokens: bool | None = None
     """To text prompts (BOS); default true."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from stagemesh.config.errors import ConfigError
 from stagemesh.deployments.openai.requests import ChatRequest
-from stagemesh.deployments.openai.schema import OpenAIRequest
+from stagemesh.deployments.openai.schema import OpenAIRequest, one_type
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +27,52 @@ RESPONSES_NAMES = {
 }
 """Of ChatRequest's fields, in error messages."""
 _ROLES = ("user", "assistant", "system", "developer")
+# What the functions below take, for /openapi.json.
+_TEXT = {"type": "string"}
+_PART = {"anyOf": [one_type(kind, text=_TEXT) for kind in ("input_text", "output_text", "text")]}
+_CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": _PART}]}
+_ITEM = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"const": "message"}, "role": {"enum": list(_ROLES)}, "content": _CONTENT},
+            "required": ["role"],
+        },
+        one_type("function_call", call_id=_TEXT, name=_TEXT, arguments=_TEXT),
+        one_type("function_call_output", call_id=_TEXT, output=_CONTENT),
+        one_type("reasoning"),
+    ]
+}
+_TOOL = {
+    "anyOf": [
+        one_type("function", name=_TEXT),
+        {"type": "object", "properties": {"type": _TEXT}, "required": ["type"]},
+    ]
+}
+_TOOL_CHOICE = {
+    "anyOf": [
+        {"enum": ["auto", "none", "required"]},
+        one_type("function", name=_TEXT),
+        one_type("allowed_tools", tools={"type": "array", "items": {"type": "object"}}),
+    ]
+}
+_FORMAT = {"anyOf": [one_type("text"), one_type("json_object"), one_type("json_schema", schema={"type": "object"})]}
 _warned: set[str] = set()
 
 
 class ResponsesRequest(OpenAIRequest):
-    input: str | list[dict[str, Any]]
+    input: str | list[Annotated[dict[str, Any], WithJsonSchema(_ITEM)]]
     """A text, or items: messages, function_call and function_call_output; reasoning is skipped."""
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Annotated[dict[str, Any], WithJsonSchema(_TOOL)]] | None = None
     """Functions; tools that OpenAI's servers run are not offered to the model."""
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Annotated[str | dict[str, Any], WithJsonSchema(_TOOL_CHOICE)] | None = None
     """auto, none, required, a function, or allowed_tools."""
     parallel_tool_calls: bool | None = None
-    text: dict[str, Any] | None = None
+    text: Annotated[dict[str, Any], WithJsonSchema({"type": "object", "properties": {"format": _FORMAT}})] | None = None
     """{"format": {"type": "text", "json_object" or "json_schema", …}}"""
     stream: bool | None = None
     store: bool | None = None

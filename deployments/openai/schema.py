@@ -78,6 +78,23 @@ Count = Annotated[int, pydantic.BeforeValidator(_not_text)]
 Float = Annotated[float, pydantic.BeforeValidator(_not_bool)]
 
 
+TEXTS_OR_TOKENS = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"type": "string"}},
+        {"type": "array", "minItems": 1, "items": {"type": "integer"}},
+        {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+"""What `one_or_many` takes, as a JSON schema."""
+
+
+def one_type(type: str, **properties: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of objects of this "type" that have all these properties, and any others."""
+    fields = {"type": {"const": type}, **properties}
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
 class OpenAIRequest(pydantic.BaseModel, extra="allow"):
     """None means not given."""
 
@@ -89,7 +106,7 @@ class OpenAIRequest(pydantic.BaseModel, extra="allow"):
     """vLLM's: lower ones go first; default 0."""
     request_id: str | None = pydantic.Field(default=None, max_length=MAX_REQUEST_ID_CHARS)
     """vLLM's: the end of the answer's id. The header X-Request-Id wins."""
-    timeout: Float | None = None
+    timeout: Float | None = pydantic.Field(default=None, json_schema_extra={"exclusiveMinimum": 0})
     """Ours: seconds for the whole answer, its time in queues included; the server has a maximum."""
 
     @classmethod

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, cast
+from typing import Annotated, Any, Self, cast
 
 import msgspec
+import pydantic
 
 from stagemesh.config.errors import ConfigError
+from stagemesh.deployments.openai.conversation import ChatMessage
 from stagemesh.deployments.openai.embeddings import EmbeddingRequest
 from stagemesh.deployments.openai.requests import MAX_ANSWERS, ChatRequest, CompletionRequest
 from stagemesh.deployments.openai.schema import OpenAIRequest
@@ -15,8 +17,9 @@ from stagemesh.deployments.openai.schema import OpenAIRequest
 class TokenizeRequest(OpenAIRequest):
     """Either `prompt` or `messages`. What else ChatRequest has for its prompt goes with `messages`."""
 
+    model_config = pydantic.ConfigDict(json_schema_extra={"anyOf": [{"required": [n]} for n in ("prompt", "messages")]})
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     """BOS and the like; by default for a prompt and not for messages, where the template writes them."""
     return_token_strs: bool | None = None
@@ -52,10 +55,15 @@ class DetokenizeResponse(msgspec.Struct, frozen=True):
     """Special tokens written out."""
 
 
+_NOT_EMPTY = pydantic.Field(json_schema_extra={"minItems": 1})
+NOT_IN_BATCHES = ("stream", "stream_options", "tools", "tool_choice", "use_beam_search", "n", "best_of")
+"""Of ChatRequest's fields."""
+
+
 class BatchChatRequest(OpenAIRequest):
     """The fields of ChatRequest, for several conversations. No stream, tools or n."""
 
-    messages: list[list[dict[str, Any]]]
+    messages: list[Annotated[list[ChatMessage], _NOT_EMPTY]] = pydantic.Field(json_schema_extra={"minItems": 1})
     """The answer has one choice for each."""
 
     def _check(self) -> None:

@@ -8,8 +8,12 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
+from starlette.middleware import Middleware
 
 from stagemesh.deployments.ingress.app import build_http_app
+from stagemesh.deployments.ingress.auth import ApiKeyMiddleware, ApiKeys
+from stagemesh.deployments.ingress.service import InferenceService
+from stagemesh.stages.messages.request import LaneError
 
 pytestmark = pytest.mark.anyio
 
@@ -27,6 +31,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [5]},
     "/ping": {},
 }
+LANE_PATHS = EXAMPLES.keys() - {"/v1/messages/count_tokens", "/tokenize", "/detokenize", "/ping"}
 
 
 @pytest.fixture
@@ -44,8 +49,7 @@ async def document(http) -> dict[str, Any]:
 
 def check(document: dict[str, Any], operation: dict[str, Any], response: httpx.Response) -> None:
     """The answer has the schema of its status."""
-    status = str(response.status_code)
-    described = operation["responses"].get(status) or operation["responses"][f"{status[0]}XX"]
+    described = operation["responses"][str(response.status_code)]
     kind = response.headers.get("content-type", "text/plain").partition(";")[0]
     assert kind in described["content"]
     if kind == "application/json":
@@ -97,4 +101,47 @@ async def test_what_is_not_ready_gives_what_it_says_too(http, document, lanes):
     for path in ("/ready", "/v2/health/ready", "/v2/models/{name}/ready"):
         response = await http.get(path.replace("{name}", "tiny"))
         assert response.status_code == 503
+        check(document, document["paths"][path]["get"], response)
+
+
+@pytest.mark.parametrize(
+    "status, code", [("unavailable", 503), ("overloaded", 429), ("timeout", 408), ("internal", 500)]
+)
+async def test_what_a_lane_fails_with_is_described(http, document, lanes, status, code):
+    lanes.error = LaneError(status, "why")
+    for path in LANE_PATHS:
+        response = await http.post(path, json=EXAMPLES[path])
+        assert response.status_code == code, path
+        check(document, document["paths"][path]["post"], response)
+
+
+async def test_refusals_of_a_body_are_described(http, document, monkeypatch):
+    monkeypatch.setattr(InferenceService, "max_body_bytes", 5)
+    for path in EXAMPLES.keys() - {"/ping"}:
+        operation = document["paths"][path]["post"]
+        for content, headers, code in ((b"123456", {}, 413), (b"a", {"content-type": "text/plain"}, 415)):
+            response = await http.post(path, content=content, headers=headers)
+            assert response.status_code == code, path
+            check(document, operation, response)
+
+
+async def test_who_needs_a_key_is_described(service, document):
+    layers = [Middleware(ApiKeyMiddleware, keys=ApiKeys(["0" * 64]))]
+    transport = httpx.ASGITransport(build_http_app(service, layers))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                response = await client.request(method, path.replace("{name}", "tiny"))
+                assert (response.status_code == 401) == ("security" in operation), path
+                check(document, operation, response)
+
+
+async def test_an_unknown_model_is_described(http, document):
+    for path in EXAMPLES.keys() - {"/ping"}:
+        response = await http.post(path, json={**EXAMPLES[path], "model": "unknown"})
+        assert response.status_code == 404, path
+        check(document, document["paths"][path]["post"], response)
+    for path in ("/v1/models/{name}", "/v2/models/{name}/ready"):
+        response = await http.get(path.replace("{name}", "unknown"))
+        assert response.status_code == 404
         check(document, document["paths"][path]["get"], response)
