@@ -149,7 +149,7 @@ class StreamedResponse(AbortableResponse):
     """Server-sent events, one write per delta, and a comment where nothing comes for a while.
 
     What fails at once gets its own status. The head is sent as soon as nothing did: a later error, also one before the
-    first delta, is an event with the error object, and the stream ends without [DONE].
+    first delta, is an event with the error object.
     """
 
     keep_alive = WAITING

@@ -246,7 +246,7 @@ async def _read_stream(reader: asyncio.StreamReader, started: float, seen: Seen)
         if count and not first:
             first = time.monotonic()
         pieces += count
-    if b"data: [DONE]" not in tail:
+    if b"data: [DONE]" not in tail or b'"error":{' in tail:
         seen.broken[f"stream ended with {tail[-160:].decode(errors='replace')}"] += 1
         return
     seen.ttft_s.append(first - started)

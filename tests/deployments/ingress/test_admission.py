@@ -237,8 +237,10 @@ async def test_a_timeout_is_a_408_or_an_event_after_what_came(http, lanes):
     response = await http.post("/v1/completions", json=COMPLETION | {"timeout": 0.05})
     assert response.status_code == 408
     response = await http.post("/v1/completions", json=COMPLETION | {"timeout": 0.05, "stream": True})
-    first, second, error, end = response.text.split("\n\n")
-    assert '"text"' in first and '"text"' in second and '"code":"timeout"' in error and end == ""
+    first, second, error, done, end = response.text.split("\n\n")
+    assert (
+        '"text"' in first and '"text"' in second and '"code":"timeout"' in error and (done, end) == ("data: [DONE]", "")
+    )
 
 
 @pytest.mark.parametrize(
