@@ -8,17 +8,12 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from stagemesh.deployments.doctor.facts import Process
+from stagemesh.deployments.doctor.machine import holders_of_ports
 
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
-_TCP_LISTEN = "0A"  # net/tcp_states.h
-
-
-class Process(NamedTuple):
-    pid: int
-    command: str
 
 
 def adopt_orphans() -> None:
@@ -55,22 +50,10 @@ def end_descendants(grace_s: float) -> None:
 
 def holder_of_port(port: int) -> Process | None:
     """The process that listens on a TCP port; None for another user's."""
-    sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
-    for pid in _pids():
-        with contextlib.suppress(OSError):
-            if any(os.readlink(link) in sockets for link in Path(f"/proc/{pid}/fd").iterdir()):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                return Process(pid, command.strip())
+    with contextlib.suppress(OSError):
+        holder = holders_of_ports({port}).get(port)
+        return holder if holder is not None and holder.pid else None
     return None
-
-
-def _listening_inodes(port: int) -> Iterator[str]:
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError):
-            for line in Path(table).read_text().splitlines()[1:]:
-                columns = line.split()  # 1: local address:port in hex, 3: state, 9: inode
-                if columns[3] == _TCP_LISTEN and int(columns[1].rpartition(":")[2], 16) == port:
-                    yield columns[9]
 
 
 def _pids() -> list[int]:

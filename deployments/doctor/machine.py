@@ -7,6 +7,8 @@ import os
 import resource
 from pathlib import Path
 
+import msgspec
+
 from stagemesh.deployments.doctor.facts import Disk, Memory, Port, Process
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -135,7 +137,16 @@ def _is_stagemesh(words: list[str]) -> bool:
 
 def ports(purposes: dict[int, str]) -> tuple[Port, ...]:
     """Who listens on each of these TCP ports."""
-    inodes = _listening(set(purposes))
+    holders = {
+        number: msgspec.structs.replace(holder, command=holder.command[:200])
+        for number, holder in holders_of_ports(set(purposes)).items()
+    }
+    return tuple(Port(number=number, purpose=what, holder=holders.get(number)) for number, what in purposes.items())
+
+
+def holders_of_ports(numbers: set[int]) -> dict[int, Process]:
+    """Those of these TCP ports that somebody listens on; pid 0 for another user's."""
+    inodes = _listening(numbers)
     holders: dict[int, Process] = {}
     for pid in _pids() if inodes else ():
         with contextlib.suppress(OSError):
@@ -143,14 +154,11 @@ def ports(purposes: dict[int, str]) -> tuple[Port, ...]:
                 with contextlib.suppress(OSError):
                     if (number := inodes.get(os.readlink(link))) is not None:
                         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
-                        holders.setdefault(
-                            number, Process(pid=pid, command=command.decode(errors="replace").strip()[:200])
-                        )
+                        process = Process(pid=pid, command=command.decode(errors="replace").strip())
+                        holders.setdefault(number, process)
     for number in set(inodes.values()) - set(holders):
         holders[number] = Process(pid=0, command="a process of another user")
-    return tuple(
-        Port(number=number, purpose=purpose, holder=holders.get(number)) for number, purpose in purposes.items()
-    )
+    return holders
 
 
 def _listening(numbers: set[int]) -> dict[str, int]:

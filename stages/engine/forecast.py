@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 
 from stagemesh.stages.engine.sequence import Sequence
 
@@ -31,15 +32,14 @@ class Forecast:
         else:
             self._mean_tokens += (num_tokens - self._mean_tokens) / MEAN_OVER
 
-    def num_ending(self, running: Iterable[Sequence], num_generated: int) -> int:
+    def num_ending(self, running: SequenceOf[Sequence], num_generated: int) -> int:
         """How many of `running` end within SOON_S. num_generated: tokens of the lane so far."""
-        running = list(running)
         now = self._clock()
         if (passed := now - self._measured_at) >= MEASURED_OVER_S:
             tokens = num_generated - self._measured_tokens
             self._token_s = passed * len(running) / tokens if tokens and running else math.inf
             self._measured_at, self._measured_tokens = now, num_generated
-        num_tokens = SOON_S / self._token_s if self._token_s else 0.0
+        num_tokens = SOON_S / self._token_s
         return sum(self._rest(sequence) <= num_tokens for sequence in running)
 
     def _rest(self, sequence: Sequence) -> float:
